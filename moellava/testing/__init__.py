@@ -1,0 +1,32 @@
+"""Tests and demos without a hub: stand-in weights in the real file layouts, and a network guard.
+
+In the package rather than under `tests/`, because `moellava demo` builds its parts with the same
+writers, and because whoever writes code on moellava needs them to test it offline.
+"""
+
+from moellava.testing.hub import (
+    BIOMEDCLIP,
+    OPENAI_CLIP,
+    REVISION,
+    STAND_INS,
+    TINYLLAMA,
+    blocked_network,
+    fill_hub_cache,
+)
+from moellava.testing.language_models import write_tinyllama
+from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
+
+__all__ = [
+    "BIOMEDBERT",
+    "BIOMEDCLIP",
+    "OPENAI_CLIP",
+    "REVISION",
+    "STAND_INS",
+    "TINYLLAMA",
+    "blocked_network",
+    "fill_hub_cache",
+    "write_biomedbert",
+    "write_biomedclip",
+    "write_openai_clip",
+    "write_tinyllama",
+]

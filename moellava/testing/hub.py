@@ -1,0 +1,71 @@
+"""A hub cache filled with stand-ins under the real repo ids, and a guard that makes network use an error."""
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from moellava.testing.language_models import write_tinyllama
+from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
+
+BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+OPENAI_CLIP = "openai/clip-vit-base-patch32"
+
+STAND_INS: dict[str, Callable[..., Path]] = {
+    BIOMEDCLIP: write_biomedclip,
+    BIOMEDBERT: write_biomedbert,
+    TINYLLAMA: write_tinyllama,
+    OPENAI_CLIP: write_openai_clip,
+}
+
+# A snapshot is named by its commit; the hub accepts any 40 hex digits.
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def fill_hub_cache(
+    cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any
+) -> dict[str, Path]:
+    """Write stand-ins into `cache_dir` in the layout of `HF_HUB_CACHE`, so that user code runs unchanged.
+
+    Use it with the environment variables `HF_HUB_CACHE=<cache_dir>` and `HF_HUB_OFFLINE=1`, set before
+    huggingface_hub is imported.
+
+    Args:
+        repo_ids: keys of `STAND_INS`.
+        **options: passed to the writer; only with a single repo id.
+
+    Returns:
+        The snapshot folder of each repo id.
+    """
+    repo_ids = list(repo_ids)
+    if options and len(repo_ids) != 1:
+        raise ValueError(
+            f"Options {sorted(options)} go to one writer, but {len(repo_ids)} repo ids were given."
+        )
+    return {repo_id: _write_snapshot(cache_dir, repo_id, **options) for repo_id in repo_ids}
+
+
+@contextmanager
+def blocked_network() -> Iterator[None]:
+    """Make every attempt to open a socket, or to look a host up, a `RuntimeError` while the context lasts."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(f"The network was used where none is needed: {args[1:] or args}")
+
+    with (
+        mock.patch.object(socket.socket, "connect", refuse),
+        mock.patch.object(socket.socket, "connect_ex", refuse),
+        mock.patch.object(socket, "getaddrinfo", refuse),
+    ):
+        yield
+
+
+def _write_snapshot(cache_dir: Path, repo_id: str, **options: Any) -> Path:
+    repo = cache_dir / f"models--{repo_id.replace('/', '--')}"
+    snapshot = STAND_INS[repo_id](repo / "snapshots" / REVISION, **options)
+    (repo / "refs").mkdir(exist_ok=True)
+    (repo / "refs" / "main").write_text(REVISION)
+    return snapshot

@@ -1,0 +1,105 @@
+"""Stand-in language models: the files, tokenizer and chat template of TinyLlama, small random weights."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+# TinyLlama's format: a role line, the text, </s>; the role tags are ordinary text, not special tokens.
+TINYLLAMA_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+_CORPUS = (
+    "What modality is this? Is this a CT image? Which organ is shown? Is there a fracture? yes no",
+    "The radiograph shows the lungs, the heart, the liver, the spine. Stained tissue under the microscope.",
+    "<|system|> <|user|> <|assistant|> Answer the question. Describe the image in detail.",
+)
+
+
+def write_tinyllama(
+    folder: Path,
+    *,
+    hidden_size: int = 64,
+    intermediate_size: int = 176,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 4,
+    num_key_value_heads: int = 2,
+    vocab_size: int = 32000,
+    corpus: Iterable[str] = _CORPUS,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Path:
+    """Write a Llama repo laid out like `TinyLlama/TinyLlama-1.1B-Chat-v1.0`, by default tiny.
+
+    The tokenizer's merges are learned from `corpus`; entries that a small corpus cannot fill are
+    placeholders, so that the vocabulary has exactly `vocab_size` rows. `tokenizer.model` is left out:
+    transformers reads `tokenizer.json`.
+
+    Returns:
+        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_tokenizer(folder, corpus, vocab_size)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=2048,
+        rms_norm_eps=1e-5,
+        dtype=dtype,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    model.generation_config = GenerationConfig(
+        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path, corpus: Iterable[str], vocab_size: int) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import LlamaTokenizer
+
+    specials = ["<unk>", "<s>", "</s>"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    printable = [chr(code) for code in range(33, 127)]
+    learner = Tokenizer(models.BPE())
+    # Merges are learned inside words; the tokenizer itself keeps spaces as "▁", like Llama's.
+    learner.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁")
+    trainer = trainers.BpeTrainer(
+        vocab_size=max(vocab_size - len(specials) - len(byte_tokens), 0),
+        initial_alphabet=[*printable, "▁", "\n"],
+        show_progress=False,
+    )
+    learner.train_from_iterator(corpus, trainer)
+
+    learned = json.loads(learner.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    vocabulary = [*specials, *byte_tokens, *(piece for piece in pieces if piece not in specials)]
+    if len(vocabulary) > vocab_size:
+        raise ValueError(
+            f"vocab_size is {vocab_size}, but the smallest tokenizer for this corpus has {len(vocabulary)}."
+        )
+    vocabulary += [f"<placeholder_{index}>" for index in range(vocab_size - len(vocabulary))]
+
+    tokenizer = LlamaTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[tuple(merge) for merge in learned["merges"]],
+        legacy=False,
+        pad_token="</s>",
+        padding_side="right",
+        model_max_length=2048,
+    )
+    tokenizer.chat_template = TINYLLAMA_CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,56 @@
+"""Stand-ins under the real repo ids, shared by all tests. Nothing here, or in a test, reaches a hub."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+# huggingface_hub reads its environment once, when it is first imported; xdist's workers inherit it from here.
+_IS_OWNER = "MOELLAVA_TEST_HUB" not in os.environ
+HUB = Path(os.environ.setdefault("MOELLAVA_TEST_HUB", tempfile.mkdtemp(prefix="moellava-hub-")))
+os.environ["HF_HUB_CACHE"] = str(HUB)
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest  # noqa: E402
+
+from moellava.testing import STAND_INS, blocked_network, fill_hub_cache, write_biomedclip  # noqa: E402
+
+
+def _once(name: str, write) -> None:
+    from filelock import FileLock
+
+    done = HUB / f".{name}.done"
+    with FileLock(HUB / f".{name}.lock"):
+        if not done.exists():
+            write()
+            done.touch()
+
+
+def pytest_unconfigure() -> None:
+    if _IS_OWNER:
+        shutil.rmtree(HUB, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def hub_cache() -> dict[str, Path]:
+    """A Hugging Face cache with every stand-in; the snapshot folder of each repo id."""
+    from moellava.testing import REVISION
+
+    _once("stand-ins", lambda: fill_hub_cache(HUB))
+    return {id: HUB / f"models--{id.replace('/', '--')}" / "snapshots" / REVISION for id in STAND_INS}
+
+
+@pytest.fixture(scope="session")
+def small_biomedclip() -> Path:
+    """A BiomedCLIP repo as a local folder: real keys and 196 patches, width 192 instead of 768."""
+    folder = HUB / "local" / "biomedclip_small"
+    _once("small-biomedclip", lambda: write_biomedclip(folder, vision="vit_tiny_patch16_224"))
+    return folder
+
+
+@pytest.fixture
+def no_network() -> Iterator[None]:
+    """Any socket connection or host look-up during the test is an error."""
+    with blocked_network():
+        yield
