@@ -97,6 +97,7 @@ def _write_tokenizer(folder: Path, corpus: Iterable[str], vocab_size: int) -> No
         vocab={token: index for index, token in enumerate(vocabulary)},
         merges=[tuple(merge) for merge in learned["merges"]],
         legacy=False,
+        add_bos_token=True,
         pad_token="</s>",
         padding_side="right",
         model_max_length=2048,
