@@ -103,11 +103,7 @@ class CheckpointReader:
         ]
         problems = [
             f"{len(found)} {kind} tensors: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-            for kind, found in (
-                ("missing", missing),
-                ("unexpected", unexpected),
-                ("wrongly shaped", misshapen),
-            )
+            for kind, found in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
             if found
         ]
         if problems:

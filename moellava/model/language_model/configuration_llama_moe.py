@@ -18,7 +18,9 @@ LAYER_CHOICES: dict[str, Callable[[int], range]] = {
     "second_half": lambda num_layers: range(num_layers // 2, num_layers),
 }
 
-_ATTENTION_PLAN = {key: style for key, style in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in key}
+_ATTENTION_PLAN = {
+    key: style for key, style in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in key
+}
 
 
 # No `from __future__ import annotations` here: @strict checks types only where they are real objects.
@@ -47,7 +49,7 @@ class LlamaMoeConfig(LlamaConfig):
     """
 
     model_type = "llama_moe"
-    base_model_tp_plan = {
+    base_model_tp_plan = {  # noqa: RUF012 - transformers reads these as class attributes
         **LlamaConfig.base_model_tp_plan,
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
@@ -56,7 +58,7 @@ class LlamaMoeConfig(LlamaConfig):
         "layers.*.mlp.meta_expert.up_proj": "colwise",
         "layers.*.mlp.meta_expert.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan = {  # noqa: RUF012
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",

@@ -13,18 +13,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moellava.model.language_model.checkpoint import (
-    CheckpointReader,
-    causal_lm_shapes,
-    is_harmless,
-    is_mixture,
-)
+from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, require_exact
 from moellava.model.language_model.router_weights import RouterSource, read_router
