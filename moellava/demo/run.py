@@ -1,9 +1,10 @@
 """The demo from end to end: parts, joining, training, saving, reloading, questions about held-out images."""
 
-import logging
+import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,6 @@ from moellava.demo.images import load_sources
 from moellava.demo.questions import Example, corpus, make_examples
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
-
-logger = logging.getLogger(__name__)
 
 NUM_TRAIN_CROPS = 192  # per modality
 NUM_HELD_OUT_CROPS = 12  # per modality
@@ -137,17 +136,25 @@ def _train(
         seed=seed,
     )
     loaded.model.train()
-    rows: Any = [_as_row(example) for example in examples]
+    rows: Any = _as_rows(examples, seed)
     trainer = Trainer(loaded.model, arguments, train_dataset=rows, data_collator=ChatCollator(loaded.processor))
     trainer.train()
     loaded.model.eval()
 
 
-def _as_row(example: Example) -> dict[str, Any]:
-    question = [{"type": "image", "image": example.image}, {"type": "text", "text": example.question}]
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": example.answer},
-        ]
-    }
+def _as_rows(examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
+    """One conversation per image, its questions as turns in random order: more answers for one encoded image."""
+    rng = random.Random(seed)
+    rows = []
+    for _, group in groupby(examples, key=lambda example: id(example.image)):
+        turns = list(group)
+        rng.shuffle(turns)
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            image = [{"type": "image", "image": turn.image}] if not messages else []
+            messages += [
+                {"role": "user", "content": [*image, {"type": "text", "text": turn.question}]},
+                {"role": "assistant", "content": turn.answer},
+            ]
+        rows.append({"messages": messages})
+    return rows
