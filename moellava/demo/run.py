@@ -3,7 +3,7 @@
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from moellava.testing import write_biomedclip, write_tinyllama
 
 NUM_TRAIN_CROPS = 192  # per modality
 NUM_HELD_OUT_CROPS = 12  # per modality
-BATCH_SIZE = 16
+BATCH_SIZE = 8  # images; each brings three questions
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,9 @@ class DemoResult:
     majority_accuracy: float  # always the answer that its question had most often in training
 
 
-def run_demo(folder: Path, *, num_steps: int, seed: int, show_progress: bool = True) -> DemoResult:
+def run_demo(
+    folder: Path, *, num_steps: int, seed: int, show_progress: bool = True, shuffle_images: bool = False
+) -> DemoResult:
     """Train a toy on real images and answer questions about crops that it has not seen.
 
     Args:
@@ -41,10 +43,14 @@ def run_demo(folder: Path, *, num_steps: int, seed: int, show_progress: bool = T
         num_steps: optimizer steps, each on 16 questions.
         seed: of weights, crops, questions and data order.
         show_progress: a progress bar while training.
+        shuffle_images: train on questions whose images were exchanged at random. A model that still beats the
+            baselines then does not do so by looking.
     """
     sources = load_sources()
     train = make_examples(sources, "train", NUM_TRAIN_CROPS, seed)
     held_out = make_examples(sources, "held_out", NUM_HELD_OUT_CROPS, seed + 1)
+    if shuffle_images:
+        train = exchange_images(train, seed)
     loaded = build_toy(folder / "parts", seed)
     _train(loaded, train, folder / "training", num_steps, seed, show_progress)
 
@@ -81,6 +87,14 @@ def build_toy(parts: Path, seed: int) -> LoadedModel:
         dtype="float32",
         seed=seed,
     )
+
+
+def exchange_images(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same questions and answers, each image's in the company of another image drawn at random."""
+    images = list({id(example.image): example.image for example in examples}.values())
+    shuffled = random.Random(seed).sample(images, len(images))
+    other = {id(image): partner for image, partner in zip(images, shuffled, strict=True)}
+    return [replace(example, image=other[id(example.image)]) for example in examples]
 
 
 def share_correct(examples: Sequence[Example], answers: Sequence[str]) -> float:

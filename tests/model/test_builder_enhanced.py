@@ -158,7 +158,7 @@ def test_a_batch_equals_its_prompts_one_by_one(loaded, images):
             logits = loaded.model(**single).logits[0]
         torch.testing.assert_close(batch_logits[row, -len(logits) :], logits, rtol=0, atol=1e-4)
     together = loaded.answer(images[:2], questions, max_new_tokens=10)
-    assert together == [loaded.answer(i, q, max_new_tokens=10) [0] for i, q in zip(images, questions, strict=False)]
+    assert together == [loaded.answer(i, q, max_new_tokens=10)[0] for i, q in zip(images, questions, strict=False)]
 
 
 def test_the_auto_classes_open_a_saved_model(loaded, tmp_path, images):
