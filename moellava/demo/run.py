@@ -40,7 +40,7 @@ def run_demo(
 
     Args:
         folder: receives `parts/` (untrained encoder and language model), `checkpoint/` and training files.
-        num_steps: optimizer steps, each on 16 questions.
+        num_steps: optimizer steps, each on 8 images with three questions.
         seed: of weights, crops, questions and data order.
         show_progress: a progress bar while training.
         shuffle_images: train on questions whose images were exchanged at random. A model that still beats the

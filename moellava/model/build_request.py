@@ -87,7 +87,8 @@ def _merge(settings: dict[str, Any], given: Mapping[str, Any], place: str) -> No
         earlier = settings.setdefault(key, (value, place))
         if earlier[0] != value:
             raise ValueError(
-                f"{key} is {earlier[0]!r} in {earlier[1]} and {value!r} in {place} (as {name!r}). Say it once, or alike."
+                f"{key} is {earlier[0]!r} in {earlier[1]} and {value!r} in {place} (as {name!r}). "
+                "Say it once, or alike."
             )
 
 

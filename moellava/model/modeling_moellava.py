@@ -116,7 +116,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         if input_ids is not None:
             if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
                 raise ValueError(
-                    f"input_ids hold {int(input_ids.min())}, the image placeholder of LLaVA's own scripts. Here an image is "
+                    f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. Here an image is "
                     f"{self.config.num_image_tokens} tokens of id {self.config.image_token_id}: let MoeLlavaProcessor "
                     "write them, processor(text=..., images=...)."
                 )

@@ -46,5 +46,5 @@ def test_an_unreadable_image_is_named(loaded, tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
         loaded.answer(path, "What is this?")
-    with pytest.raises(FileNotFoundError, match="missing.png does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.png does not exist"):
         loaded.answer(tmp_path / "missing.png", "What is this?")
