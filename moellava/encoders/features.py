@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moellava.encoders.images import as_image_list
+from moellava.encoders.images import as_image_list, map_in_threads, to_eight_bit, to_pil
 
 if TYPE_CHECKING:
     from moellava.encoders.base import VisionEncoder
@@ -37,7 +37,9 @@ def encode_batches(
         batches = tqdm(batches, unit="batch")
 
     def pixels(batch: Sequence[Any]) -> Tensor:
-        return encoder.image_processor(list(batch), return_tensors="pt")["pixel_values"]
+        # transformers' own processors clamp 16-bit images and know no paths: all images are made 8-bit PIL first.
+        images = map_in_threads(lambda image: to_eight_bit(to_pil(image)), batch)
+        return encoder.image_processor(images, return_tensors="pt")["pixel_values"]
 
     with ThreadPoolExecutor(1) as worker:
         upcoming = None
