@@ -145,7 +145,7 @@ class TransformersVisionEncoder(VisionEncoder):
         if (height, width) != self._trained_hw:
             size, crop = settings.get("size") or {}, settings.get("crop_size")
             if "shortest_edge" in size:
-                # Some towers resize to a little more than they crop (DINOv2: 256 to 224): keep the proportion.
+                # Some towers resize to a little more than they crop (DINOv2: 256, 224): keep the proportion.
                 margin = size["shortest_edge"] / min(crop.values()) if crop else 1
                 settings["size"] = {"shortest_edge": round(max(height, width) * margin)}
             else:
@@ -202,7 +202,8 @@ class TransformersVisionEncoder(VisionEncoder):
             )
         processor = AutoImageProcessor.from_pretrained(name, **hub)
         config_file = find_file(source, "config.json", download=True)
-        config = cls.config_class(
+        config_class: Any = cls.config_class
+        config = config_class(
             tower_config=plain_config(tower.config),
             processor_config=plain_config(processor),
             tower=source.name,

@@ -6,6 +6,7 @@
 
 import inspect
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,8 @@ from moellava.encoders.base import (
     check_divisible,
     check_overrides,
 )
-from moellava.encoders.images import BiomedClipImageProcessorPil
+from moellava.encoders.features import pixel_batches
+from moellava.encoders.images import BiomedClipImageProcessorPil, as_image_list
 from moellava.encoders.sources import (
     HUB_OPTIONS,
     Source,
@@ -36,6 +38,8 @@ from moellava.encoders.sources import (
     read_open_clip_config,
     resolve,
 )
+from moellava.encoders.text import ClipText, load_tokenizer, text_settings
+from moellava.encoders.text import load_text as read_text
 from moellava.encoders.weights import assign_weights
 
 logger = logging.getLogger(__name__)
@@ -66,6 +70,9 @@ class BiomedClipVisionConfig(VisionEncoderConfig):
     embed_dim: int = 512
     quick_gelu: bool = False
     preprocess_cfg: dict[str, Any] | None = None
+    text_cfg: dict[str, Any] | None = None  # None: no text tower
+    text_model_config: dict[str, Any] | None = None  # of a Hugging Face text model
+    has_logit_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_cfg is None:
@@ -96,6 +103,8 @@ class BiomedClipEncoder(VisionEncoder):
     def __init__(self, config: BiomedClipVisionConfig):
         super().__init__(config)
         self.visual = build_visual(config)
+        self.text = ClipText(config) if config.text_cfg else None
+        self._tokenizer: Any = None
         self.post_init()
 
     @property
@@ -163,6 +172,9 @@ class BiomedClipEncoder(VisionEncoder):
         init_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
         if init_buffers is not None:
             init_buffers()
+        build_mask: Any = getattr(module, "build_causal_mask", None)  # of open_clip's text tower
+        if build_mask is not None and getattr(module, "attn_mask", None) is not None:
+            module.attn_mask = build_mask().to(self.device)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.visual.set_grad_checkpointing(enable)  # timm's and open_clip's blocks have their own switch
@@ -175,6 +187,61 @@ class BiomedClipEncoder(VisionEncoder):
             self.visual.set_input_size(self.config.image_hw)
         else:
             interpolate_positions(self.visual, self.config)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors (B, P) of texts in the space of `pooled`; needs `load_text=True`."""
+        text = self._text_side
+        if isinstance(texts, str):
+            texts = [texts]
+        with torch.inference_mode():
+            return text(self.tokenizer(list(texts)).to(self.device))
+
+    def zero_shot(
+        self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}"
+    ) -> Tensor:
+        """Probabilities (B, L) of each label for each image, equal to open_clip's; needs `load_text=True`.
+
+        Args:
+            images: see `encode`.
+            template: the sentence around a label, with one `{}`.
+        """
+        if isinstance(labels, str) or not labels:
+            raise ValueError(f"labels is {labels!r}; give a list of at least one label.")
+        if "{}" not in template:
+            raise ValueError(f"template is {template!r}; it needs a {{}} where the label goes.")
+        text = self._text_side
+        text_vectors = self.encode_text([template.format(label) for label in labels])
+        with torch.inference_mode():
+            vectors = [
+                self.visual_vectors(pixels)
+                for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
+            ]
+            return text.probabilities(torch.cat(vectors), text_vectors)
+
+    def visual_vectors(self, pixel_values: Tensor) -> Tensor:
+        """Unit vectors (B, P) of images in the space of `encode_text`."""
+        pooled = self.run_trunk(pixel_values, [], norm=False, pooled=True).pooled
+        assert pooled is not None
+        return nn.functional.normalize(pooled, dim=-1)
+
+    @property
+    def tokenizer(self) -> Any:
+        """open_clip's tokenizer of the text tower."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.config, parse_source(self.config._name_or_path))
+        return self._tokenizer
+
+    @property
+    def _text_side(self) -> ClipText:
+        if self.text is None:
+            raise ValueError(f"{self._label} was loaded without its text tower: load it with load_text=True.")
+        return self.text
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Write config, weights, image processor and, with a text tower, its tokenizer into a folder."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.text is not None and hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -199,11 +266,12 @@ class BiomedClipEncoder(VisionEncoder):
         source: Source,
         *,
         image_size: int | Sequence[int] | None = None,
+        load_text: bool = False,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         **overrides: Any,
     ) -> "BiomedClipEncoder":
-        """Load the image tower of an open_clip checkpoint; the text tower is neither built nor read.
+        """Load an open_clip checkpoint; without `load_text` the text tower is neither built nor read.
 
         Weights stay mapped to their file until they are used.
         """
@@ -219,15 +287,19 @@ class BiomedClipEncoder(VisionEncoder):
             preprocess_cfg=open_clip_config.get("preprocess_cfg"),
             tower=source.name,
             revision=files.source.revision,
+            **(text_settings(model_cfg, files.source, weights_file) if load_text else {}),
             **overrides,
         )
         with torch.device("meta"):
             encoder = cls(config)
         weights = read_tower(weights_file, "visual.")
         assign_weights(encoder.visual, weights, where=str(weights_file))
-        if not fill_computed_buffers(encoder):
-            encoder = cls(config)  # slower: every weight is initialised first
+        if not fill_computed_buffers(encoder.visual):
+            encoder.visual = build_visual(config)  # slower: every weight is initialised first
             assign_weights(encoder.visual, weights, where=str(weights_file))
+        if load_text:
+            encoder.text = read_text(config, weights_file)
+            encoder._tokenizer = load_tokenizer(config, files.source)
         encoder = _to(encoder, device, dtype).eval()
         if image_size is not None:
             encoder.set_image_size(image_size)
