@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -51,9 +50,9 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
 
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
-    _no_split_modules = ["LlamaMoeDecoderLayer"]  # noqa: RUF012 - transformers reads class attributes
-    _keep_in_fp32_modules_strict = {"mlp.gate.weight", "mlp.gate.bias"}  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
+    _no_split_modules = ["LlamaMoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = {"mlp.gate.weight", "mlp.gate.bias"}
+    _can_record_outputs = {
         "router_logits": OutputRecorder(LlamaMoeRouter, index=0),
         "hidden_states": LlamaDecoderLayer,
         "attentions": LlamaAttention,

@@ -51,13 +51,9 @@ class LlamaMoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.frozen = config.router_frozen
-        self.weight = nn.Parameter(
-            torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen
-        )
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen)
         self.bias = (
-            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen)
-            if config.router_bias
-            else None
+            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen) if config.router_bias else None
         )
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,9 +110,7 @@ class LlamaMoeExperts(nn.Module):
         return output
 
 
-def expert_load(
-    router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None
-) -> Tensor:
+def expert_load(router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """F, the share of one layer's assignments that each expert received: (E,) float32, sums to 1.
 
     Args: as `load_balancing_loss`, for one layer.

@@ -12,14 +12,13 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import fields
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, require_exact
@@ -47,9 +46,7 @@ def moe_config_from_dense(dense_config: LlamaConfig, **moe_options: Any) -> Llam
     require_llama(dense_config.model_type, "The config")
     for name in moe_options:
         if name not in MOE_OPTIONS:
-            near = get_close_matches(name, MOE_OPTIONS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown mixture option {name!r}.{hint} Known: {', '.join(MOE_OPTIONS)}.")
+            raise unknown_name("mixture option", name, MOE_OPTIONS)
     dense = dense_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
