@@ -22,6 +22,7 @@ class BuildRequest:
 
     model_name_or_path: str | None = None
     mm_vision_tower: str | None = None
+    mm_vision_tower_revision: str | None = None
     mm_hidden_size: int | None = None  # checked against the tower when given
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str = "mlp2x_gelu"

@@ -7,8 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AddedToken, AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers import PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from moellava.encoders import VisionEncoder, create_encoder
 from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_build_request
@@ -41,7 +47,7 @@ def load_pretrained_model(
     custom_vision_config: Any = None,
     moe_config: Mapping[str, Any] | bool = True,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -59,8 +65,10 @@ def load_pretrained_model(
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
             fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...), False keeps it dense.
         device: where the model goes; None leaves it on the CPU.
-        dtype: of all weights but the routers; None takes the language model's own, as stored.
-        revision: commit, tag or branch of a saved model on the hub; for parts, of the language model.
+        dtype: of all weights but the routers, such as `torch.bfloat16` or "bfloat16"; None takes the language
+            model's own, as stored.
+        revision: commit, tag or branch on the hub of a saved model, or of the language model; the tower's is the
+            key `mm_vision_tower_revision`.
         cache_dir, local_files_only: as in transformers.
         seed: of the weights that no file holds: the projector and the routers.
 
@@ -73,6 +81,7 @@ def load_pretrained_model(
         OSError: parts that cannot be found or read.
     """
     hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    dtype = _as_dtype(dtype)
     if isinstance(model, str | Path):
         if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
             raise ValueError(
@@ -158,7 +167,12 @@ def load_model_config(model_name_or_path: str | Path, **hub: Any) -> PreTrainedC
 
 
 def _build(
-    request: BuildRequest, *, moe_config: Mapping[str, Any] | bool, dtype: torch.dtype | None, seed: int, **hub: Any
+    request: BuildRequest,
+    *,
+    moe_config: Mapping[str, Any] | bool,
+    dtype: torch.dtype | None,
+    seed: int,
+    **hub: Any,
 ) -> LoadedModel:
     dense_config = load_model_config(request.model_name_or_path, **hub)
     if isinstance(dense_config, MoeLlavaConfig):
@@ -167,13 +181,12 @@ def _build(
             f"Open it with load_pretrained_model({request.model_name_or_path!r})."
         )
     dtype = dtype or dense_config.dtype or torch.float32
-    # The language model's revision is not the tower's: a tower is pinned as `id@revision` in its own name.
-    encoder = _load_encoder(request, cache_dir=hub["cache_dir"], local_files_only=hub["local_files_only"])
+    encoder = _load_encoder(request, **(hub | {"revision": request.mm_vision_tower_revision}))
     tokenizer = load_tokenizer(request.model_name_or_path, **hub)
 
     if moe_config is False:
         text_config = dense_config
-        state_dict = dense_state_dict(request.model_name_or_path, text_config, dtype=dtype, **hub)
+        state_dict = dense_state_dict(request.model_name_or_path, dtype=dtype, **hub)
     else:
         text_config = moe_config_from_dense(dense_config, **({} if moe_config is True else moe_config))
         state_dict = upcycled_state_dict(request.model_name_or_path, text_config, dtype=dtype, seed=seed, **hub)
@@ -198,6 +211,15 @@ def _build(
         chat_template=multimodal_chat_template(tokenizer),
     )
     return LoadedModel(model, processor)
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
+    if found in (None, "auto") and dtype in (None, "auto"):
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their names.")
+    return found
 
 
 def _load_encoder(request: BuildRequest, **options: Any) -> VisionEncoder:
@@ -288,14 +310,22 @@ def _load_generation_config(name: str, tokenizer: PreTrainedTokenizerBase, **hub
 def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:
     vision, text = model.config.vision_config, model.config.text_config
     logger.info(
-        "tower %s@%s: %d patch tokens of width %d", vision.tower, vision.revision, vision.num_patches, vision.hidden_size
+        "tower %s@%s: %d patch tokens of width %d",
+        vision.tower,
+        vision.revision,
+        vision.num_patches,
+        vision.hidden_size,
     )
     logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
     layers = getattr(text, "moe_layer_indices", [])
     if layers:
         logger.info(
             "language model %s: %d of %d layers are mixtures of %d experts, top-%d",
-            text.model_type, len(layers), text.num_hidden_layers, text.num_experts, text.num_experts_per_tok,
+            text.model_type,
+            len(layers),
+            text.num_hidden_layers,
+            text.num_experts,
+            text.num_experts_per_tok,
         )
     else:
         logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)

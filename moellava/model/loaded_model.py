@@ -59,7 +59,12 @@ class LoadedModel(_Parts):
         questions = [questions] if isinstance(questions, str) else list(questions)
         per_prompt = [_as_list(item) for item in _pair_images(images, len(questions), single)]
         conversations = [
-            [{"role": "user", "content": [*({"type": "image"} for _ in own), {"type": "text", "text": question}]}]
+            [
+                {
+                    "role": "user",
+                    "content": [*({"type": "image"} for _ in own), {"type": "text", "text": question}],
+                }
+            ]
             for own, question in zip(per_prompt, questions, strict=True)
         ]
         prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
@@ -68,7 +73,8 @@ class LoadedModel(_Parts):
             text=prompts, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"
         ).to(self.model.device)
 
-        generation = {"max_new_tokens": 64, "do_sample": False, **generation}
+        # A stored max_length (TinyLlama's is 2048) would be a second limit beside max_new_tokens.
+        generation = {"max_new_tokens": 64, "do_sample": False, "max_length": None, **generation}
         num_prompt_tokens = inputs["input_ids"].shape[1]
         if num_prompt_tokens + generation["max_new_tokens"] > self.context_len:
             raise ValueError(

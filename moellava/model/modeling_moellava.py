@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -18,7 +18,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import load_balancing_loss
+from moellava.model.language_model import load_balancing_loss, router_penalty
 from moellava.model.projector import build_projector
 
 
@@ -171,7 +171,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
             labels: (B, T); -100 where no loss is wanted.
             output_router_logits: also return `router_logits` and `aux_loss`; default: what the text config
-                says. With `labels`, `router_aux_loss_coef * aux_loss` is added to the loss.
+                says. In training with `labels`, the router's losses are part of `loss` either way.
 
         Returns:
             `logits` (B, T, V), `loss`, `aux_loss`, `router_logits` (one (B*T, E) per sparse layer), `cache`, ...
@@ -182,6 +182,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         text_config = self.config.text_config
         if output_router_logits is None:
             output_router_logits = getattr(text_config, "output_router_logits", False)
+        is_penalised = self.training and labels is not None and has_router_penalty(text_config)
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -190,21 +191,28 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_router_logits=output_router_logits,
+            output_router_logits=output_router_logits or is_penalised,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
-        loss = None
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        loss = aux_loss = None
+        if outputs.router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, padding_mask
+            )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        aux_loss = None
-        if output_router_logits and outputs.router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, attention_mask
+        if is_penalised:
+            penalty = router_penalty(
+                text_config,
+                outputs.router_logits,
+                padding_mask,
+                labels=labels,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
             )
-            if loss is not None:
-                loss = loss + text_config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + penalty.to(loss.device)
         return MultimodalMoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -212,9 +220,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
+            router_logits=outputs.router_logits if output_router_logits else None,
             image_outputs=outputs.image_outputs,
         )
+
+
+def has_router_penalty(text_config: PreTrainedConfig) -> bool:
+    """Whether training this language model adds a router loss; dense ones have no routers."""
+    coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
+    return hasattr(text_config, "num_experts") and any(getattr(text_config, name, 0) for name in coefficients)
 
 
 def place_image_embeds(inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor) -> Tensor:

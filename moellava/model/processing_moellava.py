@@ -41,5 +41,6 @@ class MoeLlavaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         return MultiModalData(
-            num_image_tokens=[self.num_image_tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
+            num_image_tokens=[self.num_image_tokens] * len(image_sizes),
+            num_image_patches=[1] * len(image_sizes),
         )

@@ -60,9 +60,7 @@ def write_tinyllama(
         dtype=dtype,
     )
     model = LlamaForCausalLM(config).to(dtype)
-    model.generation_config = GenerationConfig(
-        bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048
-    )
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
     model.save_pretrained(folder)
     return folder
 

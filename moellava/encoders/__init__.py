@@ -1,0 +1,43 @@
+"""Image encoders: pixels in, patch tokens out. Neither open_clip nor timm is imported until a tower is built.
+
+create_encoder, detect_encoder_type, register_encoder       a name in, a ready encoder out
+VisionEncoder, VisionEncoderConfig, VisionEncoderOutput     the contract
+BiomedClipEncoder                                           any open_clip checkpoint
+synthesize_patch_tokens                                     the fallback for towers that only pool
+parse_source, resolve                                       where a tower comes from
+"""
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from moellava.encoders.base import (
+    VisionEncoder,
+    VisionEncoderConfig,
+    VisionEncoderOutput,
+    synthesize_patch_tokens,
+)
+from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConfig
+from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
+from moellava.encoders.images import BiomedClipImageProcessorPil
+from moellava.encoders.sources import parse_source, resolve
+
+for _config_class, _encoder_class in ((BiomedClipVisionConfig, BiomedClipEncoder),):
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModel.register(_config_class, _encoder_class, exist_ok=True)
+AutoImageProcessor.register(
+    BiomedClipVisionConfig, image_processor_classes={"pil": BiomedClipImageProcessorPil}, exist_ok=True
+)
+
+__all__ = [
+    "BiomedClipEncoder",
+    "BiomedClipImageProcessorPil",
+    "BiomedClipVisionConfig",
+    "VisionEncoder",
+    "VisionEncoderConfig",
+    "VisionEncoderOutput",
+    "create_encoder",
+    "detect_encoder_type",
+    "parse_source",
+    "register_encoder",
+    "resolve",
+    "synthesize_patch_tokens",
+]

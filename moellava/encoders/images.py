@@ -1,0 +1,280 @@
+"""Images of any kind in, normalised pixels out, equal to open_clip's own transform.
+
+`to_pil` (arrays, tensors and files to a PIL image), `to_eight_bit` (16-bit and palette images, deliberately),
+`BiomedClipImageProcessorPil` (a Hugging Face image processor: resize, crop, rescale, normalise).
+"""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import TensorType
+
+RESIZE_MODES = ("shortest", "longest", "squash")
+INTERPOLATIONS = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
+
+# Modes that open_clip's transform resizes as they are; everything else is brought to 8 bits first.
+_RESIZED_AS_THEY_ARE = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class BiomedClipImageProcessorKwargs(ImagesKwargs, total=False):
+    """open_clip's two settings that transformers has no word for.
+
+    resize_mode: "shortest" (shorter side to size, then crop), "longest" (longer side, then pad), "squash".
+    fill_color: grey level 0..255 of the padding.
+    """
+
+    resize_mode: str
+    fill_color: int
+
+
+class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
+    """open_clip's inference transform as a Hugging Face image processor, bit-equal for 8-bit images.
+
+    Images of a batch are resized in parallel threads (Pillow releases the lock), one per core.
+    """
+
+    # transformers' CLIP processor floors the crop's margin where torchvision rounds it, and open_clip resizes in
+    # the image's own mode before it converts to RGB: hence the whole path is ours, on PIL images.
+    valid_kwargs = BiomedClipImageProcessorKwargs
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    resize_mode = "shortest"
+    fill_color = 0
+
+    def __init__(self, **kwargs: Unpack[BiomedClipImageProcessorKwargs]):
+        super().__init__(**kwargs)
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"resize_mode is {self.resize_mode!r}; choose one of {', '.join(RESIZE_MODES)}.")
+
+    @classmethod
+    def from_open_clip(
+        cls, preprocess_cfg: dict[str, Any], image_size: int | Sequence[int]
+    ) -> "BiomedClipImageProcessorPil":
+        """The processor that open_clip's `preprocess_cfg` describes, for another image size where asked."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        interpolation = preprocess_cfg.get("interpolation") or "bicubic"
+        if interpolation == "random":  # open_clip's word for training; it evaluates with bicubic
+            interpolation = "bicubic"
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(
+                f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}."
+            )
+        resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
+        square_crop = height == width and resize_mode == "shortest"
+        return cls(
+            size={"shortest_edge": height} if square_crop else {"height": height, "width": width},
+            crop_size={"height": height, "width": width},
+            do_center_crop=resize_mode != "squash",
+            resize_mode=resize_mode,
+            # open_clip keeps its default interpolation where the target is not square.
+            resample=INTERPOLATIONS[
+                interpolation if height == width or resize_mode != "shortest" else "bicubic"
+            ],
+            fill_color=int(preprocess_cfg.get("fill_color") or 0),
+            image_mean=_triple(preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN),
+            image_std=_triple(preprocess_cfg.get("std") or OPENAI_CLIP_STD),
+        )
+
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[Image.Image]:
+        return [to_pil(image) for image in as_image_list(images)]
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: list[Image.Image],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling,
+        do_center_crop: bool,
+        crop_size: SizeDict,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: Sequence[float],
+        image_std: Sequence[float],
+        do_convert_rgb: bool,
+        resize_mode: str,
+        fill_color: int,
+        return_tensors: str | TensorType | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        if not do_convert_rgb:
+            raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
+
+        def resized(image: Image.Image) -> np.ndarray:
+            image = to_eight_bit(image)
+            if do_resize:
+                image = image.resize(_target_size(image.size, size, resize_mode), resample)
+            if do_center_crop:
+                image = center_crop(image, crop_size.height, crop_size.width, fill_color)
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3) uint8
+
+        arrays = map_in_threads(resized, images)
+        pixel_values: Any = [None] * len(arrays)
+        for shape in {array.shape for array in arrays}:  # one shape, unless cropping is off
+            indices = [i for i, array in enumerate(arrays) if array.shape == shape]
+            pixels = torch.from_numpy(np.stack([arrays[i] for i in indices])).permute(0, 3, 1, 2)
+            pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+            if do_rescale:
+                # ToTensor divides by 255; multiplying by 1/255 would differ in the last bit.
+                pixels = pixels.div_(255) if rescale_factor == 1 / 255 else pixels.mul_(rescale_factor)
+            if do_normalize:
+                mean, std = (
+                    torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (image_mean, image_std)
+                )
+                pixels = pixels.sub_(mean).div_(std)
+            if len(indices) == len(arrays) and return_tensors in ("pt", TensorType.PYTORCH):
+                return BatchFeature(data={"pixel_values": pixels})  # already stacked
+            for i, image_pixels in zip(indices, pixels.numpy(), strict=True):
+                pixel_values[i] = image_pixels
+        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def as_image_list(images: Any) -> list[Any]:
+    """One image, a batch (4-D array) or a (nested) sequence of images as a flat list."""
+    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        return list(images)
+    if isinstance(images, (list, tuple)):
+        return [image for item in images for image in as_image_list(item)]
+    return [images]
+
+
+def to_pil(image: Any) -> Image.Image:
+    """A PIL image of a PIL image, a path, or an array or tensor (H, W), (H, W, C) or (C, H, W).
+
+    Arrays are uint8, uint16 (scaled by 65535), bool, or float in 0..1.
+
+    Raises:
+        ValueError: an unreadable file, an empty image, or values out of range; a file is named.
+    """
+    if isinstance(image, Image.Image):
+        if 0 in image.size:
+            raise ValueError(f"The image is {image.width}x{image.height} pixels; expected at least 1x1.")
+        return image
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
+    if isinstance(image, np.ndarray):
+        return _array_to_pil(image)
+    raise TypeError(
+        f"Cannot read an image from a {type(image).__name__}; give a PIL image, a path, a numpy array or a tensor."
+    )
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Open and decode an image file; every failure names the file."""
+    path = Path(path).expanduser()
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.copy() if image.fp is not None else image
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"The image {path} does not exist.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def to_eight_bit(image: Image.Image) -> Image.Image:
+    """Bring palette, bilevel, 16-bit and float images to 8 bits; 8-bit images come back as they are.
+
+    16-bit grey is scaled by the range of its type (0..65535 to 0..255), never clamped and never stretched to the
+    image's own extremes, so the same grey value gives the same result in every image.
+    """
+    if image.mode in _RESIZED_AS_THEY_ARE:
+        return image
+    if image.mode == "1":
+        return image.convert("L")
+    if image.mode.startswith("I"):  # "I;16", its byte orders, and "I", as which some 16-bit files open
+        values = np.asarray(image, dtype=np.int64)
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high > 65535:
+            raise ValueError(
+                f"The {image.mode!r} image has values {low} to {high}; expected 16 bits, 0 to 65535. "
+                "Apply a window first, so that 8 bits hold what matters."
+            )
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if image.mode == "F":
+        return _array_to_pil(np.asarray(image))
+    return image.convert("RGB")  # "P", "PA" and the rest: colours, not indices, are what resizing may mix
+
+
+def center_crop(image: Image.Image, height: int, width: int, fill: int = 0) -> Image.Image:
+    """Crop the middle, or pad where the image is smaller; margins are rounded as torchvision does."""
+    if image.width < width or image.height < height:
+        canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), (fill,) * 3)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        canvas.paste(rgb, ((canvas.width - image.width) // 2, (canvas.height - image.height) // 2))
+        image = canvas
+    left, top = round((image.width - width) / 2.0), round((image.height - height) / 2.0)
+    return image.crop((left, top, left + width, top + height))
+
+
+def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """`[function(item) for item in items]` on as many threads as this process has cores."""
+    items = list(items)
+    num_threads = min(len(items), num_cores())
+    if num_threads < 2:
+        return [function(item) for item in items]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(function, items))
+
+
+def num_cores() -> int:
+    """Cores that this process may use, which in a container is fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _target_size(image_size: tuple[int, int], size: SizeDict, resize_mode: str) -> tuple[int, int]:
+    """(width, height) to resize to, with the arithmetic of torchvision and open_clip."""
+    width, height = image_size
+    if size.shortest_edge:
+        short, long = sorted(image_size)
+        new_long = int(size.shortest_edge * long / short)
+        return (size.shortest_edge, new_long) if width <= height else (new_long, size.shortest_edge)
+    if not size.height or not size.width:
+        raise ValueError(f"size is {dict(size)}; expected 'shortest_edge', or 'height' and 'width'.")
+    if resize_mode == "squash":
+        return size.width, size.height
+    ratios = height / size.height, width / size.width
+    ratio = max(ratios) if resize_mode == "longest" else min(ratios)
+    return round(width / ratio), round(height / ratio)
+
+
+def _array_to_pil(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = np.moveaxis(array, 0, -1)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+        raise ValueError(
+            f"An image array has shape {array.shape}; expected (H, W), or 1, 3 or 4 channels first or last."
+        )
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * 255
+    elif array.dtype == np.uint16:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    elif np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= 0 and high <= 1):  # also false for NaN
+            raise ValueError(f"A float image has values {low:g} to {high:g}; expected 0 to 1.")
+        array = np.rint(array * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"An image array has dtype {array.dtype}; expected uint8, uint16, or float in 0..1.")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _triple(values: float | Sequence[float]) -> list[float]:
+    return [float(values)] * 3 if isinstance(values, (int, float)) else [float(value) for value in values]
