@@ -4,7 +4,7 @@ Public names: `LlamaMoeConfig`, `LAYER_CHOICES`.
 """
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
@@ -46,7 +46,7 @@ class LlamaMoeConfig(LlamaConfig):
     """
 
     model_type = "llama_moe"
-    base_model_tp_plan = {
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
         **LlamaConfig.base_model_tp_plan,
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
@@ -55,7 +55,7 @@ class LlamaMoeConfig(LlamaConfig):
         "layers.*.mlp.meta_expert.up_proj": "colwise",
         "layers.*.mlp.meta_expert.down_proj": "rowwise",
     }
-    base_model_ep_plan = {
+    base_model_ep_plan: ClassVar[dict[str, str]] = {  # type: ignore[assignment]
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -101,6 +101,11 @@ class LlamaMoeConfig(LlamaConfig):
             raise ValueError("mlp_bias is True, but experts have no biases. Use a checkpoint with mlp_bias=False.")
 
     @property
+    def expert_width(self) -> int:
+        """I, the width of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
     def moe_layer_indices(self) -> list[int]:
         """The sparse layers, ascending; every other layer keeps the dense MLP."""
         return resolve_moe_layers(self.moe_layers, self.num_hidden_layers)
@@ -115,8 +120,8 @@ class LlamaMoeConfig(LlamaConfig):
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"This is a {found!r} config, but a {cls.model_type!r} one is needed: its checkpoint holds no experts in "
-                "our layout. Turn a dense Llama into a mixture with "
+                f"This is a {found!r} config, but a {cls.model_type!r} one is needed: its checkpoint holds no experts "
+                "in our layout. Turn a dense Llama into a mixture with "
                 "moellava.model.language_model.upcycle(source), and read a published mixture with "
                 "moellava.model.language_model.import_mixture(source)."
             )
