@@ -56,7 +56,11 @@ class CheckpointReader:
             "local_files_only": local_files_only,
             "token": token,
         }
-        self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, **self._hub)[0]
+        try:
+            self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, **self._hub)[0]
+        except OSError as error:  # transformers' text does not name what was asked for
+            at = f" at revision {revision}" if revision else ""
+            raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
         self.model_type: str = self.config_dict.get("model_type", "")
         self._file_of = self._find_weights()
         self._unpickled: dict[str, dict[str, Tensor]] = {}
