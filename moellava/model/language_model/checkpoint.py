@@ -56,7 +56,11 @@ class CheckpointReader:
             "local_files_only": local_files_only,
             "token": token,
         }
-        self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, **self._hub)[0]
+        try:
+            self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, **self._hub)[0]
+        except OSError as error:  # transformers' text does not name what was asked for
+            at = f" at revision {revision}" if revision else ""
+            raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
         self.model_type: str = self.config_dict.get("model_type", "")
         self._file_of = self._find_weights()
         self._unpickled: dict[str, dict[str, Tensor]] = {}
@@ -113,22 +117,28 @@ class CheckpointReader:
             )
 
     def _find_weights(self) -> dict[str, str]:
-        failures = []
         for filename in WEIGHT_FILES:
-            try:
-                path = cached_file(self.source, filename, **self._hub)
-            except OSError as error:
-                failures.append(error)
-                continue
-            return self._names_in(path)
+            path = self._find(filename)
+            if path is not None:
+                return self._names_in(path)
         raise OSError(
-            f"No weights in {self.source}: expected one of {', '.join(WEIGHT_FILES)}. First failure: {failures[0]}"
-        ) from failures[0]
+            f"No weights in {self.source}: expected one of {', '.join(WEIGHT_FILES)}. "
+            "Check the folder, or fill the cache while there is a network."
+        )
+
+    def _find(self, filename: str) -> str | None:
+        try:
+            return self._locate(filename)
+        except OSError:
+            return None
+
+    def _locate(self, filename: str) -> str:
+        return str(cached_file(self.source, filename, **self._hub))  # OSError where there is none
 
     def _names_in(self, path: str) -> dict[str, str]:
         if path.endswith(".index.json"):
             weight_map = json.loads(Path(path).read_text())["weight_map"]
-            shards = {shard: cached_file(self.source, shard, **self._hub) for shard in set(weight_map.values())}
+            shards = {shard: self._locate(shard) for shard in set(weight_map.values())}
             return {name: shards[shard] for name, shard in weight_map.items()}
         if path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:

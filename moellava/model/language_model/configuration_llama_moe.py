@@ -4,11 +4,12 @@ Public names: `LlamaMoeConfig`, `LAYER_CHOICES`.
 """
 
 from collections.abc import Callable, Collection
-from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+
+from moellava.messages import unknown_name
 
 # MoE-LLaVA's names (arXiv 2401.15947, `moe_mode`); the argument is the number of decoder layers.
 LAYER_CHOICES: dict[str, Callable[[int], range]] = {
@@ -16,10 +17,6 @@ LAYER_CHOICES: dict[str, Callable[[int], range]] = {
     "dense": lambda num_layers: range(num_layers),
     "first_half": lambda num_layers: range(num_layers // 2),
     "second_half": lambda num_layers: range(num_layers // 2, num_layers),
-}
-
-_ATTENTION_PLAN = {
-    key: style for key, style in LlamaConfig.base_model_tp_plan.items() if ".self_attn." in key
 }
 
 
@@ -49,7 +46,7 @@ class LlamaMoeConfig(LlamaConfig):
     """
 
     model_type = "llama_moe"
-    base_model_tp_plan = {  # noqa: RUF012 - transformers reads these as class attributes
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
         **LlamaConfig.base_model_tp_plan,
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",
@@ -58,7 +55,7 @@ class LlamaMoeConfig(LlamaConfig):
         "layers.*.mlp.meta_expert.up_proj": "colwise",
         "layers.*.mlp.meta_expert.down_proj": "rowwise",
     }
-    base_model_ep_plan = {  # noqa: RUF012
+    base_model_ep_plan: ClassVar[dict[str, str]] = {  # type: ignore[assignment]
         "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
         "layers.*.mlp.experts.down_proj": "grouped_gemm",
         "layers.*.mlp.experts": "ep_dispatch_experts",
@@ -104,6 +101,11 @@ class LlamaMoeConfig(LlamaConfig):
             raise ValueError("mlp_bias is True, but experts have no biases. Use a checkpoint with mlp_bias=False.")
 
     @property
+    def expert_width(self) -> int:
+        """I, the width of one expert."""
+        return self.moe_intermediate_size or self.intermediate_size
+
+    @property
     def moe_layer_indices(self) -> list[int]:
         """The sparse layers, ascending; every other layer keeps the dense MLP."""
         return resolve_moe_layers(self.moe_layers, self.num_hidden_layers)
@@ -118,8 +120,8 @@ class LlamaMoeConfig(LlamaConfig):
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
-                f"This is a {found!r} config, but a {cls.model_type!r} one is needed: its checkpoint holds no experts in "
-                "our layout. Turn a dense Llama into a mixture with "
+                f"This is a {found!r} config, but a {cls.model_type!r} one is needed: its checkpoint holds no experts "
+                "in our layout. Turn a dense Llama into a mixture with "
                 "moellava.model.language_model.upcycle(source), and read a published mixture with "
                 "moellava.model.language_model.import_mixture(source)."
             )
@@ -134,11 +136,7 @@ def resolve_moe_layers(moe_layers: str | Collection[int], num_layers: int) -> li
     """
     if isinstance(moe_layers, str):
         if moe_layers not in LAYER_CHOICES:
-            near = get_close_matches(moe_layers, LAYER_CHOICES, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"Unknown moe_layers {moe_layers!r}.{hint} Known: {', '.join(LAYER_CHOICES)}, or a list of layer indices."
-            )
+            raise unknown_name("moe_layers", moe_layers, (*LAYER_CHOICES, "a list of layer indices"))
         indices = list(LAYER_CHOICES[moe_layers](num_layers))
     else:
         indices = sorted(moe_layers)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
@@ -31,6 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.moe import (
+    DEFAULT_EXPERTS_IMPLEMENTATION,
     LlamaMoeExperts,
     LlamaMoeRouter,
     LlamaMoeSparseBlock,
@@ -43,7 +43,7 @@ class LlamaMoeDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.is_sparse(layer_idx):
-            self.mlp = LlamaMoeSparseBlock(config)  # same call, same return as LlamaMLP
+            self.mlp: nn.Module = LlamaMoeSparseBlock(config)  # type: ignore[assignment]  # called like LlamaMLP
 
 
 class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
@@ -51,9 +51,9 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
 
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
-    _no_split_modules = ["LlamaMoeDecoderLayer"]  # noqa: RUF012 - transformers reads class attributes
-    _keep_in_fp32_modules_strict = {"mlp.gate.weight", "mlp.gate.bias"}  # noqa: RUF012
-    _can_record_outputs = {  # noqa: RUF012
+    _no_split_modules = ["LlamaMoeDecoderLayer"]
+    _keep_in_fp32_modules_strict = {"mlp.gate.weight", "mlp.gate.bias"}
+    _can_record_outputs = {
         "router_logits": OutputRecorder(LlamaMoeRouter, index=0),
         "hidden_states": LlamaDecoderLayer,
         "attentions": LlamaAttention,
@@ -63,6 +63,9 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for the decorator's text in this module, but the experts live in moe.py
         return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS_IMPLEMENTATION)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -81,8 +84,13 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
         Raises:
             ValueError: naming the missing or misshapen weights; transformers would draw random ones.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        kwargs["ignore_mismatched_sizes"] = True  # our error names them, transformers' does not
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         require_complete(info)
+        for module in model.modules():
+            if isinstance(module, LlamaMoeRouter):  # loading has made new parameters, all trainable
+                module.requires_grad_(not module.frozen)
         return (model, info) if output_loading_info else model
 
 
@@ -160,14 +168,15 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        loss = aux_loss = None
+        loss: Tensor | None = None
+        aux_loss: Tensor | None = None
         if outputs.router_logits:
             aux_loss = load_balancing_loss(
                 outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, padding_mask
             )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if is_penalised:
+        if is_penalised and loss is not None:
             penalty = router_penalty(
                 self.config,
                 outputs.router_logits,

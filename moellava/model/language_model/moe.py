@@ -2,8 +2,9 @@
 
 B batch, T positions, H hidden width, I expert width, E experts, k experts per token, N = B*T tokens.
 
-Public names, in reading order: `LlamaMoeSparseBlock`, `LlamaMoeRouter`, `LlamaMoeExperts`, `expert_load`,
-`load_balancing_loss`, `router_z_loss`, `router_penalty`.
+Public names, in reading order: `LlamaMoeSparseBlock`, `LlamaMoeRouter`, `LlamaMoeExperts`,
+`eager_experts_forward`, `fastest_experts_forward`, `expert_load`, `load_balancing_loss`, `router_z_loss`,
+`router_penalty`.
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import maybe_autocast
 
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
+
+DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None` means here
 
 
 class LlamaMoeSparseBlock(nn.Module):
@@ -51,13 +55,9 @@ class LlamaMoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.frozen = config.router_frozen
-        self.weight = nn.Parameter(
-            torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen
-        )
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen)
         self.bias = (
-            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen)
-            if config.router_bias
-            else None
+            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen) if config.router_bias else None
         )
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,7 +92,7 @@ class LlamaMoeExperts(nn.Module):
 
     def __init__(self, config: LlamaMoeConfig) -> None:
         super().__init__()
-        width = config.moe_intermediate_size
+        width = config.expert_width
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = width
@@ -102,21 +102,47 @@ class LlamaMoeExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(N, H) tokens, (N, k) expert indices, (N, k) weights to (N, H)."""
-        output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):  # an index equal to num_experts means: on another rank
-            token, slot = torch.where(top_k_index == expert)
-            if token.numel() == 0:
-                continue
-            gate, up = F.linear(hidden_states[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
-            expert_output = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
-            weighted = expert_output * top_k_weights[token, slot, None]
-            output.index_add_(0, token, weighted.to(output.dtype))
-        return output
+        return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
 
-def expert_load(
-    router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None
+def eager_experts_forward(
+    experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
+    """One expert after the other, each on its tokens; the form that the others are tested against."""
+    output = torch.zeros_like(hidden_states)
+    gate_up_proj, down_proj = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0)
+    for expert in range(experts.num_experts):  # an index equal to num_experts means: on another rank
+        token, slot = torch.where(top_k_index == expert)
+        if token.numel() == 0:
+            continue
+        gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        expert_output = F.linear(experts.act_fn(gate) * up, down_proj[expert])
+        weighted = expert_output * top_k_weights[token, slot, None]
+        output.index_add_(0, token, weighted.to(output.dtype))
+    return output
+
+
+def fastest_experts_forward(
+    experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """transformers' implementation that is fastest at this shape, by tests/benchmarks/language_model.py.
+
+    `grouped_mm`, except: `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for
+    each, which bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of
+    16 bytes, which `grouped_mm` refuses.
+    """
+    weight = experts.gate_up_proj
+    if any(size * weight.element_size() % 16 for size in (experts.hidden_dim, experts.intermediate_dim)):
+        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
+    name = "batched_mm" if is_small else "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+
+
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)
+
+
+def expert_load(router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None) -> Tensor:
     """F, the share of one layer's assignments that each expert received: (E,) float32, sums to 1.
 
     Args: as `load_balancing_loss`, for one layer.

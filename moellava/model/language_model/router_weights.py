@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from safetensors.torch import load_file
@@ -47,9 +47,9 @@ def read_router(source: RouterSource, config: LlamaMoeConfig) -> dict[str, Tenso
         tensors = load_file(Path(source).expanduser())
     else:
         tensors = torch.load(Path(source).expanduser(), weights_only=True, map_location="cpu")
-    wanted = {"weight": (config.num_experts, config.hidden_size)}
+    wanted: dict[str, tuple[int, ...]] = {"weight": (config.num_experts, config.hidden_size)}
     if config.router_bias:
-        wanted["bias"] = (config.num_experts,)  # type: ignore[assignment]
+        wanted["bias"] = (config.num_experts,)
     router = {("weight" if tensor.dim() == 2 else "bias"): tensor.detach().float() for tensor in tensors.values()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(tensors) != len(wanted) or {name: tuple(value.shape) for name, value in router.items()} != wanted:
@@ -63,7 +63,7 @@ def read_router(source: RouterSource, config: LlamaMoeConfig) -> dict[str, Tenso
 
 def load_router(model: PreTrainedModel, source: RouterSource) -> None:
     """Copy one router's weights into every sparse layer of `model`, in place. Args and errors: as `read_router`."""
-    router = read_router(source, model.config.get_text_config())
+    router = read_router(source, cast(LlamaMoeConfig, model.config.get_text_config()))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, LlamaMoeRouter):

@@ -1,6 +1,6 @@
 """A dense Llama checkpoint in, a mixture of experts with the same function out (sparse upcycling, arXiv 2212.05055).
 
-E experts, I the dense MLP's width, g = I / moe_intermediate_size pieces per MLP, H hidden width.
+E experts, I the dense MLP's width, g = I / expert width pieces per MLP, H hidden width.
 
 Public names, in reading order: `moe_config_from_dense`, `upcycle`, `upcycled_state_dict`, `to_dense`,
 `layers_with_differing_experts`.
@@ -12,14 +12,13 @@ import logging
 import os
 from collections.abc import Iterator
 from dataclasses import fields
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
+from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, require_exact
@@ -37,7 +36,7 @@ FUNCTION_FIELDS = (
 )  # fmt: skip
 
 
-def moe_config_from_dense(dense_config: LlamaConfig, **moe_options: Any) -> LlamaMoeConfig:
+def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) -> LlamaMoeConfig:
     """The config of the mixture that a dense Llama becomes: all its fields, and the options of `LlamaMoeConfig`.
 
     Raises:
@@ -47,9 +46,7 @@ def moe_config_from_dense(dense_config: LlamaConfig, **moe_options: Any) -> Llam
     require_llama(dense_config.model_type, "The config")
     for name in moe_options:
         if name not in MOE_OPTIONS:
-            near = get_close_matches(name, MOE_OPTIONS, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"Unknown mixture option {name!r}.{hint} Known: {', '.join(MOE_OPTIONS)}.")
+            raise unknown_name("mixture option", name, MOE_OPTIONS)
     dense = dense_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
@@ -205,7 +202,7 @@ def to_dense(model: LlamaMoeForCausalLM) -> LlamaForCausalLM:
         state_dict[f"{prefix}.up_proj.weight"] = up.flatten(0, 1).clone()
         down = torch.cat(list(experts.down_proj.detach()[:pieces]), dim=1)  # (H, I)
         state_dict[f"{prefix}.down_proj.weight"] = down / pieces
-    result = LlamaForCausalLM.from_pretrained(
+    result: Any = LlamaForCausalLM.from_pretrained(
         None, config=LlamaConfig(**dense), state_dict=state_dict, dtype=model.dtype, output_loading_info=True
     )
     dense_model, info = result
@@ -219,7 +216,7 @@ def num_pieces(config: LlamaMoeConfig) -> int:
     Raises:
         ValueError: if `moe_intermediate_size` does not divide `intermediate_size`, or g the expert counts.
     """
-    dense_width, width = config.intermediate_size, config.moe_intermediate_size
+    dense_width, width = config.intermediate_size, config.expert_width
     if dense_width % width != 0:
         raise ValueError(
             f"moe_intermediate_size={width} does not divide the dense MLP's intermediate_size={dense_width}, so it "
@@ -229,8 +226,8 @@ def num_pieces(config: LlamaMoeConfig) -> int:
     for name in ("num_experts", "num_experts_per_tok"):
         if getattr(config, name) % pieces != 0:
             raise ValueError(
-                f"{name}={getattr(config, name)} is no multiple of {pieces}, the number of experts of width {width} that "
-                f"make up one dense MLP of width {dense_width}. Use multiples of {pieces}, such as "
+                f"{name}={getattr(config, name)} is no multiple of {pieces}, the number of experts of width {width} "
+                f"that make up one dense MLP of width {dense_width}. Use multiples of {pieces}, such as "
                 f"num_experts={4 * pieces}, num_experts_per_tok={pieces}."
             )
     return pieces
@@ -239,7 +236,8 @@ def num_pieces(config: LlamaMoeConfig) -> int:
 def require_llama(model_type: str, what: str) -> None:
     if model_type == LlamaMoeConfig.model_type:
         raise ValueError(
-            f"{what} is a mixture of experts already ({model_type!r}). Load it with LlamaMoeForCausalLM.from_pretrained."
+            f"{what} is a mixture of experts already ({model_type!r}). "
+            "Load it with LlamaMoeForCausalLM.from_pretrained."
         )
     if model_type != LlamaConfig.model_type:
         raise ValueError(
@@ -332,7 +330,7 @@ def _experts(
     generator: torch.Generator,
     keep_function: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    pieces, width = num_pieces(config), config.moe_intermediate_size
+    pieces, width = num_pieces(config), config.expert_width
     gate = reader.read(f"{block}.gate_proj.weight")  # (I, H)
     dtype = dtype or gate.dtype
     gate_up_proj = torch.empty(config.num_experts, 2 * width, config.hidden_size, dtype=dtype)
