@@ -32,7 +32,7 @@ class ChatCollator:
         Raises:
             ValueError: if a row has no supervised token; its `id`, or its place in the batch, is named.
         """
-        batch = self.processor.apply_chat_template(
+        batch: Any = self.processor.apply_chat_template(
             [row["messages"] for row in rows],
             tokenize=True,
             return_dict=True,

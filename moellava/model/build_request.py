@@ -20,8 +20,8 @@ class CustomVisionConfig:
 class BuildRequest:
     """The parts of a model that is to be built; field names are the keys that users write."""
 
-    model_name_or_path: str | None = None
-    mm_vision_tower: str | None = None
+    model_name_or_path: str = ""
+    mm_vision_tower: str = ""
     mm_vision_tower_revision: str | None = None
     mm_hidden_size: int | None = None  # checked against the tower when given
     encoder_type: str | None = None  # None: detected from the tower's name

@@ -21,6 +21,7 @@ from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
+from moellava.model.language_model.moe import LlamaMoeExperts
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -80,21 +81,21 @@ def load_pretrained_model(
         ValueError: settings that are unknown, missing, contradictory or do not fit the parts.
         OSError: parts that cannot be found or read.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    dtype = _as_dtype(dtype)
+    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    weight_dtype = _as_dtype(dtype)
     if isinstance(model, str | Path):
         if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
             raise ValueError(
                 f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type, "
                 "custom_vision_config and moe_config, or give a mapping to build a new model."
             )
-        loaded = _open_saved(str(model), dtype=dtype, **hub)
+        loaded = _open_saved(str(model), dtype=weight_dtype, **hub)
     else:
         request = read_build_request(model, encoder_type=encoder_type, custom_vision_config=custom_vision_config)
-        loaded = _build(request, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
+        loaded = _build(request, moe_config=moe_config, dtype=weight_dtype, seed=seed, **hub)
     _log_summary(loaded.model)
     if device is not None:
-        loaded.model.to(device)
+        loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
     loaded.model.eval()
     return loaded
 
@@ -180,7 +181,7 @@ def _build(
             f"model_name_or_path {request.model_name_or_path!r} is a saved multimodal model, not a language model. "
             f"Open it with load_pretrained_model({request.model_name_or_path!r})."
         )
-    dtype = dtype or dense_config.dtype or torch.float32
+    dtype = dtype or _as_dtype(dense_config.dtype) or torch.float32
     encoder = _load_encoder(request, **(hub | {"revision": request.mm_vision_tower_revision}))
     tokenizer = load_tokenizer(request.model_name_or_path, **hub)
 
@@ -194,15 +195,12 @@ def _build(
     config = MoeLlavaConfig(
         vision_config=encoder.config,
         text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
         projector_type=request.projector_type,
         dtype=dtype,
     )
     state_dict = _join_state_dicts(state_dict, encoder, config, seed)
-    model, info = MoeLlavaForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-    )
-    _check_loading_info(info, request.model_name_or_path)
+    model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, dtype=dtype)
     model.generation_config = _load_generation_config(request.model_name_or_path, tokenizer, **hub)
     processor = MoeLlavaProcessor(
         encoder.image_processor,
@@ -275,15 +273,14 @@ def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedMo
             f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
         )
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model, info = MoeLlavaForConditionalGeneration.from_pretrained(
-        path, dtype=dtype or "auto", output_loading_info=True, **hub
-    )
-    _check_loading_info(info, name)
+    model = _load_weights(path, name, dtype=dtype or "auto", **hub)
     return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
 
 
-def _check_loading_info(info: dict[str, Any], name: str) -> None:
-    """transformers only logs missing tensors, and leaves some of them uninitialised: refuse."""
+def _load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForConditionalGeneration:
+    """`from_pretrained`, but strict: transformers only logs missing tensors, and leaves some of them uninitialised."""
+    loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    model, info = loaded
     problems = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -295,6 +292,7 @@ def _check_loading_info(info: dict[str, Any], name: str) -> None:
             for kind, keys in problems.items()
         )
         raise ValueError(f"The weights of {name!r} do not fit its configuration. {listed}.")
+    return model
 
 
 def _load_generation_config(name: str, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> GenerationConfig:
@@ -337,7 +335,7 @@ def count_active_parameters(model: MoeLlavaForConditionalGeneration) -> int:
     text = model.config.text_config
     idle = 0
     for module in model.modules():
-        if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and hasattr(module, "num_experts"):
+        if isinstance(module, LlamaMoeExperts):
             per_expert = sum(weight.numel() for weight in module.parameters()) // module.num_experts
             idle += per_expert * (module.num_experts - text.num_experts_per_tok)
     return model.num_parameters() - idle

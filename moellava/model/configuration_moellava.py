@@ -1,5 +1,7 @@
 """The configuration of the joined model: image encoder, projector, language model."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
@@ -27,13 +29,13 @@ class MoeLlavaConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="llama_moe"),
     }
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None  # a dict, a config or None; a config from then on
+    text_config: Any = None
     image_token_id: int = 32000
     projector_type: str = "mlp2x_gelu"
     tie_word_embeddings: bool = False
 
-    def __post_init__(self, **kwargs):  # type: ignore[no-untyped-def]
+    def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         # Language models keep this flag in their own config; transformers ties weights by the outer one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings

@@ -20,7 +20,7 @@ class MoeLlavaProcessor(ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        num_image_tokens: int | None = None,
+        num_image_tokens: int = 1,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
     ):

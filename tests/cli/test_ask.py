@@ -96,4 +96,3 @@ def test_version_and_help():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"moellava {__version__}\n"
     help_text = CliRunner().invoke(app, ["--help"]).stdout
     assert all(command in help_text for command in ("ask", "demo"))
-
