@@ -10,6 +10,8 @@ parse_source, resolve                                       where a tower comes 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from moellava.encoders.base import (
+    LayerTokens,
+    TrunkOutput,
     VisionEncoder,
     VisionEncoderConfig,
     VisionEncoderOutput,
@@ -43,8 +45,10 @@ __all__ = [
     "ClipVisionConfig",
     "Dinov2Encoder",
     "Dinov2VisionConfig",
+    "LayerTokens",
     "SiglipEncoder",
     "SiglipVisionConfig",
+    "TrunkOutput",
     "VisionEncoder",
     "VisionEncoderConfig",
     "VisionEncoderOutput",

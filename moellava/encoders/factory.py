@@ -114,11 +114,11 @@ def encoder_kinds() -> list[EncoderKind]:
     return ENCODERS
 
 
-def detect_encoder_type(path: str | Path, **options: Any) -> str:
+def detect_encoder_type(path: str | Path, *, download: bool = True, **options: Any) -> str:
     """The family of a tower: by the files of a local folder, else by its name, else by its config on the hub.
 
     Names are read in any case: "biomedclip" or "medclip" before "siglip" before "clip".
-    Keyword options are those of `parse_source`.
+    With `download=False` only this machine is looked at. Other options are those of `parse_source`.
 
     Raises:
         ValueError: nothing matches; the known families are listed.
@@ -128,7 +128,7 @@ def detect_encoder_type(path: str | Path, **options: Any) -> str:
         if kind.detect is not None and kind.detect(str(path)):
             return kind.name
     source = parse_source(path, **options)
-    if source.folder is not None and (found := _by_files(source)) is not None:
+    if source.folder is not None and (found := _by_files(source, download)) is not None:
         return found
     name = (source.name if source.folder is None else f"{source.folder.parent.name}/{source.name}").lower()
     for kind in kinds:
@@ -138,7 +138,7 @@ def detect_encoder_type(path: str | Path, **options: Any) -> str:
     for kind in kinds:
         if any(word in name for word in kind.words):
             return kind.name
-    if source.folder is None and (found := _by_files(source)) is not None:
+    if source.folder is None and (found := _by_files(source, download)) is not None:
         return found
     raise ValueError(
         f"Cannot tell what kind of image tower {str(path)!r} is. Give encoder_type, one of "
@@ -245,10 +245,10 @@ def _kind(encoder_type: str | None, name: str | Path, options: dict[str, Any]) -
     return kinds[encoder_type]
 
 
-def _by_files(source: Source) -> str | None:
+def _by_files(source: Source, download: bool) -> str | None:
     """The family that a source's own config file names, if this machine has it or may fetch it."""
     for file_name in ("config.json", "open_clip_config.json"):
-        path = find_file(source, file_name, download=source.repo_id is not None, required=False)
+        path = find_file(source, file_name, download=download, required=False)
         if path is None:
             continue
         if file_name == "open_clip_config.json":

@@ -220,11 +220,11 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def is_saved_encoder(source: Source) -> bool:
+def is_saved_encoder(source: Source, *, download: bool = True) -> bool:
     """Whether a source is what `save_pretrained` of an encoder wrote, rather than an open_clip checkpoint."""
-    if source.file is not None or find_file(source, CONFIG_FILE, download=True, required=False) is not None:
+    if source.file is not None or find_file(source, CONFIG_FILE, download=download, required=False):
         return False
-    path = find_file(source, "config.json", download=True, required=False)
+    path = find_file(source, "config.json", download=download, required=False)
     return path is not None and "model_type" in read_json(path)
 
 

@@ -90,7 +90,8 @@ def load_text(config: "BiomedClipVisionConfig", weights_file: Path) -> ClipText:
     if result.missing_keys or result.unexpected_keys:
         raise ValueError(
             f"{weights_file} does not fit its text_cfg; missing: "
-            f"{first_five(result.missing_keys) or 'none'}; unknown: {first_five(result.unexpected_keys) or 'none'}."
+            f"{first_five(result.missing_keys) or 'none'}; unknown: "
+            f"{first_five(result.unexpected_keys) or 'none'}."
         )
     return text
 

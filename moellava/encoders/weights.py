@@ -62,27 +62,17 @@ def first_five(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mmap: bool = True) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle that wants more than tensors, so it is not opened (it could run code): "
-            f"{_reason(error)} Save its state_dict as safetensors on a machine where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        if "mmap" in str(error):  # the format before torch 1.6 cannot be mapped
-            return _read_old_pickle(path)
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? "
-            f"({_reason(error)})"
-        ) from error
-
-
-def _read_old_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+        if mmap and "mmap" in str(error):  # the format before torch 1.6 cannot be mapped
+            return _read_pickle(path, mmap=False)
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            raise ValueError(
+                f"{path} is a pickle that wants more than tensors, so it is not opened (it could run code): "
+                f"{_reason(error)} Save its state_dict as safetensors on a machine where you trust it."
+            ) from error
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? "
             f"({_reason(error)})"
