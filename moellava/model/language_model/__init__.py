@@ -2,7 +2,7 @@
 
 `configuration_llama_moe`: layers and experts. `moe`: router, experts, losses. `modeling_llama_moe`: the model.
 `upcycling`: a dense checkpoint becomes a mixture. `checkpoint`: reading weights. `mixtures`: published mixtures.
-`router_weights`: one router for all.
+`quantization`: 8-bit weights. `router_weights`: one router for all.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -16,6 +16,7 @@ from moellava.model.language_model.modeling_llama_moe import (
     LlamaMoePreTrainedModel,
 )
 from moellava.model.language_model.moe import expert_load, load_balancing_loss, router_penalty, router_z_loss
+from moellava.model.language_model.quantization import quantization_config, weight_bytes
 from moellava.model.language_model.router_weights import load_router
 from moellava.model.language_model.upcycling import (
     layers_with_differing_experts,
@@ -42,10 +43,12 @@ __all__ = [
     "load_balancing_loss",
     "load_router",
     "moe_config_from_dense",
+    "quantization_config",
     "read_state_dict",
     "router_penalty",
     "router_z_loss",
     "to_dense",
     "upcycle",
     "upcycled_state_dict",
+    "weight_bytes",
 ]

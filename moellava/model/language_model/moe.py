@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import maybe_autocast
 
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
+from moellava.model.language_model.quantization import is_quantized
 
 DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None` means here
 
@@ -110,7 +111,7 @@ def eager_experts_forward(
 ) -> Tensor:
     """One expert after the other, each on its tokens; the form that the others are tested against."""
     output = torch.zeros_like(hidden_states)
-    gate_up_proj, down_proj = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0)
+    gate_up_proj, down_proj = _per_expert(experts.gate_up_proj), _per_expert(experts.down_proj)
     for expert in range(experts.num_experts):  # an index equal to num_experts means: on another rank
         token, slot = torch.where(top_k_index == expert)
         if token.numel() == 0:
@@ -129,14 +130,22 @@ def fastest_experts_forward(
 
     `grouped_mm`, except: `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for
     each, which bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of
-    16 bytes, which `grouped_mm` refuses.
+    16 bytes, which `grouped_mm` refuses, or where the weights are quantised.
     """
     weight = experts.gate_up_proj
+    if is_quantized(weight):
+        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     if any(size * weight.element_size() % 16 for size in (experts.hidden_dim, experts.intermediate_dim)):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
     name = "batched_mm" if is_small else "grouped_mm"
     return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _per_expert(weight: Tensor) -> Sequence[Tensor]:
+    if is_quantized(weight):  # no unbind there
+        return [weight[expert] for expert in range(weight.shape[0])]
+    return weight.unbind(0)  # one backward for all: indexing would add E gradients of the whole weight's size
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)
