@@ -1,5 +1,6 @@
 """The demo from end to end: parts, joining, training, saving, reloading, questions about held-out images."""
 
+import importlib.util
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -46,6 +47,7 @@ def run_demo(
         shuffle_images: train on questions whose images were exchanged at random. A model that still beats the
             baselines then does not do so by looking.
     """
+    _require_packages()
     sources = load_sources()
     train = make_examples(sources, "train", NUM_TRAIN_CROPS, seed)
     held_out = make_examples(sources, "held_out", NUM_HELD_OUT_CROPS, seed + 1)
@@ -69,6 +71,13 @@ def run_demo(
         blank_accuracy=share_correct(held_out, blank_answers),
         majority_accuracy=share_correct(held_out, majority_answers(train, held_out)),
     )
+
+
+def _require_packages() -> None:
+    """Say what is missing before the training, not behind it."""
+    packages = ("accelerate", "matplotlib", "nilearn", "pydicom", "skimage")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'The demo needs {", ".join(missing)}. Type: pip install "moellava[demo]"')
 
 
 def build_toy(parts: Path, seed: int) -> LoadedModel:

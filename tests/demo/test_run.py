@@ -26,6 +26,15 @@ def test_a_model_trained_on_exchanged_images_does_not(tmp_path, no_network):
     assert not beats_both_baselines(result), result
 
 
+def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
+    import importlib.util
+
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nilearn" else find_spec(name))
+    with pytest.raises(ImportError, match=r'needs nilearn. Type: pip install "moellava\[demo\]"'):
+        run_demo(tmp_path, num_steps=1, seed=0)
+
+
 def example(question: str, answer: str) -> Example:
     return Example(Image.new("RGB", (4, 4)), "s", "CT", question, answer)
 
