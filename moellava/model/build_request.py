@@ -26,6 +26,7 @@ class BuildRequest:
     mm_hidden_size: int | None = None  # checked against the tower when given
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str = "mlp2x_gelu"
+    projector_options: Mapping[str, Any] | None = None  # of that type; see moellava.model.projector
     image_size: int | None = None
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None

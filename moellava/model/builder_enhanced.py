@@ -25,7 +25,7 @@ from moellava.model.language_model.moe import LlamaMoeExperts
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.projector import build_projector
+from moellava.model.projector import build_projector, projector_options
 
 __all__ = [
     "CustomVisionConfig",
@@ -197,6 +197,7 @@ def _build(
         text_config=text_config,
         image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
         projector_type=request.projector_type,
+        projector_options=projector_options(request.projector_type, request.projector_options),
         dtype=dtype,
     )
     state_dict = _join_state_dicts(state_dict, encoder, config, seed)
@@ -251,7 +252,7 @@ def _join_state_dicts(
         joined[f"model.vision_tower.{key}"] = tensor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = build_projector(config.projector_type, encoder.hidden_size, config.text_config.hidden_size)
+        projector = build_projector(config.projector_type, config.projector_shape, config.projector_options)
     for key, tensor in projector.state_dict().items():
         joined[f"model.multi_modal_projector.{key}"] = tensor
     return joined

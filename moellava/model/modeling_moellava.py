@@ -48,7 +48,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(
-            config.projector_type, config.vision_config.hidden_size, config.text_config.hidden_size
+            config.projector_type, config.projector_shape, config.projector_options
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
