@@ -20,6 +20,7 @@ from moellava.encoders import VisionEncoder, create_encoder
 from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_build_request
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.from_llava import read_llava
 from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
 from moellava.model.language_model.moe import LlamaMoeExperts
 from moellava.model.loaded_model import LoadedModel
@@ -60,7 +61,7 @@ def load_pretrained_model(
         model: what to load. A mapping, dataclass or object with `model_name_or_path` (language model),
             `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, `image_size`,
             `vision_feature_layer`, `vision_feature_select_strategy`; or the folder or hub id of a model that
-            this library saved.
+            this library saved, or of a transformers LLaVA checkpoint with CLIP and Llama.
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
@@ -84,12 +85,12 @@ def load_pretrained_model(
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     weight_dtype = _as_dtype(dtype)
     if isinstance(model, str | Path):
-        if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
+        if encoder_type is not None or custom_vision_config is not None:
             raise ValueError(
-                f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type, "
-                "custom_vision_config and moe_config, or give a mapping to build a new model."
+                f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type and "
+                "custom_vision_config, or give a mapping to build a new model."
             )
-        loaded = _open_saved(str(model), dtype=weight_dtype, **hub)
+        loaded = _open_saved(str(model), moe_config=moe_config, dtype=weight_dtype, seed=seed, **hub)
     else:
         request = read_build_request(model, encoder_type=encoder_type, custom_vision_config=custom_vision_config)
         loaded = _build(request, moe_config=moe_config, dtype=weight_dtype, seed=seed, **hub)
@@ -266,12 +267,24 @@ def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
 
 
-def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedModel:
+def _open_saved(
+    name: str, *, moe_config: Mapping[str, Any] | bool, dtype: torch.dtype | None, seed: int, **hub: Any
+) -> LoadedModel:
     config = load_model_config(name, **hub)
+    if config.model_type == "llava":
+        parts = read_llava(name, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
+        model = _load_weights(None, name, config=parts.config, state_dict=parts.state_dict, dtype=parts.config.dtype)
+        model.generation_config = _load_generation_config(name, parts.processor.tokenizer, **hub)
+        return LoadedModel(model, parts.processor)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
             f"{name!r} is a {config.model_type!r} checkpoint, not a model that this library saved. To join it with an "
             f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
+        )
+    if moe_config is not True:
+        raise ValueError(
+            f"{name!r} is a saved model, whose parts are fixed: leave out moe_config={moe_config!r}, or give a mapping "
+            "to build a new model."
         )
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     model = _load_weights(path, name, dtype=dtype or "auto", **hub)
