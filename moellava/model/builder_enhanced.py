@@ -20,8 +20,8 @@ from moellava.encoders import VisionEncoder, create_encoder
 from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_build_request
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.describe import count_active_parameters, describe
 from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
-from moellava.model.language_model.moe import LlamaMoeExperts
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -30,6 +30,8 @@ from moellava.model.projector import build_projector, projector_options
 __all__ = [
     "CustomVisionConfig",
     "LoadedModel",
+    "build_projector",
+    "describe",
     "load_model_config",
     "load_pretrained_model",
     "load_tokenizer",
@@ -329,14 +331,3 @@ def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:
     else:
         logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
     logger.info("%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model))
-
-
-def count_active_parameters(model: MoeLlavaForConditionalGeneration) -> int:
-    """Parameters that one text token meets: all but the experts that its routers leave out."""
-    text = model.config.text_config
-    idle = 0
-    for module in model.modules():
-        if isinstance(module, LlamaMoeExperts):
-            per_expert = sum(weight.numel() for weight in module.parameters()) // module.num_experts
-            idle += per_expert * (module.num_experts - text.num_experts_per_tok)
-    return model.num_parameters() - idle
