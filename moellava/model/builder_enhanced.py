@@ -17,7 +17,12 @@ from transformers import (
 )
 
 from moellava.encoders import VisionEncoder, create_encoder
-from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_build_request
+from moellava.model.build_request import (
+    BuildRequest,
+    CustomVisionConfig,
+    is_description_file,
+    read_build_request,
+)
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.describe import count_active_parameters, describe
@@ -50,29 +55,37 @@ def load_pretrained_model(
     custom_vision_config: Any = None,
     moe_config: Mapping[str, Any] | bool = True,
     device: str | torch.device | None = None,
+    device_map: Any = None,
     dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    fallback_to_default: bool = False,
     seed: int = 0,
 ) -> LoadedModel:
     """Build a multimodal model from its parts, or open a saved one.
 
     Args:
-        model: what to load. A mapping, dataclass or object with `model_name_or_path` (language model),
-            `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, `image_size`,
-            `vision_feature_layer`, `vision_feature_select_strategy`; or the folder or hub id of a model that
-            this library saved.
+        model: what to load. A mapping, dataclass or object, or a YAML or JSON file, with the keys of
+            `moellava.model.build_request.BuildRequest`: `model_name_or_path` (language model),
+            `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, ...; or the
+            folder or hub id of a model that this library saved.
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
             fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...), False keeps it dense.
         device: where the model goes; None leaves it on the CPU.
+        device_map: spread a saved model over devices, as in transformers; in place of `device`.
         dtype: of all weights but the routers, such as `torch.bfloat16` or "bfloat16"; None takes the language
             model's own, as stored.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
         revision: commit, tag or branch on the hub of a saved model, or of the language model; the tower's is the
             key `mm_vision_tower_revision`.
-        cache_dir, local_files_only: as in transformers.
+        cache_dir, local_files_only, token: as in transformers.
+        fallback_to_default: where a BiomedCLIP tower cannot be loaded, take the default BiomedCLIP, with a
+            warning; the config records which tower was really loaded.
         seed: of the weights that no file holds: the projector and the routers.
 
     Returns:
@@ -83,18 +96,25 @@ def load_pretrained_model(
         ValueError: settings that are unknown, missing, contradictory or do not fit the parts.
         OSError: parts that cannot be found or read.
     """
+    if device is not None and device_map is not None:
+        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    weight_dtype = _as_dtype(dtype)
-    if isinstance(model, str | Path):
+    hub |= {} if token is None else {"token": token}
+    build: dict[str, Any] = {"dtype": _as_dtype(dtype)}
+    build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if isinstance(model, str | Path) and not is_description_file(model):
         if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
             raise ValueError(
                 f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type, "
                 "custom_vision_config and moe_config, or give a mapping to build a new model."
             )
-        loaded = _open_saved(str(model), dtype=weight_dtype, **hub)
+        loaded = _open_saved(str(model), device_map=device_map, **build, **hub)
     else:
+        if device_map is not None:
+            raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
         request = read_build_request(model, encoder_type=encoder_type, custom_vision_config=custom_vision_config)
-        loaded = _build(request, moe_config=moe_config, dtype=weight_dtype, seed=seed, **hub)
+        tower = {"fallback_to_default": fallback_to_default}
+        loaded = _build(request, tower, moe_config=moe_config, seed=seed, build=build, hub=hub)
     _log_summary(loaded.model)
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
@@ -171,11 +191,12 @@ def load_model_config(model_name_or_path: str | Path, **hub: Any) -> PreTrainedC
 
 def _build(
     request: BuildRequest,
+    tower: dict[str, Any],
     *,
     moe_config: Mapping[str, Any] | bool,
-    dtype: torch.dtype | None,
     seed: int,
-    **hub: Any,
+    build: dict[str, Any],
+    hub: dict[str, Any],
 ) -> LoadedModel:
     dense_config = load_model_config(request.model_name_or_path, **hub)
     if isinstance(dense_config, MoeLlavaConfig):
@@ -183,8 +204,8 @@ def _build(
             f"model_name_or_path {request.model_name_or_path!r} is a saved multimodal model, not a language model. "
             f"Open it with load_pretrained_model({request.model_name_or_path!r})."
         )
-    dtype = dtype or _as_dtype(dense_config.dtype) or torch.float32
-    encoder = _load_encoder(request, **(hub | {"revision": request.mm_vision_tower_revision}))
+    dtype = build["dtype"] or _as_dtype(dense_config.dtype) or torch.float32
+    encoder = _load_encoder(request, **tower, **(hub | {"revision": request.mm_vision_tower_revision}))
     tokenizer = load_tokenizer(request.model_name_or_path, **hub)
 
     if moe_config is False:
@@ -203,7 +224,8 @@ def _build(
         dtype=dtype,
     )
     state_dict = _join_state_dicts(state_dict, encoder, config, seed)
-    model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, dtype=dtype)
+    options = build | {"dtype": dtype}
+    model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, **options)
     model.generation_config = _load_generation_config(request.model_name_or_path, tokenizer, **hub)
     processor = MoeLlavaProcessor(
         encoder.image_processor,
@@ -268,7 +290,9 @@ def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
 
 
-def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedModel:
+def _open_saved(
+    name: str, *, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None = None, **hub: Any
+) -> LoadedModel:
     config = load_model_config(name, **hub)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
@@ -276,7 +300,9 @@ def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedMo
             f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
         )
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = _load_weights(path, name, dtype=dtype or "auto", **hub)
+    model = _load_weights(
+        path, name, dtype=dtype or "auto", device_map=device_map, attn_implementation=attn_implementation, **hub
+    )
     return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
 
 
