@@ -56,7 +56,9 @@ def encode_image(model, pixels: torch.Tensor) -> torch.Tensor:
 def hooked(model, pixels: torch.Tensor, index: int) -> torch.Tensor:
     """What block `index` returned while open_clip's own encode_image ran."""
     seen = []
-    hook = blocks_of(model.visual)[index].register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = blocks_of(model.visual)[index].register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
     model.visual(pixels)
     hook.remove()
     return seen[0]
@@ -223,7 +225,9 @@ def test_class_token_is_told_from_registers():
 
 @pytest.mark.parametrize("layer", [0, -13, 13, 99])
 def test_layer_out_of_range_lists_the_range(architecture, layer):
-    with pytest.raises(ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"):
+    with pytest.raises(
+        ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"
+    ):
         BiomedClipEncoder.from_pretrained(architecture("biomedclip"), select_layer=layer)
 
 
