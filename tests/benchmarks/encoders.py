@@ -69,7 +69,7 @@ print(json.dumps([seconds, peak]))
 
 
 def write_repo(folder: Path) -> Path:
-    """BiomedCLIP's files at real size: ViT-B/16 and BERT-base (12 layers of 768) with their published keys."""
+    """BiomedCLIP's files at real size: ViT-B/16 and BERT-base, with their published keys."""
     from transformers import BertConfig, BertModel
 
     write_biomedclip(folder)
@@ -204,8 +204,10 @@ BENCHMARKS = {"load": load, "tokens": tokens, "preprocess": preprocess, "folder"
 def main() -> None:
     """Print a table of the benchmarks asked for, all of them by default."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("which", nargs="*", choices=[*BENCHMARKS, []], default=list(BENCHMARKS))
+    parser.add_argument("which", nargs="*", default=list(BENCHMARKS), help=", ".join(BENCHMARKS))
     which = parser.parse_args().which
+    if unknown := sorted(set(which) - set(BENCHMARKS)):
+        parser.error(f"unknown {', '.join(unknown)}; known: {', '.join(BENCHMARKS)}")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}")
     print("\n| what | unit | moellava | rival | ratio | asked |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
