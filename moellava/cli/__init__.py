@@ -1,0 +1,56 @@
+"""The command `moellava`."""
+
+import logging
+import sys
+
+import typer
+
+from moellava.cli import encoders
+from moellava.cli.ask import ask
+from moellava.cli.demo import demo
+
+app = typer.Typer(
+    name="moellava",
+    help="Medical vision-language models: an image encoder joined to a mixture-of-experts language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
+app.command(short_help="Answer questions about images with a saved model.")(ask)
+app.command()(encoders.encode)
+app.command()(encoders.classify)
+app.add_typer(encoders.app, name="encoders")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from moellava import __version__
+
+        typer.echo(f"moellava {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+    ),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Say what is loaded, in log lines."),
+) -> None:
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+
+
+def main() -> None:
+    """Run a command; a mistake of the user's is one line on stderr and exit status 1, not a traceback."""
+    try:
+        app()
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        typer.echo(f"moellava: error: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("moellava: interrupted", err=True)
+        sys.exit(130)

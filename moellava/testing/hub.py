@@ -25,9 +25,7 @@ STAND_INS: dict[str, Callable[..., Path]] = {
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def fill_hub_cache(
-    cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any
-) -> dict[str, Path]:
+def fill_hub_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any) -> dict[str, Path]:
     """Write stand-ins into `cache_dir` in the layout of `HF_HUB_CACHE`, so that user code runs unchanged.
 
     Use it with the environment variables `HF_HUB_CACHE=<cache_dir>` and `HF_HUB_OFFLINE=1`, set before
@@ -42,9 +40,7 @@ def fill_hub_cache(
     """
     repo_ids = list(repo_ids)
     if options and len(repo_ids) != 1:
-        raise ValueError(
-            f"Options {sorted(options)} go to one writer, but {len(repo_ids)} repo ids were given."
-        )
+        raise ValueError(f"Options {sorted(options)} go to one writer, but {len(repo_ids)} repo ids were given.")
     return {repo_id: _write_snapshot(cache_dir, repo_id, **options) for repo_id in repo_ids}
 
 

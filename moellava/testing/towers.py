@@ -115,9 +115,7 @@ def _write_bert_tokenizer(folder: Path) -> None:
     from transformers import BertTokenizer
 
     vocabulary = _bert_vocabulary()
-    tokenizer = BertTokenizer(
-        vocab={token: index for index, token in enumerate(vocabulary)}, do_lower_case=True
-    )
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, do_lower_case=True)
     tokenizer.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
 

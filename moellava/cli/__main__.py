@@ -1,0 +1,5 @@
+"""`python -m moellava.cli`."""
+
+from moellava.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""`moellava ask`: questions about images, answered by a saved model."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ask(
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")],
+    items: Annotated[
+        list[str],
+        typer.Argument(metavar="IMAGE|QUESTION", help="Image files (PNG, JPEG, TIFF) and questions."),
+    ],
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", "-q", help="A question that could be taken for a file name; repeatable."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of image, question and answer.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU where there is one.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+) -> None:
+    """Answer questions about images with a saved model.
+
+    Every question is asked about each image alone. One answer is printed as it is; several are printed
+    one per line as image, question and answer, separated by tabs.
+    """
+    images = [item for item in items if _is_file_name(item)]
+    questions = [item for item in items if not _is_file_name(item)] + (question or [])
+    if not images or not questions:
+        missing = "image" if not images else "question"
+        raise typer.BadParameter(
+            f'no {missing} among {items}. Type: moellava ask CHECKPOINT scan.png "What modality is this?"'
+        )
+    for image in images:
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"The image {image} does not exist. (A question? Write --question {image!r}.)")
+
+    from moellava.encoders.images import to_pil
+    from moellava.model.builder_enhanced import load_pretrained_model
+
+    pictures = [to_pil(image) for image in images]  # an unreadable file is said before the model is loaded
+    loaded = load_pretrained_model(checkpoint, device=device or _default_device())
+    rows = []
+    for image, picture in zip(images, pictures, strict=True):
+        answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)
+        rows += [
+            {"image": image, "question": text, "answer": answer}
+            for text, answer in zip(questions, answers, strict=True)
+        ]
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False, indent=1))
+    elif len(rows) == 1:
+        typer.echo(rows[0]["answer"])
+    else:
+        for row in rows:
+            typer.echo("\t".join(row.values()))
+
+
+def _is_file_name(item: str) -> bool:
+    """Whether an argument is an image: it exists, or it has no spaces and looks like a path."""
+    if Path(item).is_file():
+        return True
+    return not any(letter.isspace() for letter in item) and bool(Path(item).suffix or os.sep in item)
+
+
+def _default_device() -> str:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"

@@ -1,0 +1,41 @@
+"""Held-out images with the questions, the model's answers and the truth, as one PNG."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moellava.demo.images import MODALITIES
+from moellava.demo.questions import Example
+
+NUM_COLUMNS = 4  # images of one modality
+
+
+def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path) -> None:
+    """Draw a row of held-out crops per modality, each with its questions; wrong answers are red, with the truth."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * NUM_COLUMNS, 4.1 * len(MODALITIES)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(MODALITIES), NUM_COLUMNS, squeeze=False)
+    for row, modality in zip(axes, MODALITIES, strict=True):
+        by_image: dict[int, list[tuple[Example, str]]] = {}
+        for example, answer in zip(examples, answers, strict=True):
+            if example.modality == modality:
+                by_image.setdefault(id(example.image), []).append((example, answer))
+        for axis in row:
+            axis.axis("off")
+        for axis, group in zip(row, by_image.values(), strict=False):
+            axis.imshow(group[0][0].image)
+            for line, (example, answer) in enumerate(reversed(group)):
+                is_right = answer.strip(" .").lower() == example.answer.lower()
+                text = f"{example.question} {answer}" + ("" if is_right else f"  (truth: {example.answer})")
+                axis.text(
+                    0,
+                    1.01 + 0.075 * line,
+                    text,
+                    transform=axis.transAxes,
+                    fontsize=9,
+                    color="black" if is_right else "red",
+                )
+    figure.suptitle("moellava demo: held-out crops. An untrained toy after minutes of training, not a medical model.")
+    figure.savefig(path, dpi=70)

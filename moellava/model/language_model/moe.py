@@ -1,0 +1,243 @@
+"""The sparse block: a token's hidden state goes through the router to k of E experts, whose outputs are summed.
+
+B batch, T positions, H hidden width, I expert width, E experts, k experts per token, N = B*T tokens.
+
+Public names, in reading order: `LlamaMoeSparseBlock`, `LlamaMoeRouter`, `LlamaMoeExperts`,
+`eager_experts_forward`, `fastest_experts_forward`, `expert_load`, `load_balancing_loss`, `router_z_loss`,
+`router_penalty`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.utils.generic import maybe_autocast
+
+from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
+from moellava.model.language_model.quantization import is_quantized
+
+DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None` means here
+
+
+class LlamaMoeSparseBlock(nn.Module):
+    """Stands where `LlamaMLP` stood: same call, same return, (B, T, H) to (B, T, H).
+
+    y = sum_{i in top k} w_i E_i(x), plus E_meta(x) with `meta_expert` (Med-MoE, arXiv 2404.10237, eq. 3). No token is
+    dropped and no noise is added, so a token's output does not depend on its neighbours.
+    """
+
+    def __init__(self, config: LlamaMoeConfig) -> None:
+        super().__init__()
+        self.gate = LlamaMoeRouter(config)
+        self.experts = LlamaMoeExperts(config)
+        self.meta_expert = LlamaMLP(config) if config.meta_expert else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, H)
+        _, top_k_weights, top_k_index = self.gate(tokens)
+        output = self.experts(tokens, top_k_index, top_k_weights)  # (N, H)
+        if self.meta_expert is not None:
+            output = output + self.meta_expert(tokens)
+        return output.reshape(hidden_states.shape)
+
+
+class LlamaMoeRouter(nn.Module):
+    """Chooses k experts per token in float32, whatever the dtype of the model or of autocast."""
+
+    def __init__(self, config: LlamaMoeConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.frozen = config.router_frozen
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen)
+        self.bias = (
+            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen) if config.router_bias else None
+        )
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route.
+
+        Args:
+            hidden_states: (N, H).
+
+        Returns:
+            router_logits (N, E) float32, weights of the chosen experts (N, k) float32, their indices (N, k) int64.
+        """
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
+        if self.frozen:  # a trainer that sets requires_grad on everything must not thaw it
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        # float32: bfloat16 logits tie, and top-k breaks ties in no promised order
+        with maybe_autocast(hidden_states.device.type, enabled=False):
+            router_logits = F.linear(hidden_states.float(), weight, bias)
+        probabilities = router_logits.softmax(dim=-1)
+        top_k_weights, top_k_index = probabilities.topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            top_k_weights = top_k_weights / top_k_weights.sum(dim=-1, keepdim=True)
+        return router_logits, top_k_weights, top_k_index
+
+
+@use_experts_implementation
+class LlamaMoeExperts(nn.Module):
+    """E gated MLPs as two fused parameters: `gate_up_proj` (E, 2I, H), gate above up, and `down_proj` (E, H, I).
+
+    `forward` is the plain form, chosen by `experts_implementation="eager"`; the decorator sends a call to the
+    implementation that the model was loaded with.
+    """
+
+    def __init__(self, config: LlamaMoeConfig) -> None:
+        super().__init__()
+        width = config.expert_width
+        self.num_experts = config.num_experts
+        self.hidden_dim = config.hidden_size
+        self.intermediate_dim = width
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(N, H) tokens, (N, k) expert indices, (N, k) weights to (N, H)."""
+        return eager_experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+
+def eager_experts_forward(
+    experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """One expert after the other, each on its tokens; the form that the others are tested against."""
+    output = torch.zeros_like(hidden_states)
+    gate_up_proj, down_proj = _per_expert(experts.gate_up_proj), _per_expert(experts.down_proj)
+    for expert in range(experts.num_experts):  # an index equal to num_experts means: on another rank
+        token, slot = torch.where(top_k_index == expert)
+        if token.numel() == 0:
+            continue
+        gate, up = F.linear(hidden_states[token], gate_up_proj[expert]).chunk(2, dim=-1)
+        expert_output = F.linear(experts.act_fn(gate) * up, down_proj[expert])
+        weighted = expert_output * top_k_weights[token, slot, None]
+        output.index_add_(0, token, weighted.to(output.dtype))
+    return output
+
+
+def fastest_experts_forward(
+    experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """transformers' implementation that is fastest at this shape, by tests/benchmarks/language_model.py.
+
+    `grouped_mm`, except: `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for
+    each, which bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of
+    16 bytes, which `grouped_mm` refuses, or where the weights are quantised.
+    """
+    weight = experts.gate_up_proj
+    if is_quantized(weight):
+        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if any(size * weight.element_size() % 16 for size in (experts.hidden_dim, experts.intermediate_dim)):
+        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
+    name = "batched_mm" if is_small else "grouped_mm"
+    return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _per_expert(weight: Tensor) -> Sequence[Tensor]:
+    if is_quantized(weight):  # no unbind there
+        return [weight[expert] for expert in range(weight.shape[0])]
+    return weight.unbind(0)  # one backward for all: indexing would add E gradients of the whole weight's size
+
+
+ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)
+
+
+def expert_load(router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None) -> Tensor:
+    """F, the share of one layer's assignments that each expert received: (E,) float32, sums to 1.
+
+    Args: as `load_balancing_loss`, for one layer.
+    """
+    top_k_index = router_logits.topk(top_k, dim=-1).indices  # (N, k)
+    assigned = F.one_hot(top_k_index, num_experts).sum(dim=1).float()  # (N, E)
+    return _masked_mean(assigned, attention_mask) / top_k
+
+
+def load_balancing_loss(
+    router_logits: Sequence[Tensor], num_experts: int, top_k: int, attention_mask: Tensor | None = None
+) -> Tensor:
+    """Penalty for uneven routing: the mean over layers of E * sum_i F_i P_i, padding left out.
+
+    F_i is the share of assignments that expert i received and P_i its mean probability (Switch Transformer, arXiv
+    2101.03961, eq. 4-6). The scale: 1.0 when balanced, under any k; E when all tokens go to one expert under top-1.
+    transformers counts F per token instead, so its value is k times this one, and it pools F and P over the layers
+    before multiplying, which lets two unbalanced layers cancel out; MoE-LLaVA sums over layers instead of averaging,
+    so its coefficient c is c * (number of sparse layers) here.
+
+    Args:
+        router_logits: one (B*T, E) tensor per sparse layer, before the softmax.
+        attention_mask: (B, T), 1 for tokens and 0 for padding. A longer one, which also covers cached tokens,
+            is cut to its last T columns.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ValueError: if there are no logits, or if the mask does not fit them; both numbers are given.
+    """
+    if len(router_logits) == 0:
+        raise ValueError("No router logits to balance. Run the model with output_router_logits=True.")
+    losses = []
+    for logits in router_logits:
+        load = expert_load(logits, num_experts, top_k, attention_mask)
+        probability = _masked_mean(logits.float().softmax(dim=-1), attention_mask)
+        losses.append(num_experts * (load * probability).sum())
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
+    """The mean over layers and tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906).
+
+    Args and errors: as `load_balancing_loss`.
+    """
+    if len(router_logits) == 0:
+        raise ValueError("No router logits to penalise. Run the model with output_router_logits=True.")
+    losses = [_masked_mean(logits.float().logsumexp(dim=-1).square(), attention_mask) for logits in router_logits]
+    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
+
+
+def router_penalty(
+    config: LlamaMoeConfig,
+    router_logits: Sequence[Tensor],
+    attention_mask: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """What the router adds to the training loss: both losses, each times its coefficient in `config`.
+
+    With `num_items_in_batch`, the language-model loss of a micro-batch is its share of a larger batch's mean; the
+    penalty is scaled by the same share of the labels, so that gradient accumulation leaves its weight unchanged.
+    """
+    penalty = config.router_aux_loss_coef * load_balancing_loss(
+        router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
+    )
+    if config.router_z_loss_coef:
+        penalty = penalty + config.router_z_loss_coef * router_z_loss(router_logits, attention_mask)
+    if labels is not None and num_items_in_batch is not None:
+        penalty = penalty * ((labels[..., 1:] != -100).sum() / num_items_in_batch).to(penalty.device)
+    return penalty
+
+
+def _masked_mean(values: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """The mean of (N, ...) over the tokens whose mask is not 0."""
+    if attention_mask is None:
+        return values.mean(dim=0)
+    num_rows, batch_size = values.shape[0], attention_mask.shape[0]
+    length = num_rows // batch_size
+    if attention_mask.dim() != 2 or length * batch_size != num_rows or length > attention_mask.shape[1]:
+        raise ValueError(
+            f"The attention mask is {tuple(attention_mask.shape)}, but there are router logits of {num_rows} tokens. "
+            "Give a (B, T) mask with one row per sample."
+        )
+    is_token = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).to(values.device, values.dtype)
+    is_token = is_token.view(-1, *[1] * (values.dim() - 1))
+    return (values * is_token).sum(dim=0) / is_token.sum().clamp(min=1)

@@ -1,0 +1,71 @@
+"""8-bit weights by torchao: a config for `from_pretrained`, experts included, router and head left out.
+
+Public names: `quantization_config`, `weight_bytes`.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TorchAoConfig
+
+# Fully matched names: only the language model's own layers, whether it stands alone or in a multimodal model.
+_LAYER = r"re:(model\.)?(language_model\.)?layers\.\d+\."
+QUANTIZED_MODULES = (
+    _LAYER + r"self_attn\.[qkvo]_proj",
+    _LAYER + r"mlp\.(meta_expert\.)?(gate|up|down)_proj",
+)
+QUANTIZED_PARAMETERS = (_LAYER + r"mlp\.experts\.(gate_up|down)_proj",)
+
+
+def quantization_config(bits: int = 8) -> TorchAoConfig:
+    """The `quantization_config` argument of `from_pretrained` for int8 weights, one scale per output row.
+
+    Quantised are the attention and MLP matrices of every layer and the fused experts, which bitsandbytes and
+    torchao's defaults pass over in silence. Embeddings, norms, `lm_head` and the router keep their dtype, and so does
+    everything outside the language model. Activations are not quantised.
+
+    Raises:
+        ImportError: without torchao.
+        ValueError: for other bits than 8: torchao's 4-bit formats hold matrices only, no fused experts, and 4-bit
+            attention beside 16-bit experts would save next to nothing.
+    """
+    if bits != 8:
+        raise ValueError(
+            f"bits is {bits}, but only 8 is supported: torchao's 4-bit formats cannot hold the fused experts, "
+            "which are most of the weights. Use bits=8."
+        )
+    if find_spec("torchao") is None:
+        raise ImportError("8-bit weights need torchao. Install it: pip install torchao")
+    from torchao.quantization import FqnToConfig, Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    int8 = Int8WeightOnlyConfig(version=2)
+    names = (*QUANTIZED_MODULES, *QUANTIZED_PARAMETERS)
+    return TorchAoConfig(quant_type=FqnToConfig(dict.fromkeys(names, int8)))
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all weights as they are held, scales of quantised ones included; tied weights count once."""
+    weights = {id(parameter): parameter for parameter in model.parameters()}
+    return sum(_held_bytes(weight) for weight in weights.values())
+
+
+def is_quantized(weight: Tensor) -> bool:
+    """Whether a weight is one of torchao's tensor types, which only know indexing and matrix products."""
+    return (
+        type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize") and hasattr(weight, "qdata")
+    )
+
+
+def _held_bytes(weight: Tensor) -> int:
+    if not is_quantized(weight):
+        return weight.numel() * weight.element_size()
+    names = (*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ()))  # type: ignore[attr-defined]
+    held = (getattr(weight, name, None) for name in names)
+    return sum(part.numel() * part.element_size() for part in held if part is not None)

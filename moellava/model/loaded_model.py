@@ -1,0 +1,107 @@
+"""What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+
+from moellava.encoders.images import to_pil
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.processing_moellava import MoeLlavaProcessor
+
+ImageLike = Image.Image | str | Path
+# One image, several images of one prompt, or None for a prompt without an image.
+ImagesOfPrompt = ImageLike | Sequence[ImageLike] | None
+
+
+class _Parts(NamedTuple):
+    model: MoeLlavaForConditionalGeneration
+    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    context_len: int
+
+
+class LoadedModel(_Parts):
+    """`model, image_processor, tokenizer, context_len`, in this order, with `processor` and `answer` besides."""
+
+    processor: MoeLlavaProcessor
+
+    def __new__(cls, model: MoeLlavaForConditionalGeneration, processor: MoeLlavaProcessor) -> "LoadedModel":
+        context_len = model.config.get_text_config().max_position_embeddings
+        loaded = super().__new__(cls, model, processor.image_processor, processor.tokenizer, context_len)
+        loaded.processor = processor
+        return loaded
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        images: ImagesOfPrompt | Sequence[ImagesOfPrompt],
+        questions: str | Sequence[str],
+        **generation: Any,
+    ) -> list[str]:
+        """Answer questions about images, as one batch.
+
+        Args:
+            images: for one question, its image, a list of its images, or None. For a list of questions, a list
+                of such items, one per question; a single image serves all questions.
+            questions: a string or a list of strings.
+            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+
+        Returns:
+            One answer per question: the new text only, without special tokens.
+
+        Raises:
+            ValueError: if there are not as many images as questions, or a prompt is longer than the context.
+        """
+        single = isinstance(questions, str)
+        questions = [questions] if isinstance(questions, str) else list(questions)
+        per_prompt = [_as_list(item) for item in _pair_images(images, len(questions), single)]
+        conversations: Any = [
+            [
+                {
+                    "role": "user",
+                    "content": [*({"type": "image"} for _ in own), {"type": "text", "text": question}],
+                }
+            ]
+            for own, question in zip(per_prompt, questions, strict=True)
+        ]
+        prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        pictures = [to_pil(image) for own in per_prompt for image in own]
+        inputs = self.processor(
+            text=prompts, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"
+        ).to(self.model.device)
+
+        # A stored max_length (TinyLlama's is 2048) would be a second limit beside max_new_tokens.
+        generation = {"max_new_tokens": 64, "do_sample": False, "max_length": None, **generation}
+        num_prompt_tokens = inputs["input_ids"].shape[1]
+        if num_prompt_tokens + generation["max_new_tokens"] > self.context_len:
+            raise ValueError(
+                f"The longest prompt has {num_prompt_tokens} tokens and max_new_tokens is "
+                f"{generation['max_new_tokens']}, but the context holds {self.context_len}. "
+                "Shorten the question, pass fewer images per prompt, or lower max_new_tokens."
+            )
+        generated = self.model.generate(**inputs, **generation)  # (B, T + new)
+        texts = self.tokenizer.batch_decode(generated[:, num_prompt_tokens:], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+
+def _pair_images(images: Any, num_questions: int, single: bool) -> list[ImagesOfPrompt]:
+    if single:
+        return [images]
+    if images is None or isinstance(images, ImageLike):
+        return [images] * num_questions
+    if len(images) != num_questions:
+        raise ValueError(
+            f"{len(images)} images for {num_questions} questions. Give one item per question (an image, a list of "
+            "images, or None), or a single image for all of them."
+        )
+    return list(images)
+
+
+def _as_list(item: ImagesOfPrompt) -> list[ImageLike]:
+    if item is None:
+        return []
+    return [item] if isinstance(item, ImageLike) else list(item)

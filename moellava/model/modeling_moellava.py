@@ -1,0 +1,290 @@
+"""Pixels and token ids → logits: image encoder, projector and language model as one Hugging Face model.
+
+Letters: B prompts, T positions, I images in the batch, N image embeddings per image, D_t text width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPooling,
+    MultimodalMoeBaseModelOutputWithPast,
+    MultimodalMoeCausalLMOutputWithPast,
+)
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.generic import can_return_tuple
+
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.language_model import load_balancing_loss, router_penalty
+from moellava.model.projector import build_projector
+
+
+class MoeLlavaPreTrainedModel(PreTrainedModel):
+    config: MoeLlavaConfig
+    config_class = MoeLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ["image", "text"]
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaMoeDecoderLayer", "LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["cache"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # transformers looks for the experts' decorator in this file; they live in language_model/
+
+
+class MoeLlavaModel(MoeLlavaPreTrainedModel):
+    """Image encoder, projector and language model without the output head."""
+
+    def __init__(self, config: MoeLlavaConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = build_projector(
+            config.projector_type, config.projector_shape, config.projector_options
+        )
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Encode and project images.
+
+        Args:
+            pixel_values: (I, 3, H, W), as the image processor returns them; any float dtype.
+
+        Returns:
+            `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with the image
+            embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
+        """
+        patch_tokens = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
+        image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
+        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> MultimodalMoeBaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        image_outputs: Any = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is not None and pixel_values is not None:
+            raise ValueError("Give pixel_values or mm_encoder_outputs['image'], not both.")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+
+        if input_ids is not None and image_outputs is not None:
+            self._check_ids(input_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D_t)
+        if image_outputs is not None:
+            is_image = self._find_image_tokens(input_ids, inputs_embeds)  # (B, T)
+            inputs_embeds = place_image_embeds(inputs_embeds, image_outputs.pooler_output, is_image)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return MultimodalMoeBaseModelOutputWithPast(**outputs, image_outputs=image_outputs)
+
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
+            raise ValueError(
+                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. Here an image is "
+                f"{self.config.num_image_tokens} tokens of id {self.config.image_token_id}: let MoeLlavaProcessor "
+                "write them, processor(text=..., images=...)."
+            )
+
+    def _find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
+        """Where the placeholders stand, (B, T) bool; without ids, where the embedding is the placeholder's."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+
+
+class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):
+    """The model that answers questions about images; see `load_pretrained_model` for how to build one."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: MoeLlavaConfig):
+        super().__init__(config)
+        self.model = MoeLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_router_logits: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Any,
+    ) -> MultimodalMoeCausalLMOutputWithPast:
+        """Predict the next token at each position.
+
+        Args:
+            input_ids: (B, T); each image stands as `config.num_image_tokens` ids `config.image_token_id`.
+            pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
+            labels: (B, T); -100 where no loss is wanted.
+            output_router_logits: also return `router_logits` and `aux_loss`; default: what the text config
+                says. In training with `labels`, the router's losses are part of `loss` either way.
+
+        Returns:
+            `logits` (B, T, V), `loss`, `aux_loss`, `router_logits` (one (B*T, E) per sparse layer), `cache`, ...
+
+        Raises:
+            ValueError: if the placeholders of an image are not as many as its embeddings.
+        """
+        text_config = self.config.text_config
+        if output_router_logits is None:
+            output_router_logits = getattr(text_config, "output_router_logits", False)
+        is_penalised = self.training and labels is not None and has_router_penalty(text_config)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=output_router_logits or is_penalised,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        loss: Tensor | None = None
+        aux_loss: Tensor | None = None
+        if outputs.router_logits:
+            aux_loss = load_balancing_loss(
+                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, padding_mask
+            )
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+        if loss is not None and is_penalised:
+            penalty = router_penalty(
+                text_config,
+                outputs.router_logits,
+                padding_mask,
+                labels=labels,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+            )
+            loss = loss + penalty.to(loss.device)
+        return MultimodalMoeCausalLMOutputWithPast(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=logits,
+            cache=outputs.cache,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits if output_router_logits else None,
+            image_outputs=outputs.image_outputs,
+        )
+
+
+def has_router_penalty(text_config: PreTrainedConfig) -> bool:
+    """Whether training this language model adds a router loss; dense ones have no routers."""
+    coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
+    return hasattr(text_config, "num_experts") and any(getattr(text_config, name, 0) for name in coefficients)
+
+
+def place_image_embeds(inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor) -> Tensor:
+    """Put image embeddings where the placeholders stand, in order.
+
+    Args:
+        inputs_embeds: (B, T, D_t).
+        image_embeds: one (N, D_t) tensor per image, in the order of the placeholders, row after row.
+        is_image: (B, T) bool.
+
+    Returns:
+        (B, T, D_t), in the dtype and on the device of `inputs_embeds`.
+
+    Raises:
+        ValueError: if the placeholders of an image are not as many as its embeddings. Totals are not
+            enough: two wrong runs that cancel out would let one image bleed into another's prompt.
+    """
+    if not torch.compiler.is_compiling():
+        _check_image_runs(is_image, [len(embeds) for embeds in image_embeds])
+    flat = torch.cat(image_embeds).to(inputs_embeds.device, inputs_embeds.dtype)  # (I*N, D_t)
+    return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), flat)
+
+
+def _check_image_runs(is_image: Tensor, num_features: list[int]) -> None:
+    """Compare each run of adjacent placeholders with the images that it has to hold."""
+    mismatch = "Image features and image tokens do not match"
+    image = 0
+    for run in _run_lengths(is_image):
+        while run > 0 and image < len(num_features):
+            expected = num_features[image]
+            image += 1
+            # The last image of a run owns what is left of it, so that one missing token blames that image.
+            if run < expected or expected < run < 1.5 * expected:
+                raise ValueError(
+                    f"{mismatch}: {run} tokens, {expected} features in image {image} of the batch. "
+                    "Let MoeLlavaProcessor write the placeholders, and do not cut them."
+                )
+            run -= expected
+        if run > 0:
+            raise ValueError(
+                f"{mismatch}: {int(is_image.sum())} tokens in the prompts, {sum(num_features)} features of "
+                f"{len(num_features)} images. Pass one image for each placeholder."
+            )
+    if image < len(num_features):
+        raise ValueError(
+            f"{mismatch}: {int(is_image.sum())} tokens in the prompts, {sum(num_features)} features of "
+            f"{len(num_features)} images. Put one <image> into the prompts for each image."
+        )
+
+
+def _run_lengths(is_image: Tensor) -> list[int]:
+    """Lengths of the runs of True, row after row; a run does not go on into the next row."""
+    padded = nn.functional.pad(is_image.int(), (1, 1))  # (B, T + 2)
+    change = padded.diff(dim=1)
+    starts, ends = (change == 1).nonzero(), (change == -1).nonzero()
+    return (ends[:, 1] - starts[:, 1]).tolist()
