@@ -4,6 +4,7 @@
 """
 
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ def _read_pickle(path: Path, mmap: bool = True) -> Any:
 
 def _reason(error: Exception) -> str:
     """The part of torch's message that says what is wrong, without its advice to load unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler error" in line]
-    return (lines or str(error).splitlines() or [type(error).__name__])[0]
+    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return found[1].strip() if found else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:

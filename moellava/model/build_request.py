@@ -1,8 +1,11 @@
-"""What a user asks `load_pretrained_model` for: a mapping, dataclass or object → one checked `BuildRequest`."""
+"""What a user asks `load_pretrained_model` for: a mapping, dataclass, object or file → one checked `BuildRequest`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moellava.messages import unknown_name
 
@@ -46,6 +49,11 @@ REQUIRED = {
     "model_name_or_path": "the language model, such as 'TinyLlama/TinyLlama-1.1B-Chat-v1.0'",
     "mm_vision_tower": "the image encoder, such as 'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224'",
 }
+
+
+def is_description_file(model: Any) -> bool:
+    """Whether `model` names a YAML or JSON file, in place of a checkpoint's folder or id."""
+    return isinstance(model, str | Path) and Path(model).suffix in (".yaml", ".yml", ".json")
 
 
 def read_build_request(
@@ -93,7 +101,19 @@ def _merge(settings: dict[str, Any], given: Mapping[str, Any], place: str) -> No
             )
 
 
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML too
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path.")
+    return content
+
+
 def _as_mapping(given: Any, place: str) -> Mapping[str, Any]:
+    if is_description_file(given):
+        return _read_file(Path(given))
     if isinstance(given, Mapping):
         return given
     if is_dataclass(given) and not isinstance(given, type):

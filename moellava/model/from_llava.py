@@ -15,12 +15,12 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from moellava.encoders._transformers import plain_config
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
-from moellava.encoders.sources import commit_of, find_file, parse_source
 from moellava.encoders.weights import first_five, read_weights
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
 from moellava.model.language_model.upcycling import _upcycled_tensors, moe_config_from_dense
+from moellava.model.origin import Origin, origin_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 PROJECTOR_TYPE = "mlp2x_gelu"
@@ -58,15 +58,13 @@ def read_llava(
         ValueError: if it is another kind of LLaVA, or its weights do not fit its config.
     """
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
-    llava_config: LlavaConfig = LlavaConfig.from_pretrained(name, **hub)
+    llava_config: Any = LlavaConfig.from_pretrained(name, **hub)
     _require_clip_and_llama(name, llava_config)
     llava = _load_llava(name, **hub)
     dtype = dtype or llava.dtype
     processor = _load_processor(name, llava_config, **hub)
-    origin = parse_source(name, **hub)
-    config_file = find_file(origin, "config.json")
-    assert config_file is not None  # LlavaConfig has just been read from it
-    encoder = _clip_encoder(origin.name, commit_of(config_file), llava, processor.image_processor)
+    origin = origin_of(name, **hub)
+    encoder = _clip_encoder(origin, llava, processor.image_processor)
 
     text_config = llava_config.text_config
     reader = _LanguageModelOf(name, llava)
@@ -87,6 +85,8 @@ def read_llava(
         text_config=text_config,
         image_token_id=llava_config.image_token_index,
         projector_type=PROJECTOR_TYPE,
+        language_model=origin.name,
+        language_model_revision=origin.revision,
         dtype=dtype,
     )
     processor = MoeLlavaProcessor(
@@ -147,11 +147,11 @@ def _own_projector_key(key: str) -> str:
     return f"{PROJECTOR_KEYS[layer]}.{kind}" if layer in PROJECTOR_KEYS else key
 
 
-def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+def _projector_of(llava: Any) -> dict[str, Tensor]:
     return {_own_projector_key(key): value for key, value in llava.model.multi_modal_projector.state_dict().items()}
 
 
-def _require_clip_and_llama(name: str, config: LlavaConfig) -> None:
+def _require_clip_and_llama(name: str, config: Any) -> None:
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
         "text_config.model_type": (config.text_config.model_type, "llama"),
@@ -166,7 +166,7 @@ def _require_clip_and_llama(name: str, config: LlavaConfig) -> None:
             )
 
 
-def _load_llava(name: str, **hub: Any) -> LlavaForConditionalGeneration:
+def _load_llava(name: str, **hub: Any) -> Any:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
@@ -200,16 +200,14 @@ def _load_processor(name: str, config: LlavaConfig, **hub: Any) -> Any:
     return processor
 
 
-def _clip_encoder(
-    tower: str, revision: str | None, llava: LlavaForConditionalGeneration, image_processor: Any
-) -> VisionEncoder:
+def _clip_encoder(origin: Origin, llava: Any, image_processor: Any) -> VisionEncoder:
     """The tower as an encoder without weights: its config measures the shapes, its image processor is LLaVA's."""
     llava_config = llava.config
     config = ClipVisionConfig(
         tower_config=plain_config(llava_config.vision_config),
         processor_config=plain_config(image_processor),
-        tower=tower,
-        revision=revision,
+        tower=origin.name,
+        revision=origin.revision,
         select_layer=llava_config.vision_feature_layer,
         select_feature=llava_config.vision_feature_select_strategy,
     )
@@ -220,7 +218,7 @@ def _clip_encoder(
 class _LanguageModelOf(CheckpointReader):
     """The Llama inside a loaded LLaVA, read like a checkpoint of its own."""
 
-    def __init__(self, source: str, llava: LlavaForConditionalGeneration) -> None:
+    def __init__(self, source: str, llava: Any) -> None:
         self.source = source
         self.model_type = llava.config.text_config.model_type
         self._config = llava.config.text_config

@@ -28,7 +28,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaMoeDecoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules = ["LlamaMoeDecoderLayer", "LlamaDecoderLayer", "BiomedClipEncoder"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -5,7 +5,7 @@ import pytest
 from typer.testing import CliRunner
 
 from moellava.cli import app, main
-from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import TINYLLAMA
 
 
@@ -45,6 +45,14 @@ def test_every_question_is_asked_about_each_image(checkpoint, scans):
     result = ask(checkpoint, *scans, "What modality is this?", "Why?")
     rows = [line.split("\t") for line in result.stdout.splitlines()]
     assert [row[:2] for row in rows] == [[scan, q] for scan in scans for q in ("What modality is this?", "Why?")]
+
+
+def test_each_answer_stands_beside_its_question(checkpoint, scans, monkeypatch):
+    monkeypatch.setattr(LoadedModel, "answer", lambda self, image, questions, **_: [q.upper() for q in questions])
+    result = ask(checkpoint, *scans[:2], "a why?", "b why?")
+    assert result.stdout.splitlines() == [
+        f"{scan}\t{q}\t{q.upper()}" for scan in scans[:2] for q in ("a why?", "b why?")
+    ]
 
 
 def test_json_holds_image_question_and_answer(checkpoint, scans):

@@ -146,7 +146,7 @@ def test_documented_custom_encoder_gets_synthesized_tokens(registry, tmp_path, c
             assert type(again) is scope["PooledResNetEncoder"]
             assert torch.equal(again(pixels).patch_tokens, output.patch_tokens)
     assert encoder.encode(torch.rand(3, 90, 80)).shape == (1, 49, 2048)
-    with pytest.raises(ValueError, match="'real', but PooledResNetEncoder .* only gives one pooled vector"):
+    with pytest.raises(ValueError, match=r"'real', but PooledResNetEncoder .* only gives one pooled vector"):
         scope["PooledResNetEncoder"](scope["PooledResNetConfig"](patch_tokens="real"))
 
 

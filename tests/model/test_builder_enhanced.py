@@ -184,6 +184,39 @@ def test_an_object_or_dataclass_describes_a_model_as_a_mapping_does(parts):
         assert load_pretrained_model(description).model.config.num_image_tokens == 196
 
 
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_file_describes_a_model_as_a_mapping_does(parts, suffix, tmp_path):
+    path = tmp_path / f"model.{suffix}"
+    path.write_text(json.dumps(parts | {"projector_type": "linear"}))
+    assert load_pretrained_model(path).model.config.projector_type == "linear"
+
+
+def test_the_attention_implementation_reaches_the_language_model(parts, loaded, images, tmp_path):
+    eager = load_pretrained_model(parts, dtype="float32", attn_implementation="eager")
+    assert eager.model.config.text_config._attn_implementation == "eager"
+    assert loaded.model.config.text_config._attn_implementation == "sdpa"
+    inputs = chat_inputs(loaded, images[:1], ["Why?"])
+    with torch.no_grad():
+        torch.testing.assert_close(eager.model(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_device_map_opens_a_saved_model(loaded, tmp_path):
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    spread = load_pretrained_model(tmp_path, device_map={"": "cpu"})
+    assert all(torch.equal(a, b) for a, b in zip(spread.model.parameters(), loaded.model.parameters(), strict=True))
+
+
+def test_a_broken_tower_falls_back_only_on_request(parts, hub_cache, tmp_path, caplog):
+    (tmp_path / "biomedclip_broken").mkdir()
+    broken = parts | {"mm_vision_tower": str(tmp_path / "biomedclip_broken")}
+    with pytest.raises((OSError, ValueError), match="biomedclip_broken"):
+        load_pretrained_model(broken, encoder_type="biomedclip")
+    model = load_pretrained_model(broken, encoder_type="biomedclip", fallback_to_default=True).model
+    assert model.config.vision_config.tower == BIOMEDCLIP
+    assert "INSTEAD" in caplog.text
+
+
 class TestBadInput:
     def test_a_missing_tower_is_named(self, hub_cache):
         with pytest.raises(OSError, match="microsoft/NoSuchBiomedCLIP"):
@@ -242,6 +275,20 @@ class TestBadInput:
     def test_a_wrong_description_type_says_what_is_expected(self):
         with pytest.raises(TypeError, match="is a int; give a mapping"):
             load_pretrained_model(3)
+
+    def test_a_description_file_that_is_none_is_refused(self, tmp_path):
+        (tmp_path / "a.yaml").write_text("{")
+        with pytest.raises(ValueError, match=r"a\.yaml is not valid YAML"):
+            load_pretrained_model(tmp_path / "a.yaml")
+        (tmp_path / "b.json").write_text("[1]")
+        with pytest.raises(ValueError, match=r"b\.json holds a list"):
+            load_pretrained_model(tmp_path / "b.json")
+
+    def test_device_and_device_map_exclude_each_other(self, parts):
+        with pytest.raises(ValueError, match="device is 'cpu' and device_map is 'auto'"):
+            load_pretrained_model(parts, device="cpu", device_map="auto")
+        with pytest.raises(ValueError, match="device_map is for a saved model"):
+            load_pretrained_model(parts, device_map="auto")
 
     def test_an_integer_dtype_is_refused(self, parts):
         with pytest.raises(ValueError, match=r"dtype is 'int8'; give torch\.float32"):

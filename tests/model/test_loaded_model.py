@@ -29,6 +29,17 @@ def test_an_answer_is_the_new_text_only(loaded, images, monkeypatch):
     assert loaded.answer(images[0], "Which organ is shown?") == ["lungs"]
 
 
+def test_prompts_are_padded_on_the_left(loaded, images, monkeypatch):
+    masks = []
+    generate = loaded.model.generate
+    monkeypatch.setattr(
+        loaded.model, "generate", lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs)
+    )
+    loaded.answer(images[0], ["Why?", "Which organ is shown in the left half of this image?"], max_new_tokens=1)
+    assert masks[0][0, 0] == 0
+    assert masks[0][:, -1].tolist() == [1, 1]
+
+
 def test_counts_that_differ_are_refused(loaded, images):
     with pytest.raises(ValueError, match="3 images for 2 questions"):
         loaded.answer(images, ["a", "b"])

@@ -135,7 +135,7 @@ def fastest_experts_forward(
     weight = experts.gate_up_proj
     if is_quantized(weight):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
-    if any(size * weight.element_size() % 16 for size in (experts.hidden_dim, experts.intermediate_dim)):
+    if any(part.shape[-1] * part.element_size() % 16 for part in (weight, experts.down_proj)):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
     name = "batched_mm" if is_small else "grouped_mm"
