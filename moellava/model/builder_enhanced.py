@@ -232,6 +232,8 @@ def _build(
     options = build | {"dtype": dtype}
     model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, **options)
     model.generation_config = _load_generation_config(request.model_name_or_path, tokenizer, **hub)
+    # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
+    model.built_from = {"model_name_or_path": request.model_name_or_path, "mm_vision_tower": request.mm_vision_tower}
     processor = MoeLlavaProcessor(
         encoder.image_processor,
         tokenizer,
@@ -311,6 +313,7 @@ def _open_saved(
         options = {"dtype": parts.config.dtype, "device_map": device_map, "attn_implementation": attn_implementation}
         model = _load_weights(None, name, config=parts.config, state_dict=parts.state_dict, **options)
         model.generation_config = _load_generation_config(name, parts.processor.tokenizer, **hub)
+        model.built_from = {"model_name_or_path": name, "mm_vision_tower": name}
         return LoadedModel(model, parts.processor)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
@@ -322,6 +325,14 @@ def _open_saved(
             f"{name!r} is a saved model, whose parts are fixed: leave out moe_config={moe_config!r}, or give a mapping "
             "to build a new model."
         )
+    from moellava.model.saving import is_trainable_folder, load_trainable  # it builds on this module
+
+    if is_trainable_folder(name):
+        if device_map is not None:
+            raise ValueError(
+                f"device_map is for a whole model, but {name!r} holds a difference from its base. Leave it out."
+            )
+        return load_trainable(name, dtype=dtype, attn_implementation=attn_implementation, **hub)
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     model = _load_weights(
         path, name, dtype=dtype or "auto", device_map=device_map, attn_implementation=attn_implementation, **hub

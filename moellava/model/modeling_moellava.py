@@ -132,6 +132,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    built_from: dict[str, str] | None = None  # where this process found the parts; for save_trainable, never saved
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
@@ -150,6 +151,12 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
+        """Upload the model with a card that describes it; options as in `moellava.model.model_card.push_to_hub`."""
+        from moellava.model.model_card import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,171 @@
+"""A model card from what the model's config knows: tower, projector, language model, mixture, licence, data.
+
+Public names: `model_card`, `push_to_hub`.
+"""
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+from moellava.model.describe import count_active_parameters
+from moellava.model.origin import Origin
+
+logger = logging.getLogger(__name__)
+
+TEXT = """# {title}
+
+A vision-language model: an image encoder, a projector and a language model, joined by moellava.
+
+| part | what it is |
+|---|---|
+| image encoder | {tower} |
+| projector | {projector} |
+| language model | {language_model} |
+| mixture of experts | {mixture} |
+| parameters | {parameters} |
+
+## Data
+
+{data}
+
+## Licence
+
+{licence}
+
+## Use
+
+```python
+from moellava import load_pretrained_model
+
+loaded = load_pretrained_model("{name}")
+print(loaded.answer("image.png", "What modality is this?"))
+```
+
+For research only. Not a medical device: do not use its answers for diagnosis or treatment.
+"""
+
+
+def model_card(
+    model: PreTrainedModel, name: str, *, licence: str | None = None, datasets: Sequence[str] = ()
+) -> ModelCard:
+    """The card of a joined model.
+
+    Args:
+        model: a `MoeLlavaForConditionalGeneration`.
+        name: the repo id or folder that the card's example opens; its last part is the title.
+        licence: of the weights, as an identifier of the hub such as `mit`.
+        datasets: what it was trained on: dataset ids of the hub, or plain words.
+
+    Returns:
+        The card, with the hub's metadata (`base_model`, `license`, `datasets`, `pipeline_tag`); `str(card)` is the
+        text of a README.md.
+    """
+    config = model.config
+    vision, origins = config.vision_config, _origins(config)
+    text = TEXT.format(
+        title=name.rstrip("/").rsplit("/", 1)[-1],
+        name=name,
+        tower=f"{origins[1] or 'not recorded'}: {vision.num_patches} patch tokens of width {vision.hidden_size} from "
+        f"images of {vision.image_size} pixels, layer {vision.select_layer}",
+        projector=f"`{config.projector_type}`: {config.num_image_tokens} image tokens per image",
+        language_model=f"{origins[0] or 'not recorded'}: `{config.text_config.model_type}`, "
+        f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
+        mixture=_mixture(config.text_config),
+        parameters=f"{model.num_parameters():,}, of which {count_active_parameters(model):,} meet each text token",
+        data="\n".join(f"- {name}" for name in datasets) or "The authors have not said what it was trained on.",
+        licence=_licence(licence, origins),
+    )
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=["moellava", "mixture-of-experts", "medical-imaging"],
+        license=licence,
+        base_model=[origin.name for origin in origins if origin and origin.revision] or None,
+        datasets=[dataset for dataset in datasets if _is_repo_id(dataset)] or None,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def push_to_hub(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    processor: Any = None,
+    licence: str | None = None,
+    datasets: Sequence[str] = (),
+    commit_message: str = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+) -> str:
+    """Upload a model, its processor and its card to the hub, in one commit; a card that is there already stays.
+
+    Args:
+        model: a `MoeLlavaForConditionalGeneration`.
+        processor: uploaded too where it is given.
+        licence, datasets: as in `model_card`.
+        commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in transformers'
+            `push_to_hub`.
+
+    Returns:
+        The URL of the commit.
+    """
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        if processor is not None:
+            processor.save_pretrained(folder)
+        if api.file_exists(repo_id, "README.md", revision=revision):
+            logger.info("%s has a model card, which stays as it is", repo_id)
+        else:
+            card = model_card(model, repo_id, licence=licence, datasets=datasets)
+            (Path(folder) / "README.md").write_text(str(card), encoding="utf-8")
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(commit)
+
+
+def _origins(config: Any) -> tuple[Origin | None, Origin | None]:
+    """Of the language model and of the tower."""
+    vision = config.vision_config
+    return (
+        Origin(config.language_model, config.language_model_revision) if config.language_model else None,
+        Origin(vision.tower, vision.revision) if vision.tower else None,
+    )
+
+
+def _mixture(text_config: Any) -> str:
+    layers = getattr(text_config, "moe_layer_indices", None)
+    if not layers:
+        return "none, dense"
+    meta = ", and one meta expert that is always on" if text_config.meta_expert else ""
+    return (
+        f"{len(layers)} of {text_config.num_hidden_layers} layers ({', '.join(map(str, layers))}): "
+        f"{text_config.num_experts} experts of width {text_config.expert_width}, "
+        f"top-{text_config.num_experts_per_tok}{meta}"
+    )
+
+
+def _licence(licence: str | None, origins: tuple[Origin | None, Origin | None]) -> str:
+    parts = " and ".join(origin.name for origin in origins if origin)
+    own = f"`{licence}`." if licence else "The authors have not stated one for the trained weights."
+    return f"{own} The licences of {parts} hold for what comes from them." if parts else own
+
+
+def _is_repo_id(name: str) -> bool:
+    return name.count("/") == 1 and " " not in name
