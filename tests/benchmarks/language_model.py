@@ -7,7 +7,6 @@ Times are medians of interleaved rounds. `decode` and `upcycle` need about 6 GB 
 
 import argparse
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -214,7 +213,7 @@ def upcycle_once(folder: str) -> None:
     base = peak_rss()
     start = time.perf_counter()
     model = upcycle(folder, dtype=torch.bfloat16)
-    sum(float(parameter.view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
+    sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
     seconds = time.perf_counter() - start
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak = peak_rss() - base
@@ -232,7 +231,9 @@ def upcycle_once(folder: str) -> None:
 
 
 def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes. Not `getrusage`: a child starts with its parent's maximum there."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # --- training -----------------------------------------------------------------------------------------------------
