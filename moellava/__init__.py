@@ -9,6 +9,7 @@ from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, Moe
 from moellava.model.builder_enhanced import (
     CustomVisionConfig,
     LoadedModel,
+    describe,
     load_pretrained_model,
     load_vision_encoder,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "MoeLlavaProcessor",
     "VisionEncoder",
     "create_encoder",
+    "describe",
     "load_pretrained_model",
     "load_vision_encoder",
 ]

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from moellava.cli import encoders
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
 
@@ -12,11 +13,15 @@ app = typer.Typer(
     name="moellava",
     help="Medical vision-language models: an image encoder joined to a mixture-of-experts language model.",
     no_args_is_help=True,
+    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(demo)
-app.command()(ask)
+app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
+app.command(short_help="Answer questions about images with a saved model.")(ask)
+app.command()(encoders.encode)
+app.command()(encoders.classify)
+app.add_typer(encoders.app, name="encoders")
 
 
 def _print_version(wanted: bool) -> None:

@@ -9,10 +9,10 @@ import typer
 
 
 def ask(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or hub id of a saved model.")],
+    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")],
     items: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE... QUESTION...", help="Image files (PNG, JPEG, TIFF) and questions."),
+        typer.Argument(metavar="IMAGE|QUESTION", help="Image files (PNG, JPEG, TIFF) and questions."),
     ],
     question: Annotated[
         list[str] | None,

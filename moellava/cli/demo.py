@@ -13,7 +13,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for the parts, the checkpoint and the picture.")] = Path(
         "moellava-demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 16 questions each.")] = 400,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 images, 24 questions.")] = 400,
     seed: Annotated[int, typer.Option(help="Of weights, crops, questions and data order.")] = 0,
 ) -> None:
     """Train a toy model on real medical images and ask it about images it has not seen (about two minutes).
@@ -38,7 +38,7 @@ def demo(
         f"  always the most frequent answer    {result.majority_accuracy:6.1%}\n\n"
         f"Picture: {picture}\n"
         f'Ask it:  moellava ask {result.checkpoint} {out / "held_out.png"} "{example.question}"\n\n'
-        "This toy learned a dozen pictures in minutes. It is NOT a medical model: use it for nothing but a demonstration."
+        "This toy learned a dozen pictures in minutes. It is NOT a medical model: it only shows that the parts work."
     )
 
 

@@ -32,7 +32,7 @@ class ChatCollator:
         Raises:
             ValueError: if a row has no supervised token; its `id`, or its place in the batch, is named.
         """
-        batch = self.processor.apply_chat_template(
+        batch: Any = self.processor.apply_chat_template(
             [row["messages"] for row in rows],
             tokenize=True,
             return_dict=True,
@@ -44,6 +44,7 @@ class ChatCollator:
         for index, row in enumerate(rows):
             if not is_answer[index].any():
                 raise ValueError(
-                    f"Row {row.get('id', index)!r} has no assistant turn to learn from. Give it an answer, or leave it out."
+                    f"Row {row.get('id', index)!r} has no assistant turn to learn from. "
+                    "Give it an answer, or leave it out."
                 )
         return {**batch, "labels": batch["input_ids"].masked_fill(~is_answer, IGNORE_INDEX)}

@@ -21,18 +21,8 @@ class Source:
 
 
 def load_sources() -> list[Source]:
-    """The images of scikit-image, pydicom and nilearn that their wheels carry; nothing is downloaded.
-
-    Raises:
-        ImportError: if one of the three is missing.
-    """
-    try:
-        return [*_photographs(), *_dicoms(), *_brain()]
-    except ImportError as error:
-        raise ImportError(
-            f"The demo's images come from packages that are not installed ({error.name}). "
-            'Type: pip install "moellava[demo]"'
-        ) from error
+    """The images of scikit-image, pydicom and nilearn that their wheels carry; nothing is downloaded."""
+    return [*_photographs(), *_dicoms(), *_brain()]
 
 
 def sample_crops(
@@ -93,7 +83,7 @@ def _brain() -> Iterator[Source]:
     from nilearn.datasets import load_mni152_template
 
     volume = load_mni152_template(resolution=2).get_fdata()
-    slices = [_eight_bit(np.rot90(volume[10:-10, 10:-10, z]), 0, 1) for z in range(20, 76)]
+    slices = [_as_rgb(_eight_bit(np.rot90(volume[10:-10, 10:-10, z]), 0, 1)) for z in range(20, 76)]
     # Neighbouring slices are nearly equal, so ten of them, 20 mm, lie between the two parts.
     yield Source("nilearn MNI152", "MR", train=slices[:30], held_out=slices[40:])
 
@@ -111,8 +101,12 @@ def _eight_bit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
     return (np.clip((pixels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
 
 
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+
+
 def _split_columns(name: str, modality: str, pixels: np.ndarray) -> Source:
-    rgb = pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
+    rgb = _as_rgb(pixels)
     middle = int(0.55 * rgb.shape[1])
     return Source(name, modality, train=[rgb[:, :middle]], held_out=[rgb[:, middle:]])
 

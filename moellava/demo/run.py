@@ -1,9 +1,11 @@
 """The demo from end to end: parts, joining, training, saving, reloading, questions about held-out images."""
 
-import logging
+import importlib.util
+import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,9 @@ from moellava.demo.questions import Example, corpus, make_examples
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 
-logger = logging.getLogger(__name__)
-
 NUM_TRAIN_CROPS = 192  # per modality
 NUM_HELD_OUT_CROPS = 12  # per modality
-BATCH_SIZE = 16
+BATCH_SIZE = 8  # images; each brings three questions
 
 
 @dataclass(frozen=True)
@@ -34,18 +34,25 @@ class DemoResult:
     majority_accuracy: float  # always the answer that its question had most often in training
 
 
-def run_demo(folder: Path, *, num_steps: int, seed: int, show_progress: bool = True) -> DemoResult:
+def run_demo(
+    folder: Path, *, num_steps: int, seed: int, show_progress: bool = True, shuffle_images: bool = False
+) -> DemoResult:
     """Train a toy on real images and answer questions about crops that it has not seen.
 
     Args:
         folder: receives `parts/` (untrained encoder and language model), `checkpoint/` and training files.
-        num_steps: optimizer steps, each on 16 questions.
+        num_steps: optimizer steps, each on 8 images with three questions.
         seed: of weights, crops, questions and data order.
         show_progress: a progress bar while training.
+        shuffle_images: train on questions whose images were exchanged at random. A model that still beats the
+            baselines then does not do so by looking.
     """
+    _require_packages()
     sources = load_sources()
     train = make_examples(sources, "train", NUM_TRAIN_CROPS, seed)
     held_out = make_examples(sources, "held_out", NUM_HELD_OUT_CROPS, seed + 1)
+    if shuffle_images:
+        train = exchange_images(train, seed)
     loaded = build_toy(folder / "parts", seed)
     _train(loaded, train, folder / "training", num_steps, seed, show_progress)
 
@@ -66,6 +73,13 @@ def run_demo(folder: Path, *, num_steps: int, seed: int, show_progress: bool = T
     )
 
 
+def _require_packages() -> None:
+    """Say what is missing before the training, not behind it."""
+    packages = ("accelerate", "matplotlib", "nilearn", "pydicom", "skimage")
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        raise ImportError(f'The demo needs {", ".join(missing)}. Type: pip install "moellava[demo]"')
+
+
 def build_toy(parts: Path, seed: int) -> LoadedModel:
     """Untrained parts in the files of the real ones, joined by the call that joins the real ones."""
     tower = write_biomedclip(parts / "biomedclip_toy", vision="test_vit", image_size=160, seed=seed)
@@ -82,6 +96,14 @@ def build_toy(parts: Path, seed: int) -> LoadedModel:
         dtype="float32",
         seed=seed,
     )
+
+
+def exchange_images(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same questions and answers, each image's in the company of another image drawn at random."""
+    images = list({id(example.image): example.image for example in examples}.values())
+    shuffled = random.Random(seed).sample(images, len(images))
+    other = {id(image): partner for image, partner in zip(images, shuffled, strict=True)}
+    return [replace(example, image=other[id(example.image)]) for example in examples]
 
 
 def share_correct(examples: Sequence[Example], answers: Sequence[str]) -> float:
@@ -137,17 +159,25 @@ def _train(
         seed=seed,
     )
     loaded.model.train()
-    rows: Any = [_as_row(example) for example in examples]
+    rows: Any = _as_rows(examples, seed)
     trainer = Trainer(loaded.model, arguments, train_dataset=rows, data_collator=ChatCollator(loaded.processor))
     trainer.train()
     loaded.model.eval()
 
 
-def _as_row(example: Example) -> dict[str, Any]:
-    question = [{"type": "image", "image": example.image}, {"type": "text", "text": example.question}]
-    return {
-        "messages": [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": example.answer},
-        ]
-    }
+def _as_rows(examples: Sequence[Example], seed: int) -> list[dict[str, Any]]:
+    """One conversation per image, its questions as turns in random order: more answers for one encoded image."""
+    rng = random.Random(seed)
+    rows = []
+    for _, group in groupby(examples, key=lambda example: id(example.image)):
+        turns = list(group)
+        rng.shuffle(turns)
+        messages: list[dict[str, Any]] = []
+        for turn in turns:
+            image = [{"type": "image", "image": turn.image}] if not messages else []
+            messages += [
+                {"role": "user", "content": [*image, {"type": "text", "text": turn.question}]},
+                {"role": "assistant", "content": turn.answer},
+            ]
+        rows.append({"messages": messages})
+    return rows

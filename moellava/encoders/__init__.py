@@ -10,17 +10,27 @@ parse_source, resolve                                       where a tower comes 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
 from moellava.encoders.base import (
+    LayerTokens,
+    TrunkOutput,
     VisionEncoder,
     VisionEncoderConfig,
     VisionEncoderOutput,
     synthesize_patch_tokens,
 )
 from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConfig
+from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
+from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
 from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
 from moellava.encoders.images import BiomedClipImageProcessorPil
+from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
 from moellava.encoders.sources import parse_source, resolve
 
-for _config_class, _encoder_class in ((BiomedClipVisionConfig, BiomedClipEncoder),):
+for _config_class, _encoder_class in (
+    (BiomedClipVisionConfig, BiomedClipEncoder),
+    (ClipVisionConfig, ClipEncoder),
+    (SiglipVisionConfig, SiglipEncoder),
+    (Dinov2VisionConfig, Dinov2Encoder),
+):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModel.register(_config_class, _encoder_class, exist_ok=True)
 AutoImageProcessor.register(
@@ -31,6 +41,14 @@ __all__ = [
     "BiomedClipEncoder",
     "BiomedClipImageProcessorPil",
     "BiomedClipVisionConfig",
+    "ClipEncoder",
+    "ClipVisionConfig",
+    "Dinov2Encoder",
+    "Dinov2VisionConfig",
+    "LayerTokens",
+    "SiglipEncoder",
+    "SiglipVisionConfig",
+    "TrunkOutput",
     "VisionEncoder",
     "VisionEncoderConfig",
     "VisionEncoderOutput",

@@ -8,9 +8,10 @@ follow from them.
 """
 
 import logging
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import ModelOutput
+
+from moellava.encoders.weights import first_five
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
@@ -36,14 +39,15 @@ class VisionEncoderConfig(PreTrainedConfig):
 
     Args:
         image_size: pixels, one side or (height, width).
-        patch_tokens: "auto" takes real tokens where the trunk has any, "real" insists, "synthesized" never does.
+        patch_tokens: "auto" takes real tokens where the trunk has any, "real" insists, "synthesized" never
+            does.
         select_layer: LLaVA's count of hidden states: -1 the last block's output, -2 the one before it,
             k > 0 the output of block k-1. A list concatenates along the width.
         select_feature: "patch" (or "default"), "cls_patch" (or "full"), "cls".
         final_norm: apply the trunk's last norm to the selected layers.
         tower: the tower whose weights were really loaded (a repo id, or a local folder's own name).
         revision: the commit those weights came from, where there is one.
-        hidden_size, num_patches, grid: width, tokens per image after selection, and (rows, columns) of patches.
+        hidden_size, num_patches, grid: width, tokens per image after selection, (rows, columns) of patches.
             Measured from the trunk whenever an encoder is built; never chosen.
     """
 
@@ -103,15 +107,15 @@ class VisionEncoderOutput(ModelOutput):
 
 
 class LayerTokens(NamedTuple):
-    """Output of one trunk layer: `prefix` (B, R, D) class and register tokens or None, `patches` (B, N, D)."""
+    """Output of one layer: `class_token` (B, 1, D) or None, `patches` (B, N, D); registers are left out."""
 
-    prefix: Tensor | None
+    class_token: Tensor | None
     patches: Tensor
     grid: tuple[int, int]  # rows, columns; rows * columns = N
 
 
 class TrunkOutput(NamedTuple):
-    """What `run_trunk` returns: the layers asked for, in the order asked for, and (B, P) if it was asked for."""
+    """What `run_trunk` returns: the layers asked for, in that order, and (B, P) if it was asked for."""
 
     layers: list[LayerTokens]
     pooled: Tensor | None = None
@@ -128,6 +132,29 @@ def synthesize_patch_tokens(pooled: Tensor, num_patches: int) -> Tensor:
     if num_patches < 1:
         raise ValueError(f"num_patches is {num_patches}; expected at least 1.")
     return pooled.unsqueeze(1).expand(-1, num_patches, -1).contiguous()
+
+
+def check_overrides(config_class: type[VisionEncoderConfig], overrides: dict[str, Any]) -> None:
+    """Refuse keywords that are no field of the config; the nearest field is suggested."""
+    known = [field.name for field in fields(config_class)]
+    for name in overrides:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{config_class.__name__} has no field {name!r}.{hint}")
+
+
+def check_divisible(image_hw: tuple[int, int], patch_size: int | Sequence[int] | None) -> None:
+    """Refuse a new image size whose border would fall outside the patches."""
+    if patch_size is None:
+        return
+    patch_hw = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+    if any(side % patch for side, patch in zip(image_hw, patch_hw, strict=True)):
+        near = [max(1, round(side / patch)) * patch for side, patch in zip(image_hw, patch_hw, strict=True)]
+        raise ValueError(
+            f"Images of {image_hw[0]}x{image_hw[1]} pixels do not divide into patches of "
+            f"{patch_hw[0]}x{patch_hw[1]}. The nearest size that does is {near[0]}x{near[1]}."
+        )
 
 
 def block_index(select_layer: int, num_layers: int) -> int:
@@ -147,7 +174,7 @@ class VisionEncoder(PreTrainedModel):
     config_class = VisionEncoderConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     _supports_sdpa = True  # each tower calls scaled_dot_product_attention, its own way
 
     # How many patches a tower without spatial tokens pretends to have; ViT-B/16's at 224 pixels.
@@ -203,7 +230,7 @@ class VisionEncoder(PreTrainedModel):
     def image_processor(self) -> "BaseImageProcessor":
         """The preprocessing that belongs to these weights."""
         if getattr(self, "_image_processor", None) is None:
-            self._image_processor = self.build_image_processor()
+            self._image_processor: Any = self.build_image_processor()
         return self._image_processor
 
     @property
@@ -219,16 +246,14 @@ class VisionEncoder(PreTrainedModel):
         Without `output_pooled`, the blocks behind the selected layer are not run.
         """
         self._check_pixels(pixel_values)
-        if self.synthesized:
-            trunk = self.run_trunk(pixel_values, [], norm=False, pooled=True)
-            rows, columns = self.grid
-            tokens = synthesize_patch_tokens(trunk.pooled, rows * columns)
-            return VisionEncoderOutput(patch_tokens=tokens, pooled=trunk.pooled, synthesized=True)
-        indices = [block_index(layer, self.num_layers) for layer in self.config.layers]
-        trunk = self.run_trunk(pixel_values, indices, norm=self.config.final_norm, pooled=output_pooled)
-        selected = [_select(layer, self.config.select_feature) for layer in trunk.layers]
-        tokens = selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
-        return VisionEncoderOutput(patch_tokens=tokens, pooled=trunk.pooled, synthesized=False)
+        trunk = self.run_trunk(
+            pixel_values,
+            [] if self.synthesized else self._block_indices(),
+            norm=self.config.final_norm,
+            pooled=output_pooled or self.synthesized,
+        )
+        tokens = self._select_tokens(trunk, self.grid)
+        return VisionEncoderOutput(patch_tokens=tokens, pooled=trunk.pooled, synthesized=self.synthesized)
 
     def encode(self, images: Any, *, batch_size: int = 16, progress: bool = False) -> Tensor:
         """Patch tokens (B, N, D) of images, without gradients, on the encoder's device.
@@ -241,10 +266,57 @@ class VisionEncoder(PreTrainedModel):
 
         return encode_images(self, images, batch_size=batch_size, progress=progress)
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write config, weights and the image processor into a folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: Any,
+        *args: Any,
+        image_size: int | Sequence[int] | None = None,
+        device: torch.device | str | None = None,
+        output_loading_info: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Load an encoder that `save_pretrained` wrote; nothing may be missing or left over.
+
+        Arguments are those of `PreTrainedModel.from_pretrained`, and `image_size` and `device`.
+        """
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        encoder, info = loaded
+        # transformers only logs these, and leaves a missing bare parameter as uninitialised memory.
+        problems = [f"{key}: {first_five(sorted(map(str, names)))}" for key, names in info.items() if names]
+        if problems:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not fit its config; {'; '.join(problems)}."
+            )
+        if image_size is not None:
+            encoder.set_image_size(image_size)
+        encoder = encoder if device is None else encoder.to(device)
+        return (encoder, info) if output_loading_info else encoder
+
+    def set_image_size(self, image_size: int | Sequence[int]) -> None:
+        """Take another image size: positions are interpolated; grid, token count and processor follow."""
+        config = self.config
+        before, config.image_size = (
+            config.image_hw,
+            image_size if isinstance(image_size, int) else list(image_size),
+        )
+        if config.image_hw == before:
+            return
+        self.resize_trunk()
+        self._image_processor = None
+        with torch.device("meta"):
+            type(self)(config)  # measures the new shapes into the config that both share
+
+    def resize_trunk(self) -> None:
+        """Make the trunk take images of the config's new `image_size`."""
+        raise ValueError(f"{self._label} takes images of one size only.")
 
     # ---- construction ----
 
@@ -260,59 +332,68 @@ class VisionEncoder(PreTrainedModel):
 
     def _measure(self) -> None:
         """Run the tower without storage and write width, grid and token count into the config."""
-        config, (height, width) = self.config, self.config.image_hw
         _check_patch_tokens(self)
-        dtype = next(self.parameters()).dtype
-        pixels = torch.empty(1, 3, height, width, device="meta", dtype=dtype)
+        config, (height, width) = self.config, self.config.image_hw
+        pixels = torch.empty(1, 3, height, width, device="meta", dtype=self.dtype)
+        indices = self._block_indices()
         training = self.training
         self.eval()  # batch norm refuses a single image while training
         try:
             with torch.no_grad():
-                config.grid = list(self._measure_grid(pixels))
-                tokens = self(pixels).patch_tokens
+                trunk = self.run_trunk(pixels, indices, norm=config.final_norm, pooled=self.synthesized)
         except (AssertionError, RuntimeError, NotImplementedError) as error:
             raise ValueError(
-                f"{type(self).__name__} ({config.tower or 'not loaded'}) cannot take images of {height}x{width} "
-                f"pixels with select_layer={config.select_layer}: {error}"
+                f"{self._label} cannot take images of {height}x{width} pixels with "
+                f"select_layer={config.select_layer}, final_norm={config.final_norm}: {error}"
             ) from error
         finally:
             self.train(training)
-        config.num_patches, config.hidden_size = tokens.shape[1], tokens.shape[2]
-
-    def _measure_grid(self, pixels: Tensor) -> tuple[int, int]:
-        if self.num_layers == 0:
-            return self.synthesized_grid
-        indices = [block_index(layer, self.num_layers) for layer in self.config.layers]
-        layers = self.run_trunk(pixels, indices, norm=False, pooled=False).layers
-        grids = {layer.grid for layer in layers}
+        grids = {layer.grid for layer in trunk.layers} or {self.synthesized_grid}
         if len(grids) > 1:
             raise ValueError(
-                f"select_layer={self.config.select_layer} joins layers of different grids {sorted(grids)}; "
+                f"select_layer={config.select_layer} joins layers of different grids {sorted(grids)}; "
                 "name layers of one grid."
             )
-        return grids.pop()
+        config.grid = list(grids.pop())
+        _, config.num_patches, config.hidden_size = self._select_tokens(trunk, self.grid).shape
+
+    def _block_indices(self) -> list[int]:
+        if self.num_layers == 0:
+            return []
+        return [block_index(layer, self.num_layers) for layer in self.config.layers]
+
+    def _select_tokens(self, trunk: TrunkOutput, grid: tuple[int, int]) -> Tensor:
+        """(B, N, D) of what the trunk gave, as the config selects."""
+        if self.synthesized:
+            assert trunk.pooled is not None
+            return synthesize_patch_tokens(trunk.pooled, grid[0] * grid[1])
+        selected = [_select(layer, self.config.select_feature) for layer in trunk.layers]
+        return selected[0] if len(selected) == 1 else torch.cat(selected, dim=-1)
+
+    @property
+    def _label(self) -> str:
+        return f"{type(self).__name__} ({self.config.tower or 'built from a config'})"
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
         expected = (3, *self.config.image_hw)
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}). Use encoder.image_processor(images, return_tensors='pt'), or "
-                "load the tower with another image_size."
+                f"{expected[1]}, {expected[2]}). Use encoder.image_processor(images, "
+                "return_tensors='pt'), or load the tower with another image_size."
             )
 
 
 def _select(layer: LayerTokens, select_feature: str) -> Tensor:
     """The tokens (B, N, D) that `select_feature` names."""
-    prefix, patches, _ = layer
-    if select_feature in ("patch", "default") or (select_feature == "full" and prefix is None):
+    class_token, patches, _ = layer
+    if select_feature in ("patch", "default") or (select_feature == "full" and class_token is None):
         return patches
-    if prefix is None:
+    if class_token is None:
         raise ValueError(
             f"select_feature is {select_feature!r}, but this trunk has no class token: use 'patch' or 'full'."
         )
-    # Register tokens, which stand behind the class token, are never features.
-    return prefix[:, :1] if select_feature == "cls" else torch.cat([prefix[:, :1], patches], dim=1)
+    return class_token if select_feature == "cls" else torch.cat([class_token, patches], dim=1)
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -321,16 +402,24 @@ def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 
 
 def _check_patch_tokens(encoder: VisionEncoder) -> None:
-    """Refuse real tokens where there are none, and say once what synthesis costs."""
+    """Refuse settings that the tower cannot keep, and say once what synthesis costs."""
     config = encoder.config
     if config.patch_tokens == "real" and encoder.num_layers == 0:
         raise ValueError(
-            f"patch_tokens is 'real', but {config.tower or type(encoder).__name__} only gives one pooled vector "
-            "per image. Use patch_tokens='auto' or 'synthesized', or another tower."
+            f"patch_tokens is 'real', but {encoder._label} only gives one pooled vector per image. "
+            "Use patch_tokens='auto' or 'synthesized', or another tower."
         )
-    if encoder.synthesized:
-        logger.warning(
-            "%s: patch tokens are synthesized (one pooled vector repeated over the grid), so they carry no spatial "
-            "detail. patch_tokens='real' forbids this.",
-            config.tower or type(encoder).__name__,
+    if config.final_norm and not encoder.has_final_norm:
+        raise ValueError(f"final_norm is True, but {encoder._label} has no norm that fits its hidden states.")
+    if not encoder.synthesized:
+        return
+    if config.select_feature not in ("patch", "default", "full"):
+        raise ValueError(
+            f"select_feature is {config.select_feature!r}, but {encoder._label} gives synthesized tokens, "
+            "without a class token. Use 'patch'."
         )
+    logger.warning(
+        "%s: patch tokens are synthesized (one pooled vector repeated over the grid), so they carry no "
+        "spatial detail. patch_tokens='real' forbids this.",
+        encoder._label,
+    )

@@ -1,6 +1,6 @@
 """A name in, a ready encoder out: `detect_encoder_type`, `create_encoder`, `register_encoder`.
 
-The table `ENCODERS` names the built-in families as text, so that a tower's library loads only when it is chosen.
+The table `ENCODERS` names the built-in families as text: a tower's library loads only when it is chosen.
 """
 
 import importlib
@@ -26,7 +26,7 @@ ENTRY_POINT_GROUP = "moellava.encoders"
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderKind:
-    """One family: its name, how a source of it is recognised, and its class (or "module:class", loaded late)."""
+    """One family: its name, how a source of it is recognised, its class (or "module:class", loaded late)."""
 
     name: str
     cls: str | type[VisionEncoder]
@@ -48,6 +48,24 @@ ENCODERS: list[EncoderKind] = [  # first match wins, so the longer words stand f
         cls="biomedclip:BiomedClipEncoder",
         words=("biomedclip", "medclip"),
         model_types=("biomedclip_vision",),
+    ),
+    EncoderKind(
+        name="siglip",
+        cls="siglip:SiglipEncoder",
+        words=("siglip",),
+        model_types=("siglip", "siglip_vision_model", "moellava_siglip_vision"),
+    ),
+    EncoderKind(
+        name="clip",
+        cls="clip:ClipEncoder",
+        words=("clip",),
+        model_types=("clip", "clip_vision_model", "moellava_clip_vision"),
+    ),
+    EncoderKind(
+        name="dinov2",
+        cls="dinov2:Dinov2Encoder",
+        words=("dinov2",),
+        model_types=("dinov2", "dinov2_with_registers", "moellava_dinov2_vision"),
     ),
 ]
 
@@ -96,11 +114,11 @@ def encoder_kinds() -> list[EncoderKind]:
     return ENCODERS
 
 
-def detect_encoder_type(path: str | Path, **options: Any) -> str:
+def detect_encoder_type(path: str | Path, *, download: bool = True, **options: Any) -> str:
     """The family of a tower: by the files of a local folder, else by its name, else by its config on the hub.
 
     Names are read in any case: "biomedclip" or "medclip" before "siglip" before "clip".
-    Keyword options are those of `parse_source`.
+    With `download=False` only this machine is looked at. Other options are those of `parse_source`.
 
     Raises:
         ValueError: nothing matches; the known families are listed.
@@ -110,7 +128,7 @@ def detect_encoder_type(path: str | Path, **options: Any) -> str:
         if kind.detect is not None and kind.detect(str(path)):
             return kind.name
     source = parse_source(path, **options)
-    if source.folder is not None and (found := _by_files(source)) is not None:
+    if source.folder is not None and (found := _by_files(source, download)) is not None:
         return found
     name = (source.name if source.folder is None else f"{source.folder.parent.name}/{source.name}").lower()
     for kind in kinds:
@@ -120,7 +138,7 @@ def detect_encoder_type(path: str | Path, **options: Any) -> str:
     for kind in kinds:
         if any(word in name for word in kind.words):
             return kind.name
-    if source.folder is None and (found := _by_files(source)) is not None:
+    if source.folder is None and (found := _by_files(source, download)) is not None:
         return found
     raise ValueError(
         f"Cannot tell what kind of image tower {str(path)!r} is. Give encoder_type, one of "
@@ -152,16 +170,16 @@ def create_encoder(
         encoder_type: a family of `ENCODERS`; None or "auto" detects it from the source.
         model_name_or_path: see `moellava.encoders.sources.parse_source`. None is the default BiomedCLIP, for
             `encoder_type="biomedclip"` only.
-        image_size, select_layer, select_feature, patch_tokens, final_norm: see `VisionEncoderConfig`; None keeps
-            the tower's own.
+        image_size, select_layer, select_feature, patch_tokens, final_norm: see `VisionEncoderConfig`; None
+            keeps the tower's own.
         load_text: BiomedCLIP only: load the text tower as well, for `encode_text` and `zero_shot`.
         fallback_to_default: BiomedCLIP only: where the source cannot be loaded, load the default BiomedCLIP
             instead, with a warning; the config records what was really loaded.
-        dtype: of the weights; None is float32, "auto" the file's own.
+        dtype: of the weights; None is float32 for open_clip's files and as saved for others, "auto" as saved.
     Raises:
         ValueError, OSError: the source cannot be read as this family; never other or random weights.
     """
-    options = {
+    options: dict[str, Any] = {
         "revision": revision,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
@@ -182,7 +200,7 @@ def create_encoder(
         "dtype": dtype,
         "device": device,
     }
-    overrides = {name: value for name, value in given.items() if value is not None}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if kind.name != "biomedclip":
         for name, value in (("load_text", load_text), ("fallback_to_default", fallback_to_default)):
             if value:
@@ -227,10 +245,10 @@ def _kind(encoder_type: str | None, name: str | Path, options: dict[str, Any]) -
     return kinds[encoder_type]
 
 
-def _by_files(source: Source) -> str | None:
+def _by_files(source: Source, download: bool) -> str | None:
     """The family that a source's own config file names, if this machine has it or may fetch it."""
     for file_name in ("config.json", "open_clip_config.json"):
-        path = find_file(source, file_name, download=source.repo_id is not None, required=False)
+        path = find_file(source, file_name, download=download, required=False)
         if path is None:
             continue
         if file_name == "open_clip_config.json":

@@ -1,19 +1,24 @@
 """Images in, features out: batches through an encoder, preprocessing beside it.
 
-`encode_images` (a list of images to one tensor).
+`encode_images` (images to one tensor), `encode_files` (images to a safetensors file, resumable after a kill).
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moellava.encoders.images import as_image_list
+from moellava.encoders.images import as_image_list, map_in_threads, to_eight_bit, to_pil
 
 if TYPE_CHECKING:
     from moellava.encoders.base import VisionEncoder
+
+# safetensors' words for the dtypes that a tower can have.
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 def encode_images(
@@ -23,30 +28,116 @@ def encode_images(
     images = as_image_list(images)
     if not images:
         raise ValueError("There are no images to encode.")
-    batches = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    return torch.cat(list(encode_batches(encoder, batches, progress=progress)))
+    batches = encode_batches(encoder, images, batch_size=batch_size, progress=progress)
+    return torch.cat(list(batches))
 
 
 def encode_batches(
-    encoder: "VisionEncoder", batches: Sequence[Sequence[Any]], *, progress: bool = False
+    encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int, progress: bool = False
 ) -> Iterator[Tensor]:
-    """Patch tokens (B, N, D) of each batch; the next batch is preprocessed while this one is in the model."""
+    """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
+    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size)
     if progress:
         from tqdm.auto import tqdm
 
-        batches = tqdm(batches, unit="batch")
+        batches = tqdm(batches, total=-(-len(images) // batch_size), unit="batch")
+    for pixel_values in batches:
+        with torch.inference_mode():
+            tokens = encoder(pixel_values).patch_tokens
+        yield tokens
+
+
+def pixel_batches(encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int) -> Iterator[Tensor]:
+    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
     def pixels(batch: Sequence[Any]) -> Tensor:
-        return encoder.image_processor(list(batch), return_tensors="pt")["pixel_values"]
+        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
+        ready = map_in_threads(lambda image: to_eight_bit(to_pil(image)), batch)
+        return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
 
     with ThreadPoolExecutor(1) as worker:
+        starts = range(0, len(images), batch_size)
         upcoming = None
-        waiting = iter(batches)
-        first = next(waiting, None)
-        upcoming = worker.submit(pixels, first) if first is not None else None
-        while upcoming is not None:
-            pixel_values = upcoming.result()
-            following = next(waiting, None)
-            upcoming = worker.submit(pixels, following) if following is not None else None
-            with torch.inference_mode():
-                yield encoder(pixel_values.to(encoder.device, encoder.dtype)).patch_tokens
+        for start in starts:
+            current = upcoming or worker.submit(pixels, images[start : start + batch_size])
+            after = images[start + batch_size : start + 2 * batch_size]
+            pixel_values = current.result()
+            upcoming = worker.submit(pixels, after) if after else None
+            yield pixel_values.to(encoder.device, encoder.dtype)
+
+
+def encode_files(
+    encoder: "VisionEncoder",
+    paths: Sequence[Path],
+    names: Sequence[str],
+    out: Path,
+    *,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> int:
+    """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
+
+    Work in progress lies in `<out>.partial`, which a later call with the same images and tower continues.
+    Names and the tower stand in the file's metadata. Memory is that of a batch, however many images.
+
+    Returns:
+        How many images an earlier, interrupted call had done.
+    Raises:
+        FileExistsError: `out` is there already, or the unfinished work is of other images or another tower.
+        ValueError: an image cannot be read; its file is named. The images before it are kept.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; give another name or delete it.")
+    if not paths:
+        raise ValueError("There are no images to encode.")
+    partial, journal = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.done")
+    header, num_bytes = _header(encoder, names)
+    done = _prepare(partial, journal, header, num_bytes * len(paths))
+    if done < len(paths):
+        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress)
+        with partial.open("r+b") as file:
+            file.seek(len(header) + done * num_bytes)
+            count = done
+            for tokens in batches:
+                file.write(tokens.contiguous().cpu().view(torch.uint8).numpy().data)
+                file.flush()
+                count += len(tokens)
+                journal.write_text(str(count))  # after the data: a kill in between only repeats a batch
+    partial.replace(out)
+    journal.unlink(missing_ok=True)
+    return done
+
+
+def _header(encoder: "VisionEncoder", names: Sequence[str]) -> tuple[bytes, int]:
+    """safetensors' header for all images, and the bytes of one image; rows can then be appended in order."""
+    config = encoder.config
+    shape = [len(names), encoder.num_patches, encoder.hidden_size]
+    num_bytes = encoder.num_patches * encoder.hidden_size * encoder.dtype.itemsize
+    settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
+    metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {
+        "names": json.dumps(list(names))
+    }
+    metadata["synthesized"] = json.dumps(encoder.synthesized)
+    tensor = {"dtype": _DTYPES[encoder.dtype], "shape": shape, "data_offsets": [0, num_bytes * len(names)]}
+    text = json.dumps({"__metadata__": metadata, "patch_tokens": tensor}).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, num_bytes
+
+
+def _prepare(partial: Path, journal: Path, header: bytes, num_bytes: int) -> int:
+    """Create the partial file, or check that it is of the same work; how many images are done."""
+    if not partial.exists():
+        with partial.open("wb") as file:
+            file.write(header)
+            file.truncate(len(header) + num_bytes)
+        journal.write_text("0")
+        return 0
+    with partial.open("rb") as file:
+        is_same = file.read(len(header)) == header and partial.stat().st_size == len(header) + num_bytes
+    if not is_same:
+        raise FileExistsError(
+            f"{partial} is unfinished work on other images or with another tower; delete it to start anew."
+        )
+    return int(journal.read_text()) if journal.exists() else 0

@@ -14,7 +14,13 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, PILImageResampling, SizeDict
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    PILImageResampling,
+    SizeDict,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
@@ -46,8 +52,8 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
     Images of a batch are resized in parallel threads (Pillow releases the lock), one per core.
     """
 
-    # transformers' CLIP processor floors the crop's margin where torchvision rounds it, and open_clip resizes in
-    # the image's own mode before it converts to RGB: hence the whole path is ours, on PIL images.
+    # transformers' CLIP processor floors the crop's margin where torchvision rounds it, and open_clip resizes
+    # in the image's own mode before it converts to RGB: hence the whole path is ours, on PIL images.
     valid_kwargs = BiomedClipImageProcessorKwargs
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -55,7 +61,7 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
     fill_color = 0
 
     def __init__(self, **kwargs: Unpack[BiomedClipImageProcessorKwargs]):
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[misc]
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"resize_mode is {self.resize_mode!r}; choose one of {', '.join(RESIZE_MODES)}.")
 
@@ -99,47 +105,62 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
         resample: PILImageResampling,
         do_center_crop: bool,
         crop_size: SizeDict,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean: Sequence[float],
-        image_std: Sequence[float],
-        do_convert_rgb: bool,
         resize_mode: str,
         fill_color: int,
         return_tensors: str | TensorType | None = None,
-        **kwargs: Any,
+        **settings: Any,
     ) -> BatchFeature:
-        if not do_convert_rgb:
-            raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
+        _refuse_foreign_settings(settings)
 
         def resized(image: Image.Image) -> np.ndarray:
             image = to_eight_bit(image)
             if do_resize:
                 image = image.resize(_target_size(image.size, size, resize_mode), resample)
             if do_center_crop:
-                image = center_crop(image, crop_size.height, crop_size.width, fill_color)
+                image = center_crop(image, crop_size["height"], crop_size["width"], fill_color)
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3) uint8
 
         arrays = map_in_threads(resized, images)
-        pixel_values: Any = [None] * len(arrays)
-        for shape in {array.shape for array in arrays}:  # one shape, unless cropping is off
-            indices = [i for i, array in enumerate(arrays) if array.shape == shape]
-            pixels = torch.from_numpy(np.stack([arrays[i] for i in indices])).permute(0, 3, 1, 2)
-            pixels = pixels.to(torch.float32, memory_format=torch.contiguous_format)
-            if do_rescale:
-                # ToTensor divides by 255; multiplying by 1/255 would differ in the last bit.
-                pixels = pixels.div_(255) if rescale_factor == 1 / 255 else pixels.mul_(rescale_factor)
-            if do_normalize:
-                mean, std = (
-                    torch.tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (image_mean, image_std)
-                )
-                pixels = pixels.sub_(mean).div_(std)
-            if len(indices) == len(arrays) and return_tensors in ("pt", TensorType.PYTORCH):
-                return BatchFeature(data={"pixel_values": pixels})  # already stacked
-            for i, image_pixels in zip(indices, pixels.numpy(), strict=True):
-                pixel_values[i] = image_pixels
-        return BatchFeature(data={"pixel_values": pixel_values}, tensor_type=return_tensors)
+        shapes = sorted({array.shape for array in arrays})  # one, unless cropping is off
+        if len(shapes) == 1:
+            pixels = _normalised(np.stack(arrays), settings)
+            values = pixels if return_tensors in ("pt", TensorType.PYTORCH) else list(pixels.numpy())
+            return BatchFeature(data={"pixel_values": values}, tensor_type=return_tensors)
+        if return_tensors is not None:
+            raise ValueError(
+                f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on."
+            )
+        values = [_normalised(array[None], settings)[0].numpy() for array in arrays]
+        return BatchFeature(data={"pixel_values": values})
+
+
+def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, by the operations of torchvision's ToTensor, Normalize."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
+    pixels = pixels.to(settings.get("device"), torch.float32, memory_format=torch.contiguous_format)
+    if settings["do_rescale"]:
+        # ToTensor divides by 255; multiplying by 1/255 would differ in the last bit.
+        factor = settings["rescale_factor"]
+        pixels = pixels.div_(255) if factor == 1 / 255 else pixels.mul_(factor)
+    if settings["do_normalize"]:
+        for name, in_place in (("image_mean", pixels.sub_), ("image_std", pixels.div_)):
+            in_place(torch.tensor(settings[name], dtype=torch.float32, device=pixels.device).view(3, 1, 1))
+    return pixels
+
+
+def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
+    """transformers' common settings that this transform has no place for are refused, not ignored."""
+    if not settings["do_convert_rgb"]:
+        raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
+    for name, allowed in (("do_pad", (None, False)), ("pad_size", (None,)), ("input_data_format", (None,))):
+        if settings.get(name) not in allowed:
+            raise ValueError(
+                f"{name}={settings[name]!r} has no meaning in open_clip's transform. Leave it out."
+            )
+    if settings.get("data_format") not in (None, ChannelDimension.FIRST, "channels_first"):
+        raise ValueError(
+            f"data_format={settings['data_format']!r}: pixel values are (3, H, W). Leave it out."
+        )
 
 
 def as_image_list(images: Any) -> list[Any]:
@@ -170,7 +191,7 @@ def to_pil(image: Any) -> Image.Image:
     if isinstance(image, np.ndarray):
         return _array_to_pil(image)
     raise TypeError(
-        f"Cannot read an image from a {type(image).__name__}; give a PIL image, a path, a numpy array or a tensor."
+        f"Cannot read an image from a {type(image).__name__}; give a PIL image, a path, an array or a tensor."
     )
 
 
@@ -190,8 +211,8 @@ def read_image(path: str | Path) -> Image.Image:
 def to_eight_bit(image: Image.Image) -> Image.Image:
     """Bring palette, bilevel, 16-bit and float images to 8 bits; 8-bit images come back as they are.
 
-    16-bit grey is scaled by the range of its type (0..65535 to 0..255), never clamped and never stretched to the
-    image's own extremes, so the same grey value gives the same result in every image.
+    16-bit grey is scaled by the range of its type (0..65535 to 0..255), never clamped and never stretched to
+    the image's own extremes, so the same grey value gives the same result in every image.
     """
     if image.mode in _RESIZED_AS_THEY_ARE:
         return image
@@ -240,6 +261,8 @@ def num_cores() -> int:
 def _target_size(image_size: tuple[int, int], size: SizeDict, resize_mode: str) -> tuple[int, int]:
     """(width, height) to resize to, with the arithmetic of torchvision and open_clip."""
     width, height = image_size
+    if size.longest_edge:
+        raise ValueError(f"size is {dict(size)}; expected 'shortest_edge' alone, or 'height' and 'width'.")
     if size.shortest_edge:
         short, long = sorted(image_size)
         new_long = int(size.shortest_edge * long / short)

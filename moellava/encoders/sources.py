@@ -1,21 +1,18 @@
 """Where a tower comes from: a hub id, a folder, a file; and which of its files would be read.
 
-`parse_source` brings every spelling to one form, `resolve` finds the files (without loading them),
-`read_weights` reads tensors: safetensors first, pickles with `weights_only=True`.
+`parse_source` brings every spelling to one form, `resolve` finds the files, without loading them.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,7 +24,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +36,7 @@ WEIGHT_FILES = (
     "open_clip_pytorch_model.pt",
     "open_clip_pytorch_model.pth",
 )
+HUB_OPTIONS = ("revision", "cache_dir", "local_files_only", "token")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -77,6 +74,17 @@ class Resolved:
         """Names of the files that would have to be fetched."""
         pairs = ((self.config_name, self.config_file), (self.weights_name, self.weights_file))
         return [name for name, path in pairs if path is None]
+
+    @property
+    def paths(self) -> tuple[Path, Path]:
+        """(config, weights), both on this machine.
+
+        Raises:
+            OSError: one of them would have to be fetched first.
+        """
+        if self.config_file is None or self.weights_file is None:
+            raise OSError(_not_fetched(self.source, self.missing, "it is not on this machine"))
+        return self.config_file, self.weights_file
 
 
 def parse_source(
@@ -144,7 +152,8 @@ def find_file(source: Source, name: str, *, download: bool = False, required: bo
     """Path of one file of the source, or None where it is not there.
 
     Raises:
-        OSError: `required`, and the file can be neither found nor fetched; the text has the command to fetch it.
+        OSError: `required`, and the file can be neither found nor fetched; the text has the command that
+            fetches it.
     """
     if source.folder is not None:
         path = source.folder / name
@@ -211,25 +220,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Tensors of a checkpoint whose names start with one of `prefixes`, mapped from the file, not copied.
-
-    Raises:
-        ValueError: a truncated or foreign file, or a pickle that wants to run code.
-    """
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors; is it complete? ({error})") from error
-    state = _read_pickle(path)
-    tensors = dict(_tensors(state))
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected the weights of an open_clip model.")
-    return {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+def is_saved_encoder(source: Source, *, download: bool = True) -> bool:
+    """Whether a source is what `save_pretrained` of an encoder wrote, rather than an open_clip checkpoint."""
+    if source.file is not None or find_file(source, CONFIG_FILE, download=download, required=False):
+        return False
+    path = find_file(source, "config.json", download=download, required=False)
+    return path is not None and "model_type" in read_json(path)
 
 
 def commit_of(path: Path) -> str | None:
@@ -267,8 +263,8 @@ def _resolve_folder(source: Source, folder: Path) -> Resolved:
     config_file = folder / CONFIG_FILE
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"{folder} has no {CONFIG_FILE}, which names the architecture and the preprocessing of the weights. "
-            f"It holds {_listing(folder)}."
+            f"{folder} has no {CONFIG_FILE}, which names the architecture and the preprocessing of the "
+            f"weights. It holds {_listing(folder)}."
         )
     weights_file = source.file or next((folder / n for n in WEIGHT_FILES if (folder / n).is_file()), None)
     if weights_file is None:
@@ -344,45 +340,6 @@ def _not_fetched(source: Source, names: tuple[str, ...] | list[str], reason: str
     wanted = names[0] if len(names) == 1 else f"one of {', '.join(names)}"
     files = f"{CONFIG_FILE} open_clip_pytorch_model.bin" if len(names) > 1 else names[0]
     return (
-        f"{source.repo_id}: cannot get {wanted}: {reason}. On a machine with access, run "
-        f"`hf download {source.repo_id} {files}{revision}{cache}`, or copy the repo into a folder and give its path."
+        f"{source.repo_id}: cannot get {wanted}: {reason}. On a machine with access, run `hf download "
+        f"{source.repo_id} {files}{revision}{cache}`, or copy the repo into a folder and give its path."
     )
-
-
-# ---- pickles ----
-
-
-def _read_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is a pickle that wants more than tensors, so it is not opened (it could run code): "
-            f"{str(error).splitlines()[0]} Save its state_dict as safetensors on a machine where you trust it."
-        ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        if "mmap" in str(error):  # the format before torch 1.6 cannot be mapped
-            return _read_old_pickle(path)
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? ({error})"
-        ) from error
-
-
-def _read_old_pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-
-
-def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a state dict, or of an open_clip training checkpoint (`state_dict`, `module.` names)."""
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if isinstance(state, Mapping):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield str(key).removeprefix("module."), value

@@ -1,8 +1,11 @@
-"""What a user asks `load_pretrained_model` for: a mapping, dataclass or object → one checked `BuildRequest`."""
+"""What a user asks `load_pretrained_model` for: a mapping, dataclass, object or file → one checked `BuildRequest`."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from moellava.messages import unknown_name
 
@@ -20,12 +23,13 @@ class CustomVisionConfig:
 class BuildRequest:
     """The parts of a model that is to be built; field names are the keys that users write."""
 
-    model_name_or_path: str | None = None
-    mm_vision_tower: str | None = None
+    model_name_or_path: str = ""
+    mm_vision_tower: str = ""
     mm_vision_tower_revision: str | None = None
     mm_hidden_size: int | None = None  # checked against the tower when given
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str = "mlp2x_gelu"
+    projector_options: Mapping[str, Any] | None = None  # of that type; see moellava.model.projector
     image_size: int | None = None
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
@@ -45,6 +49,11 @@ REQUIRED = {
     "model_name_or_path": "the language model, such as 'TinyLlama/TinyLlama-1.1B-Chat-v1.0'",
     "mm_vision_tower": "the image encoder, such as 'microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224'",
 }
+
+
+def is_description_file(model: Any) -> bool:
+    """Whether `model` names a YAML or JSON file, in place of a checkpoint's folder or id."""
+    return isinstance(model, str | Path) and Path(model).suffix in (".yaml", ".yml", ".json")
 
 
 def read_build_request(
@@ -87,11 +96,24 @@ def _merge(settings: dict[str, Any], given: Mapping[str, Any], place: str) -> No
         earlier = settings.setdefault(key, (value, place))
         if earlier[0] != value:
             raise ValueError(
-                f"{key} is {earlier[0]!r} in {earlier[1]} and {value!r} in {place} (as {name!r}). Say it once, or alike."
+                f"{key} is {earlier[0]!r} in {earlier[1]} and {value!r} in {place} (as {name!r}). "
+                "Say it once, or alike."
             )
 
 
+def _read_file(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML too
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path.")
+    return content
+
+
 def _as_mapping(given: Any, place: str) -> Mapping[str, Any]:
+    if is_description_file(given):
+        return _read_file(Path(given))
     if isinstance(given, Mapping):
         return given
     if is_dataclass(given) and not isinstance(given, type):

@@ -17,18 +17,26 @@ from transformers import (
 )
 
 from moellava.encoders import VisionEncoder, create_encoder
-from moellava.model.build_request import BuildRequest, CustomVisionConfig, read_build_request
+from moellava.model.build_request import (
+    BuildRequest,
+    CustomVisionConfig,
+    is_description_file,
+    read_build_request,
+)
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.describe import count_active_parameters, describe
 from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.projector import build_projector
+from moellava.model.projector import build_projector, projector_options
 
 __all__ = [
     "CustomVisionConfig",
     "LoadedModel",
+    "build_projector",
+    "describe",
     "load_model_config",
     "load_pretrained_model",
     "load_tokenizer",
@@ -47,29 +55,37 @@ def load_pretrained_model(
     custom_vision_config: Any = None,
     moe_config: Mapping[str, Any] | bool = True,
     device: str | torch.device | None = None,
+    device_map: Any = None,
     dtype: torch.dtype | str | None = None,
+    attn_implementation: str | None = None,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    token: str | bool | None = None,
+    fallback_to_default: bool = False,
     seed: int = 0,
 ) -> LoadedModel:
     """Build a multimodal model from its parts, or open a saved one.
 
     Args:
-        model: what to load. A mapping, dataclass or object with `model_name_or_path` (language model),
-            `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, `image_size`,
-            `vision_feature_layer`, `vision_feature_select_strategy`; or the folder or hub id of a model that
-            this library saved.
+        model: what to load. A mapping, dataclass or object, or a YAML or JSON file, with the keys of
+            `moellava.model.build_request.BuildRequest`: `model_name_or_path` (language model),
+            `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, ...; or the
+            folder or hub id of a model that this library saved.
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
             fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...), False keeps it dense.
         device: where the model goes; None leaves it on the CPU.
+        device_map: spread a saved model over devices, as in transformers; in place of `device`.
         dtype: of all weights but the routers, such as `torch.bfloat16` or "bfloat16"; None takes the language
             model's own, as stored.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
         revision: commit, tag or branch on the hub of a saved model, or of the language model; the tower's is the
             key `mm_vision_tower_revision`.
-        cache_dir, local_files_only: as in transformers.
+        cache_dir, local_files_only, token: as in transformers.
+        fallback_to_default: where a BiomedCLIP tower cannot be loaded, take the default BiomedCLIP, with a
+            warning; the config records which tower was really loaded.
         seed: of the weights that no file holds: the projector and the routers.
 
     Returns:
@@ -80,21 +96,28 @@ def load_pretrained_model(
         ValueError: settings that are unknown, missing, contradictory or do not fit the parts.
         OSError: parts that cannot be found or read.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    dtype = _as_dtype(dtype)
-    if isinstance(model, str | Path):
+    if device is not None and device_map is not None:
+        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
+    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    hub |= {} if token is None else {"token": token}
+    build: dict[str, Any] = {"dtype": _as_dtype(dtype)}
+    build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if isinstance(model, str | Path) and not is_description_file(model):
         if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
             raise ValueError(
                 f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type, "
                 "custom_vision_config and moe_config, or give a mapping to build a new model."
             )
-        loaded = _open_saved(str(model), dtype=dtype, **hub)
+        loaded = _open_saved(str(model), device_map=device_map, **build, **hub)
     else:
+        if device_map is not None:
+            raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
         request = read_build_request(model, encoder_type=encoder_type, custom_vision_config=custom_vision_config)
-        loaded = _build(request, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
+        tower = {"fallback_to_default": fallback_to_default}
+        loaded = _build(request, tower, moe_config=moe_config, seed=seed, build=build, hub=hub)
     _log_summary(loaded.model)
     if device is not None:
-        loaded.model.to(device)
+        loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
     loaded.model.eval()
     return loaded
 
@@ -168,11 +191,12 @@ def load_model_config(model_name_or_path: str | Path, **hub: Any) -> PreTrainedC
 
 def _build(
     request: BuildRequest,
+    tower: dict[str, Any],
     *,
     moe_config: Mapping[str, Any] | bool,
-    dtype: torch.dtype | None,
     seed: int,
-    **hub: Any,
+    build: dict[str, Any],
+    hub: dict[str, Any],
 ) -> LoadedModel:
     dense_config = load_model_config(request.model_name_or_path, **hub)
     if isinstance(dense_config, MoeLlavaConfig):
@@ -180,8 +204,8 @@ def _build(
             f"model_name_or_path {request.model_name_or_path!r} is a saved multimodal model, not a language model. "
             f"Open it with load_pretrained_model({request.model_name_or_path!r})."
         )
-    dtype = dtype or dense_config.dtype or torch.float32
-    encoder = _load_encoder(request, **(hub | {"revision": request.mm_vision_tower_revision}))
+    dtype = build["dtype"] or _as_dtype(dense_config.dtype) or torch.float32
+    encoder = _load_encoder(request, **tower, **(hub | {"revision": request.mm_vision_tower_revision}))
     tokenizer = load_tokenizer(request.model_name_or_path, **hub)
 
     if moe_config is False:
@@ -194,15 +218,14 @@ def _build(
     config = MoeLlavaConfig(
         vision_config=encoder.config,
         text_config=text_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
         projector_type=request.projector_type,
+        projector_options=projector_options(request.projector_type, request.projector_options),
         dtype=dtype,
     )
     state_dict = _join_state_dicts(state_dict, encoder, config, seed)
-    model, info = MoeLlavaForConditionalGeneration.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-    )
-    _check_loading_info(info, request.model_name_or_path)
+    options = build | {"dtype": dtype}
+    model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, **options)
     model.generation_config = _load_generation_config(request.model_name_or_path, tokenizer, **hub)
     processor = MoeLlavaProcessor(
         encoder.image_processor,
@@ -253,7 +276,7 @@ def _join_state_dicts(
         joined[f"model.vision_tower.{key}"] = tensor
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = build_projector(config.projector_type, encoder.hidden_size, config.text_config.hidden_size)
+        projector = build_projector(config.projector_type, config.projector_shape, config.projector_options)
     for key, tensor in projector.state_dict().items():
         joined[f"model.multi_modal_projector.{key}"] = tensor
     return joined
@@ -267,7 +290,9 @@ def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
     return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
 
 
-def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedModel:
+def _open_saved(
+    name: str, *, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None = None, **hub: Any
+) -> LoadedModel:
     config = load_model_config(name, **hub)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
@@ -275,15 +300,16 @@ def _open_saved(name: str, *, dtype: torch.dtype | None, **hub: Any) -> LoadedMo
             f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
         )
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model, info = MoeLlavaForConditionalGeneration.from_pretrained(
-        path, dtype=dtype or "auto", output_loading_info=True, **hub
+    model = _load_weights(
+        path, name, dtype=dtype or "auto", device_map=device_map, attn_implementation=attn_implementation, **hub
     )
-    _check_loading_info(info, name)
     return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
 
 
-def _check_loading_info(info: dict[str, Any], name: str) -> None:
-    """transformers only logs missing tensors, and leaves some of them uninitialised: refuse."""
+def _load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForConditionalGeneration:
+    """`from_pretrained`, but strict: transformers only logs missing tensors, and leaves some of them uninitialised."""
+    loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    model, info = loaded
     problems = {
         kind: sorted(map(str, info[kind]))
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -295,6 +321,7 @@ def _check_loading_info(info: dict[str, Any], name: str) -> None:
             for kind, keys in problems.items()
         )
         raise ValueError(f"The weights of {name!r} do not fit its configuration. {listed}.")
+    return model
 
 
 def _load_generation_config(name: str, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> GenerationConfig:
@@ -330,14 +357,3 @@ def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:
     else:
         logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
     logger.info("%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model))
-
-
-def count_active_parameters(model: MoeLlavaForConditionalGeneration) -> int:
-    """Parameters that one text token meets: all but the experts that its routers leave out."""
-    text = model.config.text_config
-    idle = 0
-    for module in model.modules():
-        if hasattr(module, "gate_up_proj") and hasattr(module, "down_proj") and hasattr(module, "num_experts"):
-            per_expert = sum(weight.numel() for weight in module.parameters()) // module.num_experts
-            idle += per_expert * (module.num_experts - text.num_experts_per_tok)
-    return model.num_parameters() - idle

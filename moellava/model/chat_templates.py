@@ -79,8 +79,8 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 def _renders_alike(tokenizer: PreTrainedTokenizerBase, own: str, template: str) -> bool:
     def render(text: str) -> str | None:
         try:
-            return tokenizer.apply_chat_template(
-                _SAMPLE, chat_template=text, tokenize=False, add_generation_prompt=True
+            return str(
+                tokenizer.apply_chat_template(_SAMPLE, chat_template=text, tokenize=False, add_generation_prompt=True)
             )
         except jinja2.TemplateError:  # a template may refuse a system turn
             return None

@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moellava.encoders.images import to_pil
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 ImageLike = Image.Image | str | Path
@@ -17,7 +18,7 @@ ImagesOfPrompt = ImageLike | Sequence[ImageLike] | None
 
 
 class _Parts(NamedTuple):
-    model: PreTrainedModel
+    model: MoeLlavaForConditionalGeneration
     image_processor: Any
     tokenizer: PreTrainedTokenizerBase
     context_len: int
@@ -28,7 +29,7 @@ class LoadedModel(_Parts):
 
     processor: MoeLlavaProcessor
 
-    def __new__(cls, model: PreTrainedModel, processor: MoeLlavaProcessor) -> "LoadedModel":
+    def __new__(cls, model: MoeLlavaForConditionalGeneration, processor: MoeLlavaProcessor) -> "LoadedModel":
         context_len = model.config.get_text_config().max_position_embeddings
         loaded = super().__new__(cls, model, processor.image_processor, processor.tokenizer, context_len)
         loaded.processor = processor
@@ -58,7 +59,7 @@ class LoadedModel(_Parts):
         single = isinstance(questions, str)
         questions = [questions] if isinstance(questions, str) else list(questions)
         per_prompt = [_as_list(item) for item in _pair_images(images, len(questions), single)]
-        conversations = [
+        conversations: Any = [
             [
                 {
                     "role": "user",

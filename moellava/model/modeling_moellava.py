@@ -26,9 +26,9 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     config: MoeLlavaConfig
     config_class = MoeLlavaConfig
     base_model_prefix = "model"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaMoeDecoderLayer", "LlamaDecoderLayer"]
+    _no_split_modules = ["LlamaMoeDecoderLayer", "LlamaDecoderLayer", "BiomedClipEncoder"]
     _skip_keys_device_placement = ["cache"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -48,7 +48,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(
-            config.projector_type, config.vision_config.hidden_size, config.text_config.hidden_size
+            config.projector_type, config.projector_shape, config.projector_options
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -71,8 +71,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
         """
         patch_tokens = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
-        image_embeds = self.multi_modal_projector(patch_tokens)  # (I, N, D_t)
-        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=list(image_embeds))
+        image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
+        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
 
     @can_return_tuple
     def forward(
@@ -88,18 +88,18 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
     ) -> MultimodalMoeBaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
-        image_outputs = (mm_encoder_outputs or {}).get("image")
+        image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs['image'], not both.")
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
 
-        is_image = None
-        if image_outputs is not None:
-            is_image = self._find_image_tokens(input_ids, inputs_embeds)  # (B, T)
+        if input_ids is not None and image_outputs is not None:
+            self._check_ids(input_ids)
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # (B, T, D_t)
         if image_outputs is not None:
+            is_image = self._find_image_tokens(input_ids, inputs_embeds)  # (B, T)
             inputs_embeds = place_image_embeds(inputs_embeds, image_outputs.pooler_output, is_image)
 
         outputs = self.language_model(
@@ -111,15 +111,17 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         )
         return MultimodalMoeBaseModelOutputWithPast(**outputs, image_outputs=image_outputs)
 
-    def _find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _check_ids(self, input_ids: Tensor) -> None:
+        if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
+            raise ValueError(
+                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. Here an image is "
+                f"{self.config.num_image_tokens} tokens of id {self.config.image_token_id}: let MoeLlavaProcessor "
+                "write them, processor(text=..., images=...)."
+            )
+
+    def _find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
         """Where the placeholders stand, (B, T) bool; without ids, where the embedding is the placeholder's."""
         if input_ids is not None:
-            if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
-                raise ValueError(
-                    f"input_ids hold {int(input_ids.min())}, the image placeholder of LLaVA's own scripts. Here an image is "
-                    f"{self.config.num_image_tokens} tokens of id {self.config.image_token_id}: let MoeLlavaProcessor "
-                    "write them, processor(text=..., images=...)."
-                )
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
@@ -197,14 +199,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
         padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-        loss = aux_loss = None
+        loss: Tensor | None = None
+        aux_loss: Tensor | None = None
         if outputs.router_logits:
             aux_loss = load_balancing_loss(
                 outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, padding_mask
             )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        if is_penalised:
+        if loss is not None and is_penalised:
             penalty = router_penalty(
                 text_config,
                 outputs.router_logits,

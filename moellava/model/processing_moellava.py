@@ -20,13 +20,14 @@ class MoeLlavaProcessor(ProcessorMixin):
         self,
         image_processor: Any = None,
         tokenizer: Any = None,
-        num_image_tokens: int | None = None,
+        num_image_tokens: int = 1,
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
     ):
         if tokenizer is not None and image_token not in tokenizer.get_vocab():
             raise ValueError(
-                f"The tokenizer has no token {image_token!r}. Load it with moellava.model.load_tokenizer, which adds one."
+                f"The tokenizer has no token {image_token!r}. Load it with "
+                "moellava.model.builder_enhanced.load_tokenizer, which adds one."
             )
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)

@@ -59,7 +59,8 @@ def write_tinyllama(
         rms_norm_eps=1e-5,
         dtype=dtype,
     )
-    model = LlamaForCausalLM(config).to(dtype)
+    model = LlamaForCausalLM(config)
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
     model.save_pretrained(folder)
     return folder

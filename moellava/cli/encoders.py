@@ -1,0 +1,141 @@
+"""`moellava encoders show`, `moellava encode`, `moellava classify`: image towers from the command line."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(help="Image towers.", no_args_is_help=True)
+app.callback()(lambda: None)  # keeps `show` a subcommand while it is the only one
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
+
+Tower = Annotated[str, typer.Argument(help="A repo id, a folder, or a file of weights.")]
+Encoder = Annotated[str, typer.Option(help="The image tower: a repo id, a folder, or a file of weights.")]
+Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repo.")]
+CacheDir = Annotated[Path | None, typer.Option(help="The Hugging Face cache, if not the usual one.")]
+LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")]
+
+
+@contextmanager
+def _errors_as_messages() -> Iterator[None]:
+    """Turn the library's errors into one line and exit code 1; anything else keeps its traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def show(
+    tower: Tower,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Print which files a tower would be loaded from, without loading or fetching them."""
+    from moellava.encoders.factory import detect_encoder_type
+    from moellava.encoders.sources import commit_of, find_file, is_saved_encoder, parse_source, resolve
+
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    with _errors_as_messages():
+        source = parse_source(tower, **options)
+        encoder_type = detect_encoder_type(tower, download=False, **options)
+        if encoder_type == "biomedclip" and not is_saved_encoder(source, download=False):
+            files = resolve(source)
+            pairs = [(files.config_name, files.config_file), (files.weights_name, files.weights_file)]
+        else:
+            names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+            pairs = [(name, find_file(source, name, required=False)) for name in names]
+            pairs = [pair for pair in pairs if pair[1] is not None or source.folder is None]
+            if source.folder is None and pairs[2][1] is not None:
+                pairs.pop()  # the pickle is only asked for where there is no safetensors file
+    typer.echo(f"tower     {source.name}")
+    typer.echo(f"type      {encoder_type}")
+    typer.echo(f"revision  {next((commit_of(path) for _, path in pairs if path), None) or revision or '-'}")
+    for name, path in pairs:
+        size = f"  ({path.stat().st_size:,} bytes)" if path else "  not on this machine"
+        typer.echo(f"file      {path or name}{size}")
+    missing = [name for name, path in pairs if path is None]
+    if missing:
+        pin = f" --revision {revision}" if revision else ""
+        typer.echo(f"fetch     hf download {source.repo_id} {' '.join(missing)}{pin}")
+
+
+def encode(
+    folder: Annotated[Path, typer.Argument(help="A folder of images, searched with its subfolders.")],
+    out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
+    encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    select_layer: Annotated[int | None, typer.Option(help="LLaVA's count; -2 where not given.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Pixels; the trained size where not given.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; float32 where not given.")] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Write the patch tokens of a folder of images to one safetensors file; a killed run goes on."""
+    from moellava.encoders import create_encoder
+    from moellava.encoders.features import encode_files
+
+    with _errors_as_messages():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder.")
+        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if not paths:
+            raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}.")
+        tower = create_encoder(
+            None,
+            encoder,
+            select_layer=select_layer,
+            image_size=image_size,
+            device=device,
+            dtype=dtype,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True)
+    typer.echo(f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}")
+    if done:
+        typer.echo(f"{done} of them were there from an interrupted run")
+
+
+def classify(
+    image: Annotated[list[Path], typer.Argument(help="One image or several.")],
+    labels: Annotated[str, typer.Option(help="Labels, separated by commas.")],
+    template: Annotated[str, typer.Option(help="The sentence around a label.")] = "this is a photo of {}",
+    encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
+    revision: Revision = None,
+    cache_dir: CacheDir = None,
+    local_files_only: LocalFilesOnly = False,
+) -> None:
+    """Print the probability of each label for each image (zero-shot, research use only)."""
+    from moellava.encoders import create_encoder
+
+    names = [label.strip() for label in labels.split(",") if label.strip()]
+    with _errors_as_messages():
+        tower: Any = create_encoder(
+            "biomedclip",
+            encoder,
+            load_text=True,
+            device=device,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        probabilities = tower.zero_shot(image, names, template=template)
+    for path, row in zip(image, probabilities.tolist(), strict=True):
+        typer.echo(str(path))
+        for probability, name in sorted(zip(row, names, strict=True), reverse=True):
+            typer.echo(f"  {probability:.4f}  {name}")

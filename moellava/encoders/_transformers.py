@@ -1,0 +1,254 @@
+"""transformers' own vision towers as encoders: what CLIP, SigLIP and DINOv2 have in common."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
+
+from moellava.encoders.base import (
+    LayerTokens,
+    TrunkOutput,
+    VisionEncoder,
+    VisionEncoderConfig,
+    check_divisible,
+    check_overrides,
+)
+from moellava.encoders.sources import HUB_OPTIONS, Source, commit_of, find_file, parse_source, read_json
+from moellava.encoders.weights import first_five
+
+logger = logging.getLogger(__name__)
+
+
+@strict
+class TransformersVisionConfig(VisionEncoderConfig):
+    """A tower of transformers: `tower_config` and `processor_config` are its own configs, as JSON.
+
+    `tower_config["image_size"]` is the size the tower was trained at; `image_size` the size it takes now.
+    """
+
+    default_tower_type: ClassVar[str] = ""
+
+    image_size: int | list[int] | tuple[int, int] | None = None  # type: ignore[assignment]  # None: as trained
+    tower_config: dict[str, Any] | None = None
+    processor_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.tower_config is None:
+            self.tower_config = plain_config(AutoConfig.for_model(self.default_tower_type))
+        if self.image_size is None:
+            self.image_size = self.tower_config["image_size"]
+        super().__post_init__(**kwargs)
+
+
+class TransformersVisionEncoder(VisionEncoder):
+    """A vision transformer of transformers with `embeddings`, blocks, and one last norm."""
+
+    config: TransformersVisionConfig
+    tower: Any
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    # The transformers class that reads the tower out of a repo of the family; AutoModel's own where None.
+    tower_class: ClassVar[str | None] = None
+    # Whether the tower interpolates positions by `interpolate_pos_encoding`, rather than whenever it has to.
+    interpolates_when_told: ClassVar[bool] = True
+
+    def __init__(self, config: TransformersVisionConfig):
+        super().__init__(config)
+        tower_config = AutoConfig.for_model(**(config.tower_config or {}))
+        attention = config._attn_implementation
+        options = {"attn_implementation": attention} if attention else {}
+        self.tower = AutoModel.from_config(tower_config, **options)
+        self.post_init()
+
+    @property
+    def _blocks(self) -> nn.ModuleList:
+        encoder = getattr(self.tower, "encoder", self.tower)
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    @property
+    def _norm(self) -> nn.Module:
+        return self.tower.post_layernorm if hasattr(self.tower, "post_layernorm") else self.tower.layernorm
+
+    @property
+    def num_layers(self) -> int:
+        """Blocks of the transformer."""
+        return len(self._blocks)
+
+    @property
+    def has_final_norm(self) -> bool:
+        """True: each of these families has one."""
+        return True
+
+    @property
+    def _patch_hw(self) -> tuple[int, int]:
+        patch = self.tower.config.patch_size
+        return (patch, patch) if isinstance(patch, int) else tuple(patch)
+
+    @property
+    def _trained_hw(self) -> tuple[int, int]:
+        trained = self.tower.config.image_size
+        return (trained, trained) if isinstance(trained, int) else tuple(trained)
+
+    @property
+    def _position_options(self) -> dict[str, bool]:
+        """At the trained size nothing is interpolated, so the result stays the tower's own bit for bit."""
+        is_resized = self.config.image_hw != self._trained_hw
+        return {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
+
+    def run_trunk(
+        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
+    ) -> TrunkOutput:
+        """See `VisionEncoder.run_trunk`; the pooled vector, `pooler_output`, costs a pass of its own."""
+        options = self._position_options
+        vector = self.tower(pixel_values, **options).pooler_output if pooled else None
+        if not layers:
+            return TrunkOutput([], vector)
+        hidden = self.tower.embeddings(pixel_values, **options)
+        if hasattr(self.tower, "pre_layrnorm"):  # CLIP; so spelt in its checkpoints
+            hidden = self.tower.pre_layrnorm(hidden)
+        outputs = {}
+        for index, block in enumerate(self._blocks[: max(layers) + 1]):
+            hidden = block(hidden, None)
+            if index in layers:
+                outputs[index] = self._norm(hidden) if norm else hidden
+        (height, width), (patch_height, patch_width) = self.config.image_hw, self._patch_hw
+        rows, columns = height // patch_height, width // patch_width
+        embeddings = self.tower.embeddings
+        has_class_token = hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
+        tokens = [
+            LayerTokens(
+                outputs[layer][:, :1] if has_class_token else None,
+                outputs[layer][:, -rows * columns :],  # registers stand before the patches
+                (rows, columns),
+            )
+            for layer in layers
+        ]
+        return TrunkOutput(tokens, vector)
+
+    def resize_trunk(self) -> None:
+        """Nothing to do: positions are interpolated in the forward pass."""
+        check_divisible(self.config.image_hw, self._patch_hw)
+
+    def build_image_processor(self) -> Any:
+        """The tower's own image processor, at the encoder's image size."""
+        settings = dict(self.config.processor_config or {})
+        if not settings:
+            raise ValueError(f"{self._label} has no processor_config; load it from a repo that has one.")
+        height, width = self.config.image_hw
+        if (height, width) != self._trained_hw:
+            size, crop = settings.get("size") or {}, settings.get("crop_size")
+            if "shortest_edge" in size:
+                # Some towers resize to a little more than they crop (DINOv2: 256, 224): keep the proportion.
+                margin = size["shortest_edge"] / min(crop.values()) if crop else 1
+                settings["size"] = {"shortest_edge": round(max(height, width) * margin)}
+            else:
+                settings["size"] = {"height": height, "width": width}
+            if crop:
+                settings["crop_size"] = {"height": height, "width": width}
+        return getattr(transformers, settings.pop("image_processor_type"))(**settings)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load a tower from a transformers repo or folder (a whole CLIP will do), or a saved encoder.
+
+        Args:
+            **kwargs: `revision`, `cache_dir`, `local_files_only`, `token`; `dtype` (as saved unless given),
+                `device`; fields of the config, such as `image_size`.
+        """
+        if pretrained_model_name_or_path is not None and not args:
+            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+            source = parse_source(pretrained_model_name_or_path, **hub)
+            config_file = find_file(source, "config.json", download=True)
+            assert config_file is not None
+            if read_json(config_file).get("model_type") != cls.config_class.model_type:
+                return cls.load(source, **{key: value for key, value in kwargs.items() if key not in hub})
+            pretrained_model_name_or_path = source.folder or source.repo_id
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def load(
+        cls,
+        source: Source,
+        *,
+        image_size: int | Sequence[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **overrides: Any,
+    ) -> "TransformersVisionEncoder":
+        """Load the vision tower of a transformers repo; its text tower is not built."""
+        check_overrides(cls.config_class, overrides)
+        name = source.folder or source.repo_id
+        hub = {key: getattr(source, key) for key in HUB_OPTIONS} if source.folder is None else {}
+        tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
+        with _no_load_report():
+            tower, info = tower_class.from_pretrained(
+                name, dtype=dtype or "auto", output_loading_info=True, **hub
+            )
+        problems = [
+            f"{word}: {first_five(sorted(map(str, info[word])))}"
+            for word in ("missing_keys", "mismatched_keys")
+            if info[word]
+        ]
+        if problems:
+            raise ValueError(
+                f"{source.name} does not hold a whole {type(tower).__name__}; {'; '.join(problems)}."
+            )
+        processor = AutoImageProcessor.from_pretrained(name, **hub)
+        config_file = find_file(source, "config.json", download=True)
+        config_class: Any = cls.config_class
+        config = config_class(
+            tower_config=plain_config(tower.config),
+            processor_config=plain_config(processor),
+            tower=source.name,
+            revision=commit_of(config_file) if config_file else None,
+            **overrides,
+        )
+        with torch.device("meta"):
+            encoder: Any = cls(config)
+        encoder.tower = tower
+        encoder.eval()
+        if image_size is not None:
+            encoder.set_image_size(image_size)
+        logger.info(
+            "tower %s@%s: %d patch tokens of width %d, %s",
+            config.tower,
+            (config.revision or "local")[:7],
+            config.num_patches,
+            config.hidden_size,
+            "synthesized" if encoder.synthesized else "real",
+        )
+        return encoder if device is None else encoder.to(device)
+
+
+class _NoLoadReport(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Keep transformers from logging a page of text weights; weights that matter are checked right after."""
+    noisy, quiet = logging.getLogger("transformers.modeling_utils"), _NoLoadReport()
+    names = [noisy, logging.getLogger("transformers.utils.loading_report")]
+    for name in names:
+        name.addFilter(quiet)
+    try:
+        yield
+    finally:
+        for name in names:
+            name.removeFilter(quiet)
+
+
+def plain_config(config: Any) -> dict[str, Any]:
+    """A config or image processor as plain JSON, without what belongs to a machine or to one loading."""
+    settings = json.loads(config.to_json_string())
+    for name in ("_name_or_path", "dtype", "transformers_version", "architectures"):
+        settings.pop(name, None)
+    return settings

@@ -1,0 +1,60 @@
+"""What a model is made of, as a table, and how many of its parameters a token meets."""
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from moellava.model.language_model.moe import LlamaMoeSparseBlock
+
+
+def describe(model: PreTrainedModel) -> str:
+    """A table of the parts of a joined model, for `print`.
+
+    Per part: class, what comes out, parameters in all and active per text token, dtype, memory in MiB.
+    """
+    config = model.config
+    text, num_tokens = config.text_config, config.num_image_tokens
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    parts = [
+        ("vision_tower", tower, f"(N={config.vision_config.num_patches}, D={config.vision_config.hidden_size})"),
+        ("multi_modal_projector", projector, f"(M={num_tokens}, D={text.hidden_size})"),
+        ("language_model", model.model.language_model, f"(T, D={text.hidden_size})"),
+        ("lm_head", model.lm_head, f"(T, V={text.vocab_size})"),
+    ]
+    rows = [["part", "class", "output", "parameters", "active per token", "dtype", "MiB"]]
+    for name, module, output in parts:
+        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in module.parameters()})
+        count = sum(weight.numel() for weight in module.parameters())
+        rows.append(
+            [
+                name,
+                type(module).__name__,
+                output,
+                f"{count:,}",
+                f"{count_active_parameters(module):,}",
+                " ".join(dtypes),
+                f"{_mebibytes(module):,.1f}",
+            ]
+        )
+    total, active = model.num_parameters(), count_active_parameters(model)
+    rows.append(["all", type(model).__name__, "", f"{total:,}", f"{active:,}", "", f"{_mebibytes(model):,.1f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if layers := getattr(text, "moe_layer_indices", None):
+        lines.append(f"mixtures of {text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}")
+    if config.tie_word_embeddings:
+        lines.append("lm_head shares the token embeddings and is counted once in all")
+    return "\n".join(lines)
+
+
+def count_active_parameters(module: nn.Module) -> int:
+    """Parameters that one text token meets: all but the experts that its routers leave out."""
+    count = sum(weight.numel() for weight in module.parameters())
+    for block in module.modules():
+        if isinstance(block, LlamaMoeSparseBlock):
+            experts = sum(weight.numel() for weight in block.experts.parameters())
+            count -= experts // block.experts.num_experts * (block.experts.num_experts - block.gate.top_k)
+    return count
+
+
+def _mebibytes(module: nn.Module) -> float:
+    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) / 2**20

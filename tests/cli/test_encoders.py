@@ -1,0 +1,113 @@
+"""`encoders show`, `encode` and `classify` as a user types them."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from moellava.cli import encoders as commands
+from moellava.encoders import create_encoder
+from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, REVISION
+
+cli = typer.Typer()
+cli.add_typer(commands.app, name="encoders")
+cli.command()(commands.encode)
+cli.command()(commands.classify)
+
+
+def run(*words):
+    result = CliRunner().invoke(cli, [str(word) for word in words])
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    random = np.random.default_rng(0)
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
+    for i in range(5):
+        pixels = random.integers(0, 256, (60 + i, 80, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / ("sub" if i % 2 else ".") / f"{i}.png")
+    (images / "notes.txt").write_text("no image")
+    return images
+
+
+def test_show_prints_the_files_of_a_folder(small_biomedclip):
+    code, text = run("encoders", "show", small_biomedclip)
+    assert code == 0
+    assert "tower biomedclip_small type biomedclip" in text
+    assert f"file {small_biomedclip}/open_clip_pytorch_model.bin (" in text
+
+
+def test_show_prints_the_cached_files_and_revision_of_a_repo(hub_cache, no_network):
+    code, text = run("encoders", "show", BIOMEDCLIP)
+    assert code == 0
+    assert f"tower {BIOMEDCLIP} type biomedclip revision {REVISION}" in text
+    assert f"{hub_cache[BIOMEDCLIP]}/open_clip_config.json" in text
+    code, text = run("encoders", "show", OPENAI_CLIP)
+    assert code == 0
+    assert f"{hub_cache[OPENAI_CLIP]}/model.safetensors" in text
+
+
+def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
+    code, text = run("encoders", "show", "openai/clip-not-here")
+    assert code == 0
+    assert (
+        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
+        in text
+    )
+    code, text = run("encoders", "show", tmp_path / "nowhere")
+    assert code == 1
+    assert "nowhere does not exist" in text
+    code, text = run("encoders", "show", "someone/BiomedCLIP-like")
+    assert code == 1
+    assert "hf download someone/BiomedCLIP-like open_clip_config.json open_clip_pytorch_model.bin" in text
+
+
+def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip, tmp_path):
+    out = tmp_path / "features.safetensors"
+    code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip, "--batch-size", 2)
+    assert code == 0, text
+    assert "5 images, 196 patch tokens of width 192" in text
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    names = json.loads(metadata["names"])
+    assert names == ["0.png", "2.png", "4.png", "sub/1.png", "sub/3.png"]
+    assert json.loads(metadata["tower"]) == "biomedclip_small"
+    expected = create_encoder("biomedclip", small_biomedclip).encode([folder / name for name in names])
+    assert torch.allclose(load_file(out)["patch_tokens"], expected, atol=1e-5)
+    code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip)
+    assert code == 1
+    assert "is there already" in text
+
+
+def test_encode_says_what_is_wrong_with_a_folder(folder, small_biomedclip, tmp_path):
+    options = ("--out", tmp_path / "f.safetensors", "--encoder", small_biomedclip)
+    (tmp_path / "empty").mkdir()
+    code, text = run("encode", tmp_path / "empty", *options)
+    assert (code, "holds no image; looked for .png" in text) == (1, True)
+    code, text = run("encode", tmp_path / "nowhere", *options)
+    assert (code, "nowhere is not a folder" in text) == (1, True)
+    (folder / "broken.png").write_bytes(b"x")
+    code, text = run("encode", folder, *options)
+    assert (code, "broken.png cannot be read as an image" in text) == (1, True)
+
+
+def test_classify_prints_probabilities_best_first(hub_cache, folder, small_biomedclip, no_network):
+    options = ("--labels", "chest x-ray, brain mri", "--encoder", small_biomedclip)
+    code, text = run("classify", folder / "0.png", folder / "2.png", *options)
+    assert code == 0, text
+    numbers = [float(number) for number in re.findall(r"\b[01]\.\d{4}\b", text)]
+    assert len(numbers) == 4
+    assert numbers[0] >= numbers[1]
+    assert numbers[0] + numbers[1] == pytest.approx(1, abs=2e-4)
+    tower = create_encoder("biomedclip", small_biomedclip, load_text=True)
+    expected = tower.zero_shot(folder / "0.png", ["chest x-ray", "brain mri"]).max()
+    assert numbers[0] == pytest.approx(float(expected), abs=1e-4)

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+
+def test_one_image_serves_all_questions(loaded, images):
+    questions = ["What is this?", "Is this a CT image?"]
+    both = loaded.answer(images[0], questions, max_new_tokens=5)
+    assert both == [loaded.answer(images[0], question, max_new_tokens=5)[0] for question in questions]
+
+
+def test_a_prompt_takes_several_images_or_none(loaded, images):
+    two, none = loaded.answer([images[:2], None], ["Which differ?", "Hello?"], max_new_tokens=5)
+    assert two == loaded.answer(images[:2], "Which differ?", max_new_tokens=5)[0]
+    assert none == loaded.answer(None, "Hello?", max_new_tokens=5)[0]
+
+
+def test_a_path_is_read_as_the_image_it_holds(loaded, images, tmp_path):
+    images[0].save(tmp_path / "scan.png")
+    from_path = loaded.answer(tmp_path / "scan.png", "What is this?", max_new_tokens=5)
+    assert from_path == loaded.answer(images[0], "What is this?", max_new_tokens=5)
+
+
+def test_an_answer_is_the_new_text_only(loaded, images, monkeypatch):
+    def generate(input_ids, **kwargs):
+        new = loaded.tokenizer(" lungs</s>", add_special_tokens=False, return_tensors="pt").input_ids
+        return torch.cat([input_ids, new], dim=1)
+
+    monkeypatch.setattr(loaded.model, "generate", generate)
+    assert loaded.answer(images[0], "Which organ is shown?") == ["lungs"]
+
+
+def test_prompts_are_padded_on_the_left(loaded, images, monkeypatch):
+    masks = []
+    generate = loaded.model.generate
+    monkeypatch.setattr(
+        loaded.model, "generate", lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs)
+    )
+    loaded.answer(images[0], ["Why?", "Which organ is shown in the left half of this image?"], max_new_tokens=1)
+    assert masks[0][0, 0] == 0
+    assert masks[0][:, -1].tolist() == [1, 1]
+
+
+def test_counts_that_differ_are_refused(loaded, images):
+    with pytest.raises(ValueError, match="3 images for 2 questions"):
+        loaded.answer(images, ["a", "b"])
+
+
+def test_a_prompt_beyond_the_context_names_the_numbers(loaded, images):
+    with pytest.raises(
+        ValueError, match=r"prompt has \d+ tokens and max_new_tokens is 2000, but the context holds 2048"
+    ):
+        loaded.answer(images[0], "What is this?", max_new_tokens=2000)
+
+
+def test_an_unreadable_image_is_named(loaded, tmp_path):
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        loaded.answer(path, "What is this?")
+    with pytest.raises(FileNotFoundError, match=r"missing\.png does not exist"):
+        loaded.answer(tmp_path / "missing.png", "What is this?")

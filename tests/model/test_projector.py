@@ -1,0 +1,157 @@
+import pytest
+import torch
+
+from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.projector import (
+    PROJECTORS,
+    AveragePool,
+    PixelShuffle,
+    ProjectorKind,
+    ProjectorShape,
+    build_projector,
+    num_projected_tokens,
+    register_projector,
+)
+
+# Small enough to train in a test; the registry's defaults are the papers'.
+SMALL = {
+    "perceiver": {"num_latents": 5, "num_layers": 1},
+    "qformer": {"num_query_tokens": 6, "num_layers": 2, "hidden_size": 64},
+}
+ALL = [*PROJECTORS, "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"]
+
+
+def shape(vision_width=12, text_width=20, grid=(4, 6), num_patches=None) -> ProjectorShape:
+    count = grid[0] * grid[1] if num_patches is None else num_patches
+    return ProjectorShape(vision_width=vision_width, text_width=text_width, num_patches=count, grid=grid)
+
+
+@pytest.mark.parametrize("projector_type", ALL)
+def test_every_projector_gives_the_count_and_width_that_it_promises(projector_type):
+    between = shape(vision_width=20) if projector_type == "identity" else shape()
+    options = SMALL.get(projector_type)
+    projector = build_projector(projector_type, between, options)
+    tokens = torch.randn(2, 24, between.vision_width, requires_grad=True)
+    embeds = projector(tokens)
+    assert embeds.shape == (2, num_projected_tokens(projector_type, between, options), 20)
+    embeds.square().sum().backward()
+    assert tokens.grad.abs().sum(dim=(1, 2)).min() > 0
+
+
+@pytest.mark.parametrize("projector_type", [name for name in ALL if name != "identity"])
+def test_every_projector_goes_through_the_builder_a_save_and_generate(projector_type, parts, images, tmp_path):
+    description = parts | {"projector_type": projector_type, "projector_options": SMALL.get(projector_type)}
+    loaded = load_pretrained_model(description, dtype="float32")
+    num_tokens = loaded.processor.num_image_tokens
+    assert num_tokens == {"pixel_shuffle": 49, "average_pool": 49, "perceiver": 5, "qformer": 6}.get(
+        projector_type, 196
+    )
+    inputs = loaded.processor(text="<image> Why?", images=images[0], return_tensors="pt")
+    assert (inputs["input_ids"] == 32000).sum() == num_tokens
+    answer = loaded.answer(images[:2], ["What is this?", "Why?"], max_new_tokens=3)
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    reloaded = load_pretrained_model(tmp_path)
+    assert reloaded.answer(images[:2], ["What is this?", "Why?"], max_new_tokens=3) == answer
+    state = loaded.model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in reloaded.model.state_dict().items())
+
+
+def test_mlp2x_gelu_is_transformers_llava_projector():
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(hidden_size=12), text_config=LlamaConfig(hidden_size=20, num_attention_heads=2)
+    )
+    theirs = LlavaMultiModalProjector(config)
+    ours = build_projector("mlp2x_gelu", shape())
+    names = {"linear_1": "0", "linear_2": "2"}
+    ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
+    tokens = torch.randn(2, 7, 12)
+    torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_pixel_shuffle_is_idefics3s(factor):
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    tokens = torch.randn(2, 64, 3)
+    theirs = Idefics3Connector.pixel_shuffle(None, tokens, factor)
+    assert torch.equal(PixelShuffle((8, 8), factor)(tokens), theirs)
+
+
+def test_average_pool_is_the_mean_of_neighbours():
+    tokens = torch.randn(1, 24, 3)
+    pooled = AveragePool((4, 6), 2)(tokens)
+    neighbours = [6 * row + column for row in (2, 3) for column in (4, 5)]  # the last block of the 2x3 blocks
+    torch.testing.assert_close(pooled[0, -1], tokens[0, neighbours].mean(0))
+
+
+def test_the_perceiver_is_idefics2s_but_for_its_start():
+    from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
+
+    ours = build_projector("perceiver", shape(), SMALL["perceiver"])
+    theirs = Idefics2PerceiverResampler(ours.resampler.config)
+    assert (theirs.latents == 1).all()  # equal latents get equal gradients, and stay equal
+    assert ours.resampler.latents.std(dim=0).min() > 0
+    theirs.load_state_dict(ours.resampler.state_dict())
+    tokens = torch.randn(2, 24, 12)
+    expected = theirs(ours.input_projection(tokens), torch.ones(2, 24, dtype=torch.long))
+    torch.testing.assert_close(ours(tokens), expected)
+
+
+def test_the_qformer_is_blip2s():
+    from transformers import Blip2QFormerModel
+
+    ours = build_projector("qformer", shape(), SMALL["qformer"]).eval()
+    theirs = Blip2QFormerModel(ours.qformer.config).eval()
+    theirs.load_state_dict(ours.qformer.state_dict())
+    tokens = torch.randn(2, 24, 12)
+    expected = theirs(ours.query_tokens.expand(2, -1, -1), encoder_hidden_states=tokens).last_hidden_state
+    torch.testing.assert_close(ours(tokens), ours.output_projection(expected))
+
+
+def test_a_registered_projector_works_in_the_builder(parts, images):
+    def build(built_for: ProjectorShape, stride: int) -> torch.nn.Module:
+        class EveryNth(torch.nn.Linear):
+            def forward(self, patch_tokens):
+                return super().forward(patch_tokens[:, ::stride])
+
+        return EveryNth(built_for.vision_width, built_for.text_width)
+
+    kind = ProjectorKind(build=build, num_tokens=lambda s, stride: -(-s.num_patches // stride), options={"stride": 3})
+    register_projector("every_nth", kind)
+    try:
+        loaded = load_pretrained_model(parts | {"projector_type": "every_nth", "projector_options": {"stride": 10}})
+        assert loaded.processor.num_image_tokens == 20
+        assert loaded.answer(images[0], "Why?", max_new_tokens=2)
+        with pytest.raises(ValueError, match="'every_nth' is taken"):
+            register_projector("every_nth", kind)
+    finally:
+        del PROJECTORS["every_nth"]
+
+
+class TestBadInput:
+    def test_identity_needs_equal_widths(self):
+        with pytest.raises(ValueError, match="12 channels and the language model's embeddings 20"):
+            build_projector("identity", shape())
+
+    def test_an_unknown_type_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"projector_type 'linaer'\. Did you mean 'linear'\?"):
+            build_projector("linaer", shape())
+        with pytest.raises(ValueError, match="'mlp0x_gelu'"):
+            num_projected_tokens("mlp0x_gelu", shape())
+
+    def test_an_unknown_option_suggests_the_nearest(self):
+        with pytest.raises(ValueError, match=r"projector 'perceiver': 'num_latent'\. Did you mean 'num_latents'\?"):
+            build_projector("perceiver", shape(), {"num_latent": 3})
+
+    @pytest.mark.parametrize("projector_type", ["pixel_shuffle", "average_pool"])
+    def test_a_factor_must_divide_the_grid(self, projector_type):
+        with pytest.raises(ValueError, match="factor is 4, which does not divide the 4x6 grid"):
+            build_projector(projector_type, shape(), {"factor": 4})
+
+    def test_merging_neighbours_needs_patches_only(self):
+        with pytest.raises(ValueError, match="4x6 grid, but the tower gives 25 tokens, the class token among them"):
+            num_projected_tokens("pixel_shuffle", shape(num_patches=25))
