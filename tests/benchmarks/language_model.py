@@ -7,7 +7,6 @@ Times are medians of interleaved rounds. `decode` and `upcycle` need about 6 GB 
 
 import argparse
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,11 +47,11 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 # --- the sparse block ---------------------------------------------------------------------------------------------
 
 
-def bench_block() -> None:
+def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
     """Against one LlamaMLP pass for each expert hit, over just its tokens, and against Mixtral's block."""
     print("| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours fwd+bwd | Mixtral |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         ours, mixtral, mlps = make_blocks(dtype)
         for num_tokens in (1, 4, 16, 64, 256, 2048):
             rounds = {1: 15, 4: 9, 16: 9, 64: 5, 256: 3, 2048: 1}[num_tokens]
@@ -214,7 +213,7 @@ def upcycle_once(folder: str) -> None:
     base = peak_rss()
     start = time.perf_counter()
     model = upcycle(folder, dtype=torch.bfloat16)
-    sum(float(parameter.view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
+    sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
     seconds = time.perf_counter() - start
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak = peak_rss() - base
@@ -232,7 +231,9 @@ def upcycle_once(folder: str) -> None:
 
 
 def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes. Not `getrusage`: a child starts with its parent's maximum there."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -274,13 +275,18 @@ def train_once(kind: str) -> None:
     print(seconds, peak_rss() - base, held, active)
 
 
+SECTIONS = ("block", "decode", "upcycle", "training")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"block": bench_block, "decode": bench_decode, "upcycle": bench_upcycle, "training": bench_training}
     internal = ("upcycle-once", "train-dense", "train-mixture")
-    parser.add_argument("section", choices=(*sections, *internal), metavar=f"{{{','.join(sections)}}}")
+    parser.add_argument("section", choices=(*SECTIONS, *internal), metavar=f"{{{','.join(SECTIONS)}}}")
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    parser.add_argument("--dtype", choices=dtypes, help="of the section `block`; both unless given")
     arguments = parser.parse_args()
+    chosen = (dtypes[arguments.dtype],) if arguments.dtype else tuple(dtypes.values())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -293,7 +299,10 @@ def main() -> None:
             f"{arguments.section}: torch {torch.__version__}, transformers {transformers.__version__}, "
             f"{torch.get_num_threads()} threads, {platform.machine()}"
         )
-        sections[arguments.section]()
+        if arguments.section == "block":
+            bench_block(chosen)
+        else:
+            {"decode": bench_decode, "upcycle": bench_upcycle, "training": bench_training}[arguments.section]()
 
 
 if __name__ == "__main__":
