@@ -26,9 +26,11 @@ from moellava.model.build_request import (
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.describe import count_active_parameters, describe
+from moellava.model.from_llava import read_llava
 from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.origin import origin_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, projector_options
 
@@ -71,7 +73,7 @@ def load_pretrained_model(
         model: what to load. A mapping, dataclass or object, or a YAML or JSON file, with the keys of
             `moellava.model.build_request.BuildRequest`: `model_name_or_path` (language model),
             `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, ...; or the
-            folder or hub id of a model that this library saved.
+            folder or hub id of a model that this library saved, or of a transformers LLaVA (CLIP and Llama).
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
@@ -103,12 +105,12 @@ def load_pretrained_model(
     build: dict[str, Any] = {"dtype": _as_dtype(dtype)}
     build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if isinstance(model, str | Path) and not is_description_file(model):
-        if encoder_type is not None or custom_vision_config is not None or moe_config is not True:
+        if encoder_type is not None or custom_vision_config is not None:
             raise ValueError(
-                f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type, "
-                "custom_vision_config and moe_config, or give a mapping to build a new model."
+                f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type and "
+                "custom_vision_config, or give a mapping to build a new model."
             )
-        loaded = _open_saved(str(model), device_map=device_map, **build, **hub)
+        loaded = _open_saved(str(model), moe_config, seed, device_map=device_map, **build, **hub)
     else:
         if device_map is not None:
             raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
@@ -215,12 +217,15 @@ def _build(
         text_config = moe_config_from_dense(dense_config, **({} if moe_config is True else moe_config))
         state_dict = upcycled_state_dict(request.model_name_or_path, text_config, dtype=dtype, seed=seed, **hub)
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
+    origin = origin_of(request.model_name_or_path, **hub)
     config = MoeLlavaConfig(
         vision_config=encoder.config,
         text_config=text_config,
         image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
         projector_type=request.projector_type,
         projector_options=projector_options(request.projector_type, request.projector_options),
+        language_model=origin.name,
+        language_model_revision=origin.revision,
         dtype=dtype,
     )
     state_dict = _join_state_dicts(state_dict, encoder, config, seed)
@@ -291,13 +296,31 @@ def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
 
 
 def _open_saved(
-    name: str, *, dtype: torch.dtype | None, device_map: Any, attn_implementation: str | None = None, **hub: Any
+    name: str,
+    moe_config: Mapping[str, Any] | bool,
+    seed: int,
+    *,
+    dtype: torch.dtype | None,
+    device_map: Any,
+    attn_implementation: str | None = None,
+    **hub: Any,
 ) -> LoadedModel:
     config = load_model_config(name, **hub)
+    if config.model_type == "llava":
+        parts = read_llava(name, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
+        options = {"dtype": parts.config.dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        model = _load_weights(None, name, config=parts.config, state_dict=parts.state_dict, **options)
+        model.generation_config = _load_generation_config(name, parts.processor.tokenizer, **hub)
+        return LoadedModel(model, parts.processor)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
             f"{name!r} is a {config.model_type!r} checkpoint, not a model that this library saved. To join it with an "
             f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
+        )
+    if moe_config is not True:
+        raise ValueError(
+            f"{name!r} is a saved model, whose parts are fixed: leave out moe_config={moe_config!r}, or give a mapping "
+            "to build a new model."
         )
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     model = _load_weights(

@@ -23,6 +23,8 @@ class MoeLlavaConfig(PreTrainedConfig):
         projector_type: `mlpNx_gelu` (N linear layers, GELU between, as in LLaVA) or a name of
             `moellava.model.projector.PROJECTORS`.
         projector_options: of that type, such as `{"factor": 2}`; what is left out has its default.
+        language_model, language_model_revision: where the language model's weights came from: a repo id (or a local
+            folder's own name) and its commit. The tower's are `vision_config.tower` and `vision_config.revision`.
     """
 
     model_type = "moellava"
@@ -36,6 +38,8 @@ class MoeLlavaConfig(PreTrainedConfig):
     image_token_id: int = 32000
     projector_type: str = "mlp2x_gelu"
     projector_options: dict[str, Any] | None = None
+    language_model: str | None = None
+    language_model_revision: str | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -1,0 +1,240 @@
+"""A LLaVA checkpoint in, the parts of our model out: transformers' `LlavaForConditionalGeneration` with CLIP and Llama.
+
+Public names: `read_llava`, `LlavaParts`, `read_mm_projector`. `load_pretrained_model(folder_or_id)` is the way in.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+
+from moellava.encoders._transformers import plain_config
+from moellava.encoders.base import VisionEncoder
+from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
+from moellava.encoders.weights import first_five, read_weights
+from moellava.model.chat_templates import multimodal_chat_template
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
+from moellava.model.language_model.upcycling import _upcycled_tensors, moe_config_from_dense
+from moellava.model.origin import Origin, origin_of
+from moellava.model.processing_moellava import MoeLlavaProcessor
+
+PROJECTOR_TYPE = "mlp2x_gelu"
+# transformers' names of the projector's layers, and ours, which are the original LLaVA's.
+PROJECTOR_KEYS = {"linear_1": "0", "linear_2": "2"}
+
+
+class LlavaParts(NamedTuple):
+    """What the builder needs: `state_dict` has the names of `MoeLlavaForConditionalGeneration`."""
+
+    config: MoeLlavaConfig
+    state_dict: dict[str, Tensor]
+    processor: MoeLlavaProcessor
+
+
+def read_llava(
+    source: str | os.PathLike[str],
+    *,
+    moe_config: Mapping[str, Any] | bool = True,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **hub: Any,
+) -> LlavaParts:
+    """Read a `LlavaForConditionalGeneration` checkpoint with a CLIP tower and a Llama.
+
+    Args:
+        source: its folder or hub id.
+        moe_config: as in `load_pretrained_model`; with False the model computes what LLaVA computes.
+        dtype: of the weights; None keeps the checkpoint's.
+        seed: of the routers, the only weights that the checkpoint does not hold.
+        **hub: `revision`, `cache_dir`, `local_files_only`, as in transformers.
+
+    Raises:
+        OSError: if there is no such checkpoint, or a file of it is missing.
+        ValueError: if it is another kind of LLaVA, or its weights do not fit its config.
+    """
+    name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
+    llava_config: Any = LlavaConfig.from_pretrained(name, **hub)
+    _require_clip_and_llama(name, llava_config)
+    llava = _load_llava(name, **hub)
+    dtype = dtype or llava.dtype
+    processor = _load_processor(name, llava_config, **hub)
+    origin = origin_of(name, **hub)
+    encoder = _clip_encoder(origin, llava, processor.image_processor)
+
+    text_config = llava_config.text_config
+    reader = _LanguageModelOf(name, llava)
+    if moe_config is False:
+        tensors = {key: reader.read(key, dtype) for key in causal_lm_shapes(text_config)}
+    else:
+        text_config = moe_config_from_dense(text_config, **({} if moe_config is True else moe_config))
+        options: dict[str, Any] = {"noise": 0.0, "keep_function": True, "router": None}
+        tensors = dict(_upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **options))
+
+    state_dict = {f"model.language_{key}" if key.startswith("model.") else key: value for key, value in tensors.items()}
+    for key, value in llava.model.vision_tower.state_dict().items():
+        state_dict[f"model.vision_tower.tower.{key}"] = value.to(dtype)
+    for key, value in _projector_of(llava).items():
+        state_dict[f"model.multi_modal_projector.{key}"] = value.to(dtype)
+    config = MoeLlavaConfig(
+        vision_config=encoder.config,
+        text_config=text_config,
+        image_token_id=llava_config.image_token_index,
+        projector_type=PROJECTOR_TYPE,
+        language_model=origin.name,
+        language_model_revision=origin.revision,
+        dtype=dtype,
+    )
+    processor = MoeLlavaProcessor(
+        encoder.image_processor,
+        processor.tokenizer,
+        num_image_tokens=config.num_image_tokens,
+        chat_template=processor.chat_template or multimodal_chat_template(processor.tokenizer),
+    )
+    return LlavaParts(config, state_dict, processor)
+
+
+def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The projector of an original LLaVA, MoE-LLaVA or Med-MoE run, under our projector's names.
+
+    Args:
+        path: `mm_projector.bin` or `non_lora_trainables.bin`, whose names are `model.mm_projector.0.weight`, ...
+            (`mm_projector.weight` where it is a single linear layer); the weights file of a
+            `LlavaForConditionalGeneration` (`multi_modal_projector.linear_1.weight`, ...); or a projector's own
+            state dict. The folder of one of them will do. Pickles are read with `weights_only=True`.
+
+    Returns:
+        name to tensor, as `build_projector(...).load_state_dict` takes them: `0.weight`, `0.bias`, `2.weight`, ...
+
+    Raises:
+        OSError: if there is no such file.
+        ValueError: if the file holds no projector.
+    """
+    file = _projector_file(Path(path).expanduser())
+    weights = read_weights(file)
+    for marker in ("mm_projector.", "multi_modal_projector."):
+        found = {key.split(marker, 1)[1]: value for key, value in weights.items() if marker in key}
+        if found:
+            break
+    else:
+        found = weights
+    found = {_own_projector_key(key): value for key, value in found.items()}
+    strange = [key for key in found if key.rsplit(".", 1)[-1] not in ("weight", "bias") or key.count(".") > 1]
+    if strange:
+        raise ValueError(
+            f"{file} holds no projector: expected names such as 'model.mm_projector.0.weight', found "
+            f"{first_five(sorted(weights))}. Give LLaVA's mm_projector.bin."
+        )
+    return found
+
+
+def _projector_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = ("mm_projector.safetensors", "mm_projector.bin", "non_lora_trainables.bin")
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise FileNotFoundError(f"No projector at {path}: expected a file, or a folder with one of {', '.join(names)}.")
+
+
+def _own_projector_key(key: str) -> str:
+    layer, _, kind = key.rpartition(".")
+    return f"{PROJECTOR_KEYS[layer]}.{kind}" if layer in PROJECTOR_KEYS else key
+
+
+def _projector_of(llava: Any) -> dict[str, Tensor]:
+    return {_own_projector_key(key): value for key, value in llava.model.multi_modal_projector.state_dict().items()}
+
+
+def _require_clip_and_llama(name: str, config: Any) -> None:
+    expected = {
+        "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
+        "text_config.model_type": (config.text_config.model_type, "llama"),
+        "projector_hidden_act": (config.projector_hidden_act, "gelu"),
+        "multimodal_projector_bias": (config.multimodal_projector_bias, True),
+    }
+    for field, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ValueError(
+                f"The LLaVA checkpoint {name!r} has {field}={found!r}, but only {wanted!r} can be read. To join its "
+                "parts anew, give {'model_name_or_path': ..., 'mm_vision_tower': ...}."
+            )
+
+
+def _load_llava(name: str, **hub: Any) -> Any:
+    """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+    )
+    llava, info = loaded
+    problems = [
+        f"{kind.replace('_', ' ')}: {first_five(sorted(str(key) for key in info[kind]))}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[kind]
+    ]
+    if problems:
+        raise ValueError(f"The weights of {name!r} do not fit its configuration. {'; '.join(problems)}.")
+    return llava
+
+
+def _load_processor(name: str, config: LlavaConfig, **hub: Any) -> Any:
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The LLaVA checkpoint {name!r} has no processor that can be read (processor_config.json, "
+            f"preprocessor_config.json and the tokenizer's files belong to it): {error}"
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    found = None if tokenizer is None else tokenizer.get_vocab().get("<image>")
+    if found != config.image_token_index:
+        raise ValueError(
+            f"In {name!r} the config has image_token_index={config.image_token_index}, but the tokenizer has "
+            f"{'no token <image>' if found is None else f'<image> at {found}'}. The two files are of different models."
+        )
+    return processor
+
+
+def _clip_encoder(origin: Origin, llava: Any, image_processor: Any) -> VisionEncoder:
+    """The tower as an encoder without weights: its config measures the shapes, its image processor is LLaVA's."""
+    llava_config = llava.config
+    config = ClipVisionConfig(
+        tower_config=plain_config(llava_config.vision_config),
+        processor_config=plain_config(image_processor),
+        tower=origin.name,
+        revision=origin.revision,
+        select_layer=llava_config.vision_feature_layer,
+        select_feature=llava_config.vision_feature_select_strategy,
+    )
+    with torch.device("meta"):
+        return ClipEncoder(config)
+
+
+class _LanguageModelOf(CheckpointReader):
+    """The Llama inside a loaded LLaVA, read like a checkpoint of its own."""
+
+    def __init__(self, source: str, llava: Any) -> None:
+        self.source = source
+        self.model_type = llava.config.text_config.model_type
+        self._config = llava.config.text_config
+        modules: dict[str, nn.Module] = {"model": llava.model.language_model, "lm_head": llava.lm_head}
+        self._tensors = {
+            f"{prefix}.{key}": value for prefix, module in modules.items() for key, value in module.state_dict().items()
+        }
+
+    def config(self) -> PreTrainedConfig:
+        return self._config
+
+    def names(self) -> list[str]:
+        return sorted(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        return self._tensors[name].to(dtype)
