@@ -8,6 +8,7 @@ import typer
 from moellava.cli import encoders
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
+from moellava.cli.verify import verify
 
 app = typer.Typer(
     name="moellava",
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
 app.command(short_help="Answer questions about images with a saved model.")(ask)
+app.command(short_help="Check that a tower and a language model are here and work.")(verify)
 app.command()(encoders.encode)
 app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")

@@ -7,7 +7,6 @@ Times are medians of interleaved rounds. `decode` and `upcycle` need about 6 GB 
 
 import argparse
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -48,11 +47,11 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 # --- the sparse block ---------------------------------------------------------------------------------------------
 
 
-def bench_block() -> None:
+def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
     """Against one LlamaMLP pass for each expert hit, over just its tokens, and against Mixtral's block."""
     print("| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours fwd+bwd | Mixtral |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in dtypes:
         ours, mixtral, mlps = make_blocks(dtype)
         for num_tokens in (1, 4, 16, 64, 256, 2048):
             rounds = {1: 15, 4: 9, 16: 9, 64: 5, 256: 3, 2048: 1}[num_tokens]
@@ -125,16 +124,18 @@ def block_runs(ours, mixtral, mlps, x, parts, *, with_backward):  # type: ignore
 
 def bench_decode() -> None:
     """One token a step, batch 1, bfloat16, against the read bandwidth and against a Mixtral of the same size."""
-    bandwidth = read_bandwidth()
+    model = build(LlamaMoeForCausalLM, LlamaMoeConfig(**TINYLLAMA))
+    num_bytes, reads = memory_reads()
+    seconds = medians({**reads, "ours": decode_step(model)}, 9)
+    bandwidth = num_bytes / min(seconds[name] for name in reads)
+    bound = active_bytes(model) / bandwidth
     print(
         f"read bandwidth {bandwidth / 1e9:.1f} GB/s (the better of a float32 sum and a bfloat16 matrix-vector product)"
     )
-    model = build(LlamaMoeForCausalLM, LlamaMoeConfig(**TINYLLAMA, eos_token_id=None))
-    step = decode_step(model)
-    seconds = medians({"ours": step}, 15)["ours"]
-    bound = active_bytes(model) / bandwidth
-    print(f"11 of 22 layers sparse: {1 / seconds:.2f} tokens/s, {bound / seconds:.2f} of the bound {1 / bound:.2f}")
-    del model, step
+    print(
+        f"11 of 22 layers sparse: {1 / seconds['ours']:.2f} tokens/s, {bound / seconds['ours']:.2f} of {1 / bound:.2f}"
+    )
+    del model
 
     # Every layer sparse, as Mixtral's must be, and the width that gives the same number of weights.
     same_size = {**TINYLLAMA, "intermediate_size": 3520}
@@ -144,7 +145,7 @@ def bench_decode() -> None:
     mixtral.load_state_dict(ours.state_dict(), assign=True)
     mixtral.model.rotary_emb = ours.model.rotary_emb
     mixtral.to(torch.bfloat16).eval()
-    both = medians({"ours": decode_step(ours), "mixtral": decode_step(mixtral)}, 15)
+    both = medians({"ours": decode_step(ours), "mixtral": decode_step(mixtral)}, 9)
     print(
         f"all 22 layers sparse: {both['mixtral'] / both['ours']:.2f} of Mixtral's tokens/s ({1 / both['mixtral']:.2f})"
     )
@@ -187,12 +188,12 @@ def active_bytes(model: LlamaMoeForCausalLM) -> float:
     )
 
 
-def read_bandwidth() -> float:
-    """Bytes a second."""
+def memory_reads() -> tuple[int, dict[str, Callable[[], object]]]:
+    """Ways to read so many bytes once."""
     matrix = torch.full((64 * 1024, 4096), 1e-3, dtype=torch.bfloat16)  # 512 MiB
     vector = torch.ones(1, 4096, dtype=torch.bfloat16)
     runs = {"sum": lambda: matrix.view(torch.float32).sum(), "product": lambda: F.linear(vector, matrix)}
-    return matrix.numel() * 2 / min(medians(runs, 7).values())
+    return matrix.numel() * 2, runs
 
 
 # --- upcycling ----------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ def upcycle_once(folder: str) -> None:
     base = peak_rss()
     start = time.perf_counter()
     model = upcycle(folder, dtype=torch.bfloat16)
-    sum(float(parameter.view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
+    sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
     seconds = time.perf_counter() - start
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak = peak_rss() - base
@@ -232,7 +233,9 @@ def upcycle_once(folder: str) -> None:
 
 
 def peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes. Not `getrusage`: a child starts with its parent's maximum there."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 # --- training -----------------------------------------------------------------------------------------------------
@@ -274,13 +277,18 @@ def train_once(kind: str) -> None:
     print(seconds, peak_rss() - base, held, active)
 
 
+SECTIONS = ("block", "decode", "upcycle", "training")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sections = {"block": bench_block, "decode": bench_decode, "upcycle": bench_upcycle, "training": bench_training}
     internal = ("upcycle-once", "train-dense", "train-mixture")
-    parser.add_argument("section", choices=(*sections, *internal), metavar=f"{{{','.join(sections)}}}")
+    parser.add_argument("section", choices=(*SECTIONS, *internal), metavar=f"{{{','.join(SECTIONS)}}}")
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    parser.add_argument("--dtype", choices=dtypes, help="of the section `block`; both unless given")
     arguments = parser.parse_args()
+    chosen = (dtypes[arguments.dtype],) if arguments.dtype else tuple(dtypes.values())
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.manual_seed(0)
@@ -293,7 +301,10 @@ def main() -> None:
             f"{arguments.section}: torch {torch.__version__}, transformers {transformers.__version__}, "
             f"{torch.get_num_threads()} threads, {platform.machine()}"
         )
-        sections[arguments.section]()
+        if arguments.section == "block":
+            bench_block(chosen)
+        else:
+            {"decode": bench_decode, "upcycle": bench_upcycle, "training": bench_training}[arguments.section]()
 
 
 if __name__ == "__main__":

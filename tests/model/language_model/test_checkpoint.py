@@ -68,6 +68,13 @@ def test_existing_folder_wins_over_a_hub_id(hub_cache, make_dense, tmp_path, mon
     assert_same(dense_state_dict(TINYLLAMA), dense)
 
 
+def test_home_folder_may_be_written_with_a_tilde(make_dense, tmp_path, monkeypatch):
+    dense = make_dense()
+    dense.save_pretrained(tmp_path / "dense")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_same(dense_state_dict("~/dense"), dense)
+
+
 def test_missing_folder_says_so(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint folder.*nowhere"):
         dense_state_dict(tmp_path / "nowhere")
