@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moellava.model.describe import count_active_parameters
 from moellava.model.origin import Origin
+from moellava.model.remote_code import write_remote_code
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ def push_to_hub(
     processor: Any = None,
     licence: str | None = None,
     datasets: Sequence[str] = (),
+    remote_code: bool = False,
     commit_message: str = "Upload model",
     commit_description: str | None = None,
     private: bool | None = None,
@@ -112,6 +114,8 @@ def push_to_hub(
         model: a `MoeLlavaForConditionalGeneration`.
         processor: uploaded too where it is given.
         licence, datasets: as in `model_card`.
+        remote_code: upload the model's code too, so that `trust_remote_code=True` opens it without moellava; needs
+            the processor.
         commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in transformers'
             `push_to_hub`.
 
@@ -124,6 +128,8 @@ def push_to_hub(
         model.save_pretrained(folder, max_shard_size=max_shard_size)
         if processor is not None:
             processor.save_pretrained(folder)
+        if remote_code:
+            write_remote_code(folder)
         if api.file_exists(repo_id, "README.md", revision=revision):
             logger.info("%s has a model card, which stays as it is", repo_id)
         else:

@@ -76,6 +76,12 @@ class TestPush:
         assert uploads["readme"] == str(model_card(loaded.model, "me/chest-xray", licence="mit"))
         assert uploads["repo_id"] == "me/chest-xray"
 
+    def test_the_code_goes_along_when_asked_for(self, loaded, uploads):
+        loaded.model.push_to_hub("chest-xray", processor=loaded.processor, remote_code=True)
+        assert "modeling_moellava_remote.py" in uploads["files"]
+        with pytest.raises(OSError, match="save the model and the processor"):
+            loaded.model.push_to_hub("chest-xray", remote_code=True)
+
     def test_a_card_that_somebody_wrote_stays(self, loaded, uploads):
         uploads["has_card"] = True
         loaded.model.push_to_hub("chest-xray")

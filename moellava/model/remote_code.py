@@ -1,0 +1,79 @@
+"""A checkpoint that carries its own code, for `trust_remote_code=True` where moellava is not installed.
+
+transformers copies flat .py files with relative imports, and this package is nested: so each module that the model
+needs is written into the checkpoint folder under a flat name, `moellava/encoders/base.py` as
+`moellava_encoders_base.py`, its imports of moellava rewritten and nothing else.
+
+Public names: `write_remote_code`.
+"""
+
+import ast
+import json
+import os
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+ENTRY = "modeling_moellava_remote"
+ENTRY_TEXT = '''"""The entry of this checkpoint's code, written by moellava.model.remote_code."""
+
+from .moellava_model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, MoeLlavaProcessor
+from .moellava_encoders import VisionEncoder  # registers the towers with the Auto classes
+'''
+AUTO_MAPS = {
+    "config.json": {
+        "AutoConfig": f"{ENTRY}.MoeLlavaConfig",
+        "AutoModel": f"{ENTRY}.MoeLlavaModel",
+        "AutoModelForImageTextToText": f"{ENTRY}.MoeLlavaForConditionalGeneration",
+    },
+    "processor_config.json": {"AutoProcessor": f"{ENTRY}.MoeLlavaProcessor"},
+}
+
+
+def write_remote_code(folder: str | os.PathLike[str]) -> list[str]:
+    """Write the model's code into a saved checkpoint, and name its classes in `auto_map`.
+
+    Args:
+        folder: where `save_pretrained` of the model and of the processor have written. Towers of registered
+            encoders outside moellava are not covered.
+
+    Returns:
+        The names of the written code files.
+
+    Raises:
+        OSError: if the folder is no saved model with its processor.
+    """
+    folder = Path(folder).expanduser()
+    missing = [name for name in AUTO_MAPS if not (folder / name).is_file()]
+    if missing:
+        raise OSError(f"{folder} has no {' and no '.join(missing)}: save the model and the processor there first.")
+    sources = {ENTRY: ENTRY_TEXT}
+    waiting = ["moellava.model", "moellava.encoders"]
+    while waiting:
+        module = waiting.pop()
+        if _flat(module) not in sources:
+            sources[_flat(module)], needed = _flattened(module)
+            waiting += needed
+    for name, text in sources.items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    for name, auto_map in AUTO_MAPS.items():
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+    return sorted(f"{name}.py" for name in sources)
+
+
+def _flat(module: str) -> str:
+    return module.replace(".", "_")
+
+
+def _flattened(module: str) -> tuple[str, list[str]]:
+    """A module's text with flat relative imports of moellava, and the modules that it imports so."""
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    lines, needed = text.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moellava":
+            assert node.module is not None
+            needed.append(node.module)
+            line = node.lineno - 1
+            lines[line] = lines[line].replace(f"from {node.module} import", f"from .{_flat(node.module)} import", 1)
+    return "".join(lines), needed
