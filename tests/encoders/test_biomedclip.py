@@ -56,9 +56,7 @@ def encode_image(model, pixels: torch.Tensor) -> torch.Tensor:
 def hooked(model, pixels: torch.Tensor, index: int) -> torch.Tensor:
     """What block `index` returned while open_clip's own encode_image ran."""
     seen = []
-    hook = blocks_of(model.visual)[index].register_forward_hook(
-        lambda module, args, output: seen.append(output)
-    )
+    hook = blocks_of(model.visual)[index].register_forward_hook(lambda module, args, output: seen.append(output))
     model.visual(pixels)
     hook.remove()
     return seen[0]
@@ -225,9 +223,7 @@ def test_class_token_is_told_from_registers():
 
 @pytest.mark.parametrize("layer", [0, -13, 13, 99])
 def test_layer_out_of_range_lists_the_range(architecture, layer):
-    with pytest.raises(
-        ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"
-    ):
+    with pytest.raises(ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"):
         BiomedClipEncoder.from_pretrained(architecture("biomedclip"), select_layer=layer)
 
 
@@ -388,9 +384,7 @@ def test_incomplete_saved_encoder_is_refused_with_the_missing_names(architecture
 
 class ParentConfig(PreTrainedConfig):
     model_type = "encoder_test_parent"
-    sub_configs_defaults = {  # noqa: RUF012
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")
-    }
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")}
     vision_config: dict | PreTrainedConfig | None = None
 
 
@@ -435,11 +429,17 @@ def test_activation_checkpointing_gives_the_same_gradients(architecture, name):
     for checkpointing in (False, True):
         encoder = BiomedClipEncoder.from_pretrained(architecture(name)).train()
         if checkpointing:
-            encoder.visual.set_grad_checkpointing(True)
+            encoder.activation_checkpointing_enable()
         pixels = random_pixels(encoder).requires_grad_()
         encoder(pixels).patch_tokens.square().mean().backward()
         gradients.append(pixels.grad)
     assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_activation_checkpointing_of_a_modified_resnet_is_refused(architecture):
+    encoder = BiomedClipEncoder.from_pretrained(architecture("modified_resnet"))
+    with pytest.raises(ValueError, match="ModifiedResNet has no activation checkpointing"):
+        encoder.activation_checkpointing_enable()
 
 
 @pytest.mark.slow
