@@ -6,20 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from moellava.cli import encoders as commands
+from moellava.cli import app as cli
 from moellava.encoders import create_encoder
 from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, REVISION
-
-cli = typer.Typer()
-cli.add_typer(commands.app, name="encoders")
-cli.command()(commands.encode)
-cli.command()(commands.classify)
 
 
 def run(*words):
