@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from moellava.encoders import BiomedClipEncoder, BiomedClipVisionConfig
-from moellava.testing import BIOMEDCLIP, REVISION
+from moellava.testing import BIOMEDBERT, BIOMEDCLIP, REVISION, fill_hub_cache, write_biomedclip
 from tests.encoders.architectures import timm_trunk
 from tests.encoders.conftest import open_clip_model
 
@@ -141,15 +141,45 @@ def test_tokens_equal_timms_forward_intermediates_for_every_layer(architecture):
 
 @pytest.mark.real_size
 @pytest.mark.slow
-def test_real_size_biomedclip_pickle_gives_timms_tokens(hub_cache):
-    encoder = BiomedClipEncoder.from_pretrained(BIOMEDCLIP)
+def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
+    (repo,) = fill_hub_cache(tmp_path, [BIOMEDCLIP], full_text=True).values()
+    pickled = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
+    weights = [value for value in pickled.values() if value.is_floating_point()]
+    assert sum(value.numel() for value in weights) == 195_902_721  # the published file's
+    encoder = BiomedClipEncoder.from_pretrained(BIOMEDCLIP, cache_dir=tmp_path)
     assert (encoder.num_patches, encoder.hidden_size, encoder.grid) == (196, 768, (14, 14))
     assert sum(p.numel() for p in encoder.parameters()) == 85_798_656 + 393_216
     assert (encoder.config.tower, encoder.config.revision) == (BIOMEDCLIP, REVISION)
-    model = open_clip_model(hub_cache[BIOMEDCLIP])
+    config = repo / "open_clip_config.json"  # open_clip itself builds the text tower too: show it a BERT of that size
+    BertConfig().save_pretrained(tmp_path / "bert")
+    config.write_text(
+        config.read_text().replace(f'"hf_model_name": "{BIOMEDBERT}"', f'"hf_model_name": "{tmp_path}/bert"')
+    )
+    model = open_clip_model(repo)
     pixels = random_pixels(encoder)
     assert torch.equal(encoder(pixels).patch_tokens, hooked(model, pixels, 10)[:, 1:])
     assert torch.equal(encoder(pixels, output_pooled=True).pooled, encode_image(model, pixels))
+
+
+@pytest.mark.real_size
+@pytest.mark.slow
+@pytest.mark.parametrize(("image_size", "num_patches"), [(224, 256), (336, 576)])
+def test_real_size_vit_large_gives_timms_tokens(image_size, num_patches, tmp_path):
+    name = "vit_large_patch14_224"
+    repo = write_biomedclip(tmp_path / "biomedclip_large", vision=name, image_size=224, embed_dim=768)
+    encoder = BiomedClipEncoder.from_pretrained(repo, image_size=image_size)
+    assert (encoder.num_patches, encoder.hidden_size) == (num_patches, 1024)
+    trunk = timm.create_model(name, num_classes=0).eval()
+    state = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
+    prefix = "visual.trunk."
+    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    trunk.set_input_size(image_size)
+    pixels = random_pixels(encoder)[:1]
+    with torch.no_grad():
+        (expected,) = trunk.forward_intermediates(
+            pixels, indices=[22], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+        )
+        assert torch.equal(encoder(pixels).patch_tokens, expected)
 
 
 # ---- selection ----
