@@ -1,17 +1,31 @@
 """The command `moellava`."""
 
 import logging
-import sys
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from moellava.cli import encoders
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
 from moellava.cli.verify import verify
 
+
+class _Commands(TyperGroup):
+    """A mistake of the user's is one line on stderr and exit status 1, not a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (OSError, ValueError, ImportError) as error:
+            typer.echo(f"moellava: error: {error}", err=True)
+            raise typer.Exit(1) from error
+
+
 app = typer.Typer(
     name="moellava",
+    cls=_Commands,
     help="Medical vision-language models: an image encoder joined to a mixture-of-experts language model.",
     no_args_is_help=True,
     add_completion=False,
@@ -47,12 +61,5 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; a mistake of the user's is one line on stderr and exit status 1, not a traceback."""
-    try:
-        app()
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        typer.echo(f"moellava: error: {error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("moellava: interrupted", err=True)
-        sys.exit(130)
+    """The entry point of the shell command."""
+    app()

@@ -1,7 +1,5 @@
 """`moellava encoders show`, `moellava encode`, `moellava classify`: image towers from the command line."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,16 +15,6 @@ Encoder = Annotated[str, typer.Option(help="The image tower: a repo id, a folder
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repo.")]
 CacheDir = Annotated[Path | None, typer.Option(help="The Hugging Face cache, if not the usual one.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")]
-
-
-@contextmanager
-def _errors_as_messages() -> Iterator[None]:
-    """Turn the library's errors into one line and exit code 1; anything else keeps its traceback."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -45,18 +33,17 @@ def show(
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    with _errors_as_messages():
-        source = parse_source(tower, **options)
-        encoder_type = detect_encoder_type(tower, download=False, **options)
-        if encoder_type == "biomedclip" and not is_saved_encoder(source, download=False):
-            files = resolve(source)
-            pairs = [(files.config_name, files.config_file), (files.weights_name, files.weights_file)]
-        else:
-            names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
-            pairs = [(name, find_file(source, name, required=False)) for name in names]
-            pairs = [pair for pair in pairs if pair[1] is not None or source.folder is None]
-            if source.folder is None and pairs[2][1] is not None:
-                pairs.pop()  # the pickle is only asked for where there is no safetensors file
+    source = parse_source(tower, **options)
+    encoder_type = detect_encoder_type(tower, download=False, **options)
+    if encoder_type == "biomedclip" and not is_saved_encoder(source, download=False):
+        files = resolve(source)
+        pairs = [(files.config_name, files.config_file), (files.weights_name, files.weights_file)]
+    else:
+        names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+        pairs = [(name, find_file(source, name, required=False)) for name in names]
+        pairs = [pair for pair in pairs if pair[1] is not None or source.folder is None]
+        if source.folder is None and pairs[2][1] is not None:
+            pairs.pop()  # the pickle is only asked for where there is no safetensors file
     typer.echo(f"tower     {source.name}")
     typer.echo(f"type      {encoder_type}")
     typer.echo(f"revision  {next((commit_of(path) for _, path in pairs if path), None) or revision or '-'}")
@@ -86,25 +73,24 @@ def encode(
     from moellava.encoders import create_encoder
     from moellava.encoders.features import encode_files
 
-    with _errors_as_messages():
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder.")
-        paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
-        if not paths:
-            raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}.")
-        tower = create_encoder(
-            None,
-            encoder,
-            select_layer=select_layer,
-            image_size=image_size,
-            device=device,
-            dtype=dtype,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder.")
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}.")
+    tower = create_encoder(
+        None,
+        encoder,
+        select_layer=select_layer,
+        image_size=image_size,
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True)
     typer.echo(f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}")
     if done:
         typer.echo(f"{done} of them were there from an interrupted run")
@@ -124,17 +110,16 @@ def classify(
     from moellava.encoders import create_encoder
 
     names = [label.strip() for label in labels.split(",") if label.strip()]
-    with _errors_as_messages():
-        tower: Any = create_encoder(
-            "biomedclip",
-            encoder,
-            load_text=True,
-            device=device,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        probabilities = tower.zero_shot(image, names, template=template)
+    tower: Any = create_encoder(
+        "biomedclip",
+        encoder,
+        load_text=True,
+        device=device,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    probabilities = tower.zero_shot(image, names, template=template)
     for path, row in zip(image, probabilities.tolist(), strict=True):
         typer.echo(str(path))
         for probability, name in sorted(zip(row, names, strict=True), reverse=True):

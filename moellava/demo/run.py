@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from moellava.data.collate import ChatCollator
@@ -155,6 +156,7 @@ def _train(
         save_strategy="no",
         logging_steps=max(num_steps // 10, 1),
         report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=not show_progress,
         seed=seed,
     )

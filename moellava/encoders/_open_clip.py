@@ -59,9 +59,7 @@ def interpolate_positions(visual: Any, config: "BiomedClipVisionConfig") -> None
     state = {"visual.positional_embedding": owner.positional_embedding.data}
     resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=grid_size)))
     requires_grad = owner.positional_embedding.requires_grad
-    owner.positional_embedding = nn.Parameter(
-        state["visual.positional_embedding"], requires_grad=requires_grad
-    )
+    owner.positional_embedding = nn.Parameter(state["visual.positional_embedding"], requires_grad=requires_grad)
     for name in ("image_size", "grid_size"):
         if hasattr(target, name):
             setattr(visual, name, getattr(target, name))

@@ -102,9 +102,7 @@ class TransformersVisionEncoder(VisionEncoder):
         is_resized = self.config.image_hw != self._trained_hw
         return {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
 
-    def run_trunk(
-        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
-    ) -> TrunkOutput:
+    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
         """See `VisionEncoder.run_trunk`; the pooled vector, `pooler_output`, costs a pass of its own."""
         options = self._position_options
         vector = self.tower(pixel_values, **options).pooler_output if pooled else None
@@ -188,18 +186,14 @@ class TransformersVisionEncoder(VisionEncoder):
         hub = {key: getattr(source, key) for key in HUB_OPTIONS} if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
         with _no_load_report():
-            tower, info = tower_class.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **hub
-            )
+            tower, info = tower_class.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True, **hub)
         problems = [
             f"{word}: {first_five(sorted(map(str, info[word])))}"
             for word in ("missing_keys", "mismatched_keys")
             if info[word]
         ]
         if problems:
-            raise ValueError(
-                f"{source.name} does not hold a whole {type(tower).__name__}; {'; '.join(problems)}."
-            )
+            raise ValueError(f"{source.name} does not hold a whole {type(tower).__name__}; {'; '.join(problems)}.")
         processor = AutoImageProcessor.from_pretrained(name, **hub)
         config_file = find_file(source, "config.json", download=True)
         config_class: Any = cls.config_class

@@ -69,9 +69,7 @@ class VisionEncoderConfig(PreTrainedConfig):
         _check_choice("select_feature", self.select_feature, SELECT_FEATURES)
         _check_choice("patch_tokens", self.patch_tokens, PATCH_TOKENS)
         if self.select_layer == []:
-            raise ValueError(
-                "select_layer is an empty list; give a layer such as -2, or several such as [-2, -5]."
-            )
+            raise ValueError("select_layer is an empty list; give a layer such as -2, or several such as [-2, -5].")
         image_height, image_width = self.image_hw
         if image_height < 1 or image_width < 1:
             raise ValueError(f"image_size is {self.image_size}; give a positive side, or [height, width].")
@@ -174,7 +172,7 @@ class VisionEncoder(PreTrainedModel):
     config_class = VisionEncoderConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
-    input_modalities = ["image"]  # noqa: RUF012
+    input_modalities = ["image"]
     _supports_sdpa = True  # each tower calls scaled_dot_product_attention, its own way
 
     # How many patches a tower without spatial tokens pretends to have; ViT-B/16's at 224 pixels.
@@ -190,9 +188,7 @@ class VisionEncoder(PreTrainedModel):
         """How many layers `run_trunk` can give tokens of; 0 for a tower that only pools."""
         raise NotImplementedError
 
-    def run_trunk(
-        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
-    ) -> TrunkOutput:
+    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
         """Tokens after the blocks `layers` (0 is the first block), and the pooled vector if `pooled`.
 
         Blocks behind the last one needed do not run. `norm` applies the trunk's final norm to each layer.
@@ -285,16 +281,12 @@ class VisionEncoder(PreTrainedModel):
 
         Arguments are those of `PreTrainedModel.from_pretrained`, and `image_size` and `device`.
         """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         encoder, info = loaded
         # transformers only logs these, and leaves a missing bare parameter as uninitialised memory.
         problems = [f"{key}: {first_five(sorted(map(str, names)))}" for key, names in info.items() if names]
         if problems:
-            raise ValueError(
-                f"{pretrained_model_name_or_path} does not fit its config; {'; '.join(problems)}."
-            )
+            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; {'; '.join(problems)}.")
         if image_size is not None:
             encoder.set_image_size(image_size)
         encoder = encoder if device is None else encoder.to(device)

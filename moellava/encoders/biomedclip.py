@@ -99,6 +99,7 @@ class BiomedClipEncoder(VisionEncoder):
     config_class = BiomedClipVisionConfig
     config: BiomedClipVisionConfig
     visual: Any
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: BiomedClipVisionConfig):
         super().__init__(config)
@@ -127,9 +128,7 @@ class BiomedClipEncoder(VisionEncoder):
             return hasattr(self._trunk, "blocks") and not isinstance(norm, (nn.Identity, type(None)))
         return hasattr(self.visual, "ln_post") and self.visual.attn_pool is None
 
-    def run_trunk(
-        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
-    ) -> TrunkOutput:
+    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
         """See `VisionEncoder.run_trunk`; the pooled vector is open_clip's `encode_image`, bit for bit."""
         if not layers:
             return TrunkOutput([], _first(self.visual(pixel_values)))
@@ -162,9 +161,7 @@ class BiomedClipEncoder(VisionEncoder):
 
     def build_image_processor(self) -> BiomedClipImageProcessorPil:
         """open_clip's transform for this tower, at the encoder's image size."""
-        return BiomedClipImageProcessorPil.from_open_clip(
-            self.config.preprocess_cfg or {}, self.config.image_hw
-        )
+        return BiomedClipImageProcessorPil.from_open_clip(self.config.preprocess_cfg or {}, self.config.image_hw)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -177,7 +174,9 @@ class BiomedClipEncoder(VisionEncoder):
             module.attn_mask = build_mask().to(self.device)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
-        self.visual.set_grad_checkpointing(enable)  # timm's and open_clip's blocks have their own switch
+        if hasattr(self.visual, "attnpool"):
+            raise ValueError("open_clip's ModifiedResNet has no activation checkpointing; leave it off.")
+        self._trunk.set_grad_checkpointing(enable)  # timm's and open_clip's blocks have their own switch
 
     def resize_trunk(self) -> None:
         """Interpolate the position embedding to the config's image size."""
@@ -196,9 +195,7 @@ class BiomedClipEncoder(VisionEncoder):
         with torch.inference_mode():
             return text(self.tokenizer(list(texts)).to(self.device))
 
-    def zero_shot(
-        self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}"
-    ) -> Tensor:
+    def zero_shot(self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}") -> Tensor:
         """Probabilities (B, L) of each label for each image, equal to open_clip's; needs `load_text=True`.
 
         Args:
@@ -213,8 +210,7 @@ class BiomedClipEncoder(VisionEncoder):
         text_vectors = self.encode_text([template.format(label) for label in labels])
         with torch.inference_mode():
             vectors = [
-                self.visual_vectors(pixels)
-                for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
+                self.visual_vectors(pixels) for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
             return text.probabilities(torch.cat(vectors), text_vectors)
 

@@ -98,9 +98,7 @@ def register_encoder(
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, encoder_class, exist_ok=True)
     if taken is None:
-        kind = EncoderKind(
-            name=name, cls=encoder_class, model_types=(config_class.model_type,), detect=detect
-        )
+        kind = EncoderKind(name=name, cls=encoder_class, model_types=(config_class.model_type,), detect=detect)
         ENCODERS.insert(0, kind)
 
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def encode_images(
-    encoder: "VisionEncoder", images: Any, *, batch_size: int = 16, progress: bool = False
-) -> Tensor:
+def encode_images(encoder: "VisionEncoder", images: Any, *, batch_size: int = 16, progress: bool = False) -> Tensor:
     """Patch tokens (B, N, D) on the encoder's device, in its dtype, without gradients."""
     images = as_image_list(images)
     if not images:
@@ -116,9 +114,7 @@ def _header(encoder: "VisionEncoder", names: Sequence[str]) -> tuple[bytes, int]
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
     num_bytes = encoder.num_patches * encoder.hidden_size * encoder.dtype.itemsize
     settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
-    metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {
-        "names": json.dumps(list(names))
-    }
+    metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {"names": json.dumps(list(names))}
     metadata["synthesized"] = json.dumps(encoder.synthesized)
     tensor = {"dtype": _DTYPES[encoder.dtype], "shape": shape, "data_offsets": [0, num_bytes * len(names)]}
     text = json.dumps({"__metadata__": metadata, "patch_tokens": tensor}).encode()

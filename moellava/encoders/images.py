@@ -75,9 +75,7 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
         if interpolation == "random":  # open_clip's word for training; it evaluates with bicubic
             interpolation = "bicubic"
         if interpolation not in INTERPOLATIONS:
-            raise ValueError(
-                f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}."
-            )
+            raise ValueError(f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}.")
         resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
         square_crop = height == width and resize_mode == "shortest"
         return cls(
@@ -86,9 +84,7 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
             do_center_crop=resize_mode != "squash",
             resize_mode=resize_mode,
             # open_clip keeps its default interpolation where the target is not square.
-            resample=INTERPOLATIONS[
-                interpolation if height == width or resize_mode != "shortest" else "bicubic"
-            ],
+            resample=INTERPOLATIONS[interpolation if height == width or resize_mode != "shortest" else "bicubic"],
             fill_color=int(preprocess_cfg.get("fill_color") or 0),
             image_mean=_triple(preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN),
             image_std=_triple(preprocess_cfg.get("std") or OPENAI_CLIP_STD),
@@ -127,9 +123,7 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
             values = pixels if return_tensors in ("pt", TensorType.PYTORCH) else list(pixels.numpy())
             return BatchFeature(data={"pixel_values": values}, tensor_type=return_tensors)
         if return_tensors is not None:
-            raise ValueError(
-                f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on."
-            )
+            raise ValueError(f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on.")
         values = [_normalised(array[None], settings)[0].numpy() for array in arrays]
         return BatchFeature(data={"pixel_values": values})
 
@@ -154,13 +148,9 @@ def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
         raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
     for name, allowed in (("do_pad", (None, False)), ("pad_size", (None,)), ("input_data_format", (None,))):
         if settings.get(name) not in allowed:
-            raise ValueError(
-                f"{name}={settings[name]!r} has no meaning in open_clip's transform. Leave it out."
-            )
+            raise ValueError(f"{name}={settings[name]!r} has no meaning in open_clip's transform. Leave it out.")
     if settings.get("data_format") not in (None, ChannelDimension.FIRST, "channels_first"):
-        raise ValueError(
-            f"data_format={settings['data_format']!r}: pixel values are (3, H, W). Leave it out."
-        )
+        raise ValueError(f"data_format={settings['data_format']!r}: pixel values are (3, H, W). Leave it out.")
 
 
 def as_image_list(images: Any) -> list[Any]:

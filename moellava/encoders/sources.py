@@ -249,9 +249,7 @@ def _local_source(path: Path, revision: str | None, hub: dict[str, Any]) -> Sour
         path, file = path.parent, path
     folder = path.absolute()
     if revision is not None and revision != commit_of(folder / CONFIG_FILE):
-        raise ValueError(
-            f"revision={revision!r} was given, but {folder} is a local folder. Leave revision out."
-        )
+        raise ValueError(f"revision={revision!r} was given, but {folder} is a local folder. Leave revision out.")
     # A snapshot of the cache keeps the name that it has on the hub.
     repo = next((part for part in reversed(folder.parts) if part.startswith("models--")), None)
     commit = commit_of(folder / CONFIG_FILE)
@@ -287,11 +285,7 @@ def _resolve_folder(source: Source, folder: Path) -> Resolved:
 
 def _listing(folder: Path) -> str:
     names = sorted(path.name for path in folder.iterdir())
-    return (
-        ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        if names
-        else "nothing"
-    )
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "") if names else "nothing"
 
 
 def _no_such_path(path: Path) -> str:

@@ -60,9 +60,7 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     """
     text_cfg = model_cfg.get("text_cfg")
     if not isinstance(text_cfg, dict):
-        raise ValueError(
-            f"{source.name} has no model_cfg.text_cfg, so it has no text tower: load_text=False."
-        )
+        raise ValueError(f"{source.name} has no model_cfg.text_cfg, so it has no text tower: load_text=False.")
     state = read_weights(weights_file, ("text.", "logit_bias"))
     settings = {"text_cfg": text_cfg, "has_logit_bias": "logit_bias" in state}
     if text_cfg.get("hf_model_name"):

@@ -2,9 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import BertConfig
 
 OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
 OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -21,6 +25,7 @@ def write_biomedclip(
     image_size: int = 224,
     embed_dim: int = 512,
     num_text_layers: int = 1,
+    full_text: bool = False,
     seed: int = 0,
 ) -> Path:
     """Write an open_clip repo with BiomedCLIP's files and keys; weights are random, the text tower is small.
@@ -32,18 +37,20 @@ def write_biomedclip(
             `"vit_tiny_patch16_224"` has the same keys at 5.7 M.
         image_size: side of the square input, in pixels.
         embed_dim: width of the joint image–text space.
-        num_text_layers: layers of the BERT stand-in (12 in the original, width 768 against 64 here).
+        num_text_layers: layers of the BERT stand-in, whose width is 64.
+        full_text: a BERT-base of the original's size in its place, which makes the pickle 784 MB.
 
     Returns:
         The folder.
     """
     from open_clip.timm_model import TimmModel
+    from transformers import BertConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     visual = TimmModel(vision, embed_dim=embed_dim, image_size=image_size, pool="", proj="linear")
     state_dict = {f"visual.{key}": value for key, value in visual.state_dict().items()}
-    state_dict |= _text_tower(num_text_layers, embed_dim)
+    state_dict |= _text_tower(BertConfig() if full_text else _bert_config(num_text_layers), embed_dim)
     state_dict["logit_scale"] = torch.tensor(4.4454)
     torch.save(state_dict, folder / "open_clip_pytorch_model.bin")
 
@@ -120,7 +127,7 @@ def _write_bert_tokenizer(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
 
 
-def _bert_config(num_layers: int):  # type: ignore[no-untyped-def]
+def _bert_config(num_layers: int) -> "BertConfig":
     from transformers import BertConfig
 
     return BertConfig(
@@ -132,15 +139,15 @@ def _bert_config(num_layers: int):  # type: ignore[no-untyped-def]
     )
 
 
-def _text_tower(num_layers: int, embed_dim: int) -> dict[str, Tensor]:
+def _text_tower(config: "BertConfig", embed_dim: int) -> dict[str, Tensor]:
     """The published text keys: BERT without its pooler, two bias-free projections, `position_ids`."""
     from transformers import BertModel
 
-    bert = BertModel(_bert_config(num_layers), add_pooling_layer=False)
-    hidden = (TEXT_WIDTH + embed_dim) // 2
+    bert = BertModel(config, add_pooling_layer=False)
+    hidden = (config.hidden_size + embed_dim) // 2
     return {
         **{f"text.transformer.{key}": value for key, value in bert.state_dict().items()},
         "text.transformer.embeddings.position_ids": torch.arange(512).unsqueeze(0),
-        "text.proj.0.weight": torch.randn(hidden, TEXT_WIDTH) * TEXT_WIDTH**-0.5,
+        "text.proj.0.weight": torch.randn(hidden, config.hidden_size) * config.hidden_size**-0.5,
         "text.proj.2.weight": torch.randn(embed_dim, hidden) * hidden**-0.5,
     }

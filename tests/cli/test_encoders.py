@@ -6,20 +6,14 @@ import re
 import numpy as np
 import pytest
 import torch
-import typer
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from moellava.cli import encoders as commands
+from moellava.cli import app as cli
 from moellava.encoders import create_encoder
 from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, REVISION
-
-cli = typer.Typer()
-cli.add_typer(commands.app, name="encoders")
-cli.command()(commands.encode)
-cli.command()(commands.classify)
 
 
 def run(*words):
@@ -59,10 +53,7 @@ def test_show_prints_the_cached_files_and_revision_of_a_repo(hub_cache, no_netwo
 def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
     code, text = run("encoders", "show", "openai/clip-not-here")
     assert code == 0
-    assert (
-        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
-        in text
-    )
+    assert "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors" in text
     code, text = run("encoders", "show", tmp_path / "nowhere")
     assert code == 1
     assert "nowhere does not exist" in text

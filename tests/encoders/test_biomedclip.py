@@ -10,11 +10,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from moellava.encoders import BiomedClipEncoder, BiomedClipVisionConfig
-from moellava.testing import BIOMEDCLIP, REVISION
+from moellava.testing import BIOMEDBERT, BIOMEDCLIP, REVISION, fill_hub_cache, write_biomedclip
 from tests.encoders.architectures import timm_trunk
 from tests.encoders.conftest import open_clip_model
 
@@ -56,9 +56,7 @@ def encode_image(model, pixels: torch.Tensor) -> torch.Tensor:
 def hooked(model, pixels: torch.Tensor, index: int) -> torch.Tensor:
     """What block `index` returned while open_clip's own encode_image ran."""
     seen = []
-    hook = blocks_of(model.visual)[index].register_forward_hook(
-        lambda module, args, output: seen.append(output)
-    )
+    hook = blocks_of(model.visual)[index].register_forward_hook(lambda module, args, output: seen.append(output))
     model.visual(pixels)
     hook.remove()
     return seen[0]
@@ -143,15 +141,45 @@ def test_tokens_equal_timms_forward_intermediates_for_every_layer(architecture):
 
 @pytest.mark.real_size
 @pytest.mark.slow
-def test_real_size_biomedclip_pickle_gives_timms_tokens(hub_cache):
-    encoder = BiomedClipEncoder.from_pretrained(BIOMEDCLIP)
+def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
+    (repo,) = fill_hub_cache(tmp_path, [BIOMEDCLIP], full_text=True).values()
+    pickled = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
+    weights = [value for value in pickled.values() if value.is_floating_point()]
+    assert sum(value.numel() for value in weights) == 195_902_721  # the published file's
+    encoder = BiomedClipEncoder.from_pretrained(BIOMEDCLIP, cache_dir=tmp_path)
     assert (encoder.num_patches, encoder.hidden_size, encoder.grid) == (196, 768, (14, 14))
     assert sum(p.numel() for p in encoder.parameters()) == 85_798_656 + 393_216
     assert (encoder.config.tower, encoder.config.revision) == (BIOMEDCLIP, REVISION)
-    model = open_clip_model(hub_cache[BIOMEDCLIP])
+    config = repo / "open_clip_config.json"  # open_clip itself builds the text tower too: show it a BERT of that size
+    BertConfig().save_pretrained(tmp_path / "bert")
+    config.write_text(
+        config.read_text().replace(f'"hf_model_name": "{BIOMEDBERT}"', f'"hf_model_name": "{tmp_path}/bert"')
+    )
+    model = open_clip_model(repo)
     pixels = random_pixels(encoder)
     assert torch.equal(encoder(pixels).patch_tokens, hooked(model, pixels, 10)[:, 1:])
     assert torch.equal(encoder(pixels, output_pooled=True).pooled, encode_image(model, pixels))
+
+
+@pytest.mark.real_size
+@pytest.mark.slow
+@pytest.mark.parametrize(("image_size", "num_patches"), [(224, 256), (336, 576)])
+def test_real_size_vit_large_gives_timms_tokens(image_size, num_patches, tmp_path):
+    name = "vit_large_patch14_224"
+    repo = write_biomedclip(tmp_path / "biomedclip_large", vision=name, image_size=224, embed_dim=768)
+    encoder = BiomedClipEncoder.from_pretrained(repo, image_size=image_size)
+    assert (encoder.num_patches, encoder.hidden_size) == (num_patches, 1024)
+    trunk = timm.create_model(name, num_classes=0).eval()
+    state = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
+    prefix = "visual.trunk."
+    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    trunk.set_input_size(image_size)
+    pixels = random_pixels(encoder)[:1]
+    with torch.no_grad():
+        (expected,) = trunk.forward_intermediates(
+            pixels, indices=[22], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+        )
+        assert torch.equal(encoder(pixels).patch_tokens, expected)
 
 
 # ---- selection ----
@@ -225,9 +253,7 @@ def test_class_token_is_told_from_registers():
 
 @pytest.mark.parametrize("layer", [0, -13, 13, 99])
 def test_layer_out_of_range_lists_the_range(architecture, layer):
-    with pytest.raises(
-        ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"
-    ):
+    with pytest.raises(ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"):
         BiomedClipEncoder.from_pretrained(architecture("biomedclip"), select_layer=layer)
 
 
@@ -388,9 +414,7 @@ def test_incomplete_saved_encoder_is_refused_with_the_missing_names(architecture
 
 class ParentConfig(PreTrainedConfig):
     model_type = "encoder_test_parent"
-    sub_configs_defaults = {  # noqa: RUF012
-        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")
-    }
+    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")}
     vision_config: dict | PreTrainedConfig | None = None
 
 
@@ -435,11 +459,17 @@ def test_activation_checkpointing_gives_the_same_gradients(architecture, name):
     for checkpointing in (False, True):
         encoder = BiomedClipEncoder.from_pretrained(architecture(name)).train()
         if checkpointing:
-            encoder.visual.set_grad_checkpointing(True)
+            encoder.activation_checkpointing_enable()
         pixels = random_pixels(encoder).requires_grad_()
         encoder(pixels).patch_tokens.square().mean().backward()
         gradients.append(pixels.grad)
     assert torch.allclose(*gradients, atol=1e-7)
+
+
+def test_activation_checkpointing_of_a_modified_resnet_is_refused(architecture):
+    encoder = BiomedClipEncoder.from_pretrained(architecture("modified_resnet"))
+    with pytest.raises(ValueError, match="ModifiedResNet has no activation checkpointing"):
+        encoder.activation_checkpointing_enable()
 
 
 @pytest.mark.slow

@@ -62,9 +62,7 @@ def test_unknown_source_lists_the_known_families(tmp_path):
 
 
 def test_unknown_type_suggests_the_nearest(small_biomedclip):
-    with pytest.raises(
-        ValueError, match=r"'biomedclp'\. Did you mean 'biomedclip'\? Known: biomedclip, clip"
-    ):
+    with pytest.raises(ValueError, match=r"'biomedclp'\. Did you mean 'biomedclip'\? Known: biomedclip, clip"):
         create_encoder("biomedclp", small_biomedclip)
     with pytest.raises(ValueError, match="Which tower"):
         create_encoder("clip")
@@ -110,9 +108,7 @@ def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, ca
         create_encoder("biomedclip", missing)
     with caplog.at_level(logging.WARNING, logger="moellava"):
         encoder = create_encoder("biomedclip", missing, fallback_to_default=True)
-    assert re.search(
-        r"biomedclip_gone cannot be loaded .* Loading microsoft/BiomedCLIP\S+ INSTEAD", caplog.text
-    )
+    assert re.search(r"biomedclip_gone cannot be loaded .* Loading microsoft/BiomedCLIP\S+ INSTEAD", caplog.text)
     assert encoder.config.tower == BIOMEDCLIP
 
 
@@ -171,16 +167,12 @@ def test_entry_point_registers_an_encoder(registry, monkeypatch):
 def test_taken_names_and_mismatched_classes_are_refused(registry):
     with pytest.raises(ValueError, match="'clip' is taken by clip:ClipEncoder"):
         register_encoder("clip", BiomedClipEncoder.config_class, BiomedClipEncoder)
-    with pytest.raises(
-        ValueError, match=r"ClipEncoder\.config_class is ClipVisionConfig, but BiomedClipVisionConfig"
-    ):
+    with pytest.raises(ValueError, match=r"ClipEncoder\.config_class is ClipVisionConfig, but BiomedClipVisionConfig"):
         register_encoder("mine", BiomedClipEncoder.config_class, ClipEncoder)
 
 
 def test_detect_of_a_registered_encoder_is_asked_first(registry):
-    register_encoder(
-        "mine", ClipEncoder.config_class, ClipEncoder, detect=lambda path: "biomedclip-mine" in path
-    )
+    register_encoder("mine", ClipEncoder.config_class, ClipEncoder, detect=lambda path: "biomedclip-mine" in path)
     assert detect_encoder_type("someone/biomedclip-mine") == "mine"
     assert detect_encoder_type("someone/biomedclip") == "biomedclip"
 

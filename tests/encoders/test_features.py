@@ -22,9 +22,7 @@ def encoder(small_biomedclip):
 
 def random_images(count: int = 5) -> list[Image.Image]:
     random = np.random.default_rng(0)
-    return [
-        Image.fromarray(random.integers(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8)) for i in range(count)
-    ]
+    return [Image.fromarray(random.integers(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8)) for i in range(count)]
 
 
 def test_encode_takes_every_kind_of_image(encoder, tmp_path):

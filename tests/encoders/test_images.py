@@ -49,9 +49,7 @@ def test_pixels_equal_open_clip_bit_for_bit(width, height, mode, image_size, see
     assert torch.equal(pixel_values(image, processor(image_size))[0], expected)
 
 
-@pytest.mark.parametrize(
-    "size", [(1, 1), (1, 500), (500, 1), (517, 223), (224, 224), (225, 225), (3000, 2000)]
-)
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (517, 223), (224, 224), (225, 225), (3000, 2000)])
 @pytest.mark.parametrize("mode", sorted(CHANNELS))
 def test_extreme_sizes_equal_open_clip_bit_for_bit(size, mode):
     image = random_image(*size, mode)
@@ -95,9 +93,7 @@ def test_sixteen_bit_grey_is_scaled_by_its_range_not_clamped():
     assert image.mode.startswith("I;16")
     eight = np.asarray(to_eight_bit(image))
     assert np.array_equal(eight, np.rint(values / 65535 * 255).astype(np.uint8))
-    assert (
-        np.asarray(image.convert("RGB"))[..., 0].mean() > 200
-    )  # what Pillow does: everything above 255 is white
+    assert np.asarray(image.convert("RGB"))[..., 0].mean() > 200  # what Pillow does: everything above 255 is white
     assert torch.equal(pixel_values(image), pixel_values(Image.fromarray(eight)))
     assert torch.equal(pixel_values(values), pixel_values(image))
 

@@ -130,18 +130,14 @@ def test_safetensors_come_before_pickles_and_lone_pt_files_last(repo):
 def test_several_unnamed_files_are_not_guessed_between(repo):
     (repo / "open_clip_pytorch_model.bin").rename(repo / "a.pt")
     shutil.copy(repo / "a.pt", repo / "b.pth")
-    with pytest.raises(
-        FileNotFoundError, match=r"several \.pt/\.pth files.*a\.pt, b\.pth.*Name the file itself"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"several \.pt/\.pth files.*a\.pt, b\.pth.*Name the file itself"):
         resolve(repo)
     assert resolve(repo / "b.pth").weights_name == "b.pth"
 
 
 def test_training_checkpoint_of_open_clip_is_read(repo):
     state = {f"module.{key}": value for key, value in state_of(repo).items()}
-    torch.save(
-        {"epoch": 3, "state_dict": state, "optimizer": {"lr": 1.0}}, repo / "open_clip_pytorch_model.bin"
-    )
+    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 1.0}}, repo / "open_clip_pytorch_model.bin")
     assert BiomedClipEncoder.from_pretrained(repo).hidden_size == 64
 
 
@@ -159,19 +155,13 @@ def test_gated_repo_names_the_reason_and_the_command(monkeypatch):
     from huggingface_hub.utils import httpx
 
     response = httpx.Response(403, request=httpx.Request("GET", "https://example.invalid"))
-    failing_download(
-        monkeypatch, lambda name: GatedRepoError("Access to it is restricted.", response=response)
-    )
-    with pytest.raises(
-        OSError, match=r"me/gated: cannot get open_clip_config\.json: Access to it is restricted.*hf"
-    ):
+    failing_download(monkeypatch, lambda name: GatedRepoError("Access to it is restricted.", response=response))
+    with pytest.raises(OSError, match=r"me/gated: cannot get open_clip_config\.json: Access to it is restricted.*hf"):
         BiomedClipEncoder.from_pretrained("me/gated")
 
 
 def test_offline_hub_names_the_file_and_the_command():
-    message = (
-        r"me/x: cannot get open_clip_config\.json: it is not in the cache.*hf download me/x open_clip_config"
-    )
+    message = r"me/x: cannot get open_clip_config\.json: it is not in the cache.*hf download me/x open_clip_config"
     with pytest.raises(OSError, match=message):
         resolve("me/x", download=True)
     with pytest.raises(OSError, match="--revision abc"):
@@ -222,17 +212,13 @@ def test_config_without_an_image_tower_is_refused(repo):
     with pytest.raises(ValueError, match=r"open_clip_config\.json is not valid JSON"):
         BiomedClipEncoder.from_pretrained(repo)
     (repo / "open_clip_config.json").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no open_clip_config\.json.*holds open_clip_pytorch_model\.bin"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no open_clip_config\.json.*holds open_clip_pytorch_model\.bin"):
         BiomedClipEncoder.from_pretrained(repo)
 
 
 def test_folder_without_weights_lists_what_it_holds(repo):
     (repo / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"has no weights; expected one of .* It holds open_clip_config\.json"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"has no weights; expected one of .* It holds open_clip_config\.json"):
         BiomedClipEncoder.from_pretrained(repo)
 
 
@@ -254,14 +240,10 @@ class Harmful:
         return exec, ("tests.encoders.test_sources.Harmful.ran = True",)
 
 
-@pytest.mark.parametrize(
-    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
-)
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
 def test_pickle_that_wants_to_run_code_is_refused_with_the_reason(repo, save):
     save({"visual.conv1.weight": Harmful()}, repo / "open_clip_pytorch_model.bin")
-    with pytest.raises(
-        ValueError, match=r"open_clip_pytorch_model\.bin is a pickle that wants more.*not opened.*exec"
-    ):
+    with pytest.raises(ValueError, match=r"open_clip_pytorch_model\.bin is a pickle that wants more.*not opened.*exec"):
         BiomedClipEncoder.from_pretrained(repo)
     assert not Harmful.ran
 
@@ -269,9 +251,7 @@ def test_pickle_that_wants_to_run_code_is_refused_with_the_reason(repo, save):
 def test_missing_tensors_are_listed_five_and_a_count(repo):
     state = state_of(repo)
     gone = sorted(key for key in state if "resblocks.1." in key)
-    torch.save(
-        {key: value for key, value in state.items() if key not in gone}, repo / "open_clip_pytorch_model.bin"
-    )
+    torch.save({key: value for key, value in state.items() if key not in gone}, repo / "open_clip_pytorch_model.bin")
     with pytest.raises(ValueError, match=r"missing tensors: (transformer\S+, ){4}transformer\S+ and 7 more"):
         BiomedClipEncoder.from_pretrained(repo)
     assert len(gone) == 12

@@ -73,9 +73,7 @@ def test_old_spellings_of_the_text_keys_give_the_same_vectors(hub_cache, small_b
         text_cfg["pooler_type"] = text_cfg.pop("hf_pooler_type")
         return text_cfg
 
-    encoder = BiomedClipEncoder.from_pretrained(
-        copy_with(small_biomedclip, tmp_path, text_cfg=old), load_text=True
-    )
+    encoder = BiomedClipEncoder.from_pretrained(copy_with(small_biomedclip, tmp_path, text_cfg=old), load_text=True)
     assert torch.equal(encoder.encode_text(TEXTS), open_clip_probabilities(small_biomedclip)[0])
 
 
@@ -84,9 +82,7 @@ def test_text_config_beside_the_weights_is_enough(small_biomedclip, tmp_path, no
         return text_cfg | {"hf_model_name": "someone/unseen-bert"}
 
     folder = copy_with(small_biomedclip, tmp_path / "copy", text_cfg=unknown)
-    with pytest.raises(
-        OSError, match=r"someone/unseen-bert, whose config\.json is not.*hf download.*text_config"
-    ):
+    with pytest.raises(OSError, match=r"someone/unseen-bert, whose config\.json is not.*hf download.*text_config"):
         BiomedClipEncoder.from_pretrained(folder, load_text=True)
     write_biomedbert(tmp_path / "bert")
     shutil.copy(tmp_path / "bert" / "config.json", folder / "text_config.json")
@@ -142,9 +138,7 @@ def test_logit_bias_makes_probabilities_independent(architecture, tmp_path):
     assert torch.allclose(encoder.text.probabilities(a, b), expected)
 
 
-def test_saved_encoder_with_text_reloads_with_its_tokenizer(
-    hub_cache, small_biomedclip, tmp_path, no_network
-):
+def test_saved_encoder_with_text_reloads_with_its_tokenizer(hub_cache, small_biomedclip, tmp_path, no_network):
     encoder = BiomedClipEncoder.from_pretrained(small_biomedclip, load_text=True)
     encoder.save_pretrained(tmp_path)
     for again in (AutoModel.from_pretrained(tmp_path), BiomedClipEncoder.from_pretrained(tmp_path)):

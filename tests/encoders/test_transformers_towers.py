@@ -24,9 +24,7 @@ TEXT |= {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id":
 
 
 def write_clip(folder):
-    transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=TEXT)).save_pretrained(
-        folder
-    )
+    transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=TEXT)).save_pretrained(folder)
     crop = {"height": 64, "width": 64}
     transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=crop).save_pretrained(folder)
 
@@ -38,9 +36,7 @@ def write_siglip(folder):
 
 
 def write_dinov2(folder, kind="Dinov2"):
-    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZE)).save_pretrained(
-        folder
-    )
+    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZE)).save_pretrained(folder)
     crop = {"height": 64, "width": 64}
     transformers.BitImageProcessor(size={"shortest_edge": 73}, crop_size=crop).save_pretrained(folder)
 
@@ -109,9 +105,7 @@ def test_select_feature_follows_the_class_token(tower):
     pixels = pixels_of(encoder_class.from_pretrained(folder))
     hidden = hidden_states(oracle, pixels)[-2]
     full = torch.cat([hidden[:, :1], hidden[:, prefix:]], dim=1) if has_class_token else hidden
-    assert torch.equal(
-        encoder_class.from_pretrained(folder, select_feature="full")(pixels).patch_tokens, full
-    )
+    assert torch.equal(encoder_class.from_pretrained(folder, select_feature="full")(pixels).patch_tokens, full)
     for feature, expected in (("cls_patch", full), ("cls", hidden[:, :1])):
         if has_class_token:
             encoder = encoder_class.from_pretrained(folder, select_feature=feature)
