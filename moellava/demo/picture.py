@@ -14,7 +14,10 @@ def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * NUM_COLUMNS, 4.1 * len(MODALITIES)), layout="constrained")
+    figure = Figure(figsize=(4 * NUM_COLUMNS, 4.6 * len(MODALITIES)))
+    figure.subplots_adjust(
+        left=0.02, right=0.98, bottom=0.01, top=0.945, hspace=0.28, wspace=0.16
+    )  # room for questions
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(MODALITIES), NUM_COLUMNS, squeeze=False)
     for row, modality in zip(axes, MODALITIES, strict=True):
@@ -37,5 +40,7 @@ def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path
                     fontsize=9,
                     color="black" if is_right else "red",
                 )
-    figure.suptitle("moellava demo: held-out crops. An untrained toy after minutes of training, not a medical model.")
+    figure.suptitle(
+        "moellava demo: held-out crops. An untrained toy after minutes of training, not a medical model.", y=0.99
+    )
     figure.savefig(path, dpi=70)
