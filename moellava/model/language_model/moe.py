@@ -128,18 +128,40 @@ def fastest_experts_forward(
 ) -> Tensor:
     """transformers' implementation that is fastest at this shape, by tests/benchmarks/language_model.py.
 
-    `grouped_mm`, except: `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for
-    each, which bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of
-    16 bytes, which `grouped_mm` refuses, or where the weights are quantised.
+    `grouped_mm`, except: one product after the other for a single token on the CPU, where sorting costs more than it
+    saves; `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for each, which
+    bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of 16 bytes,
+    which `grouped_mm` refuses, or where the weights are quantised.
     """
     weight = experts.gate_up_proj
     if is_quantized(weight):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
+    if hidden_states.shape[0] == 1 and weight.device.type == "cpu" and _is_plain_inference(experts):
+        return _single_token_forward(experts, hidden_states, top_k_index, top_k_weights)
     if any(part.shape[-1] * part.element_size() % 16 for part in (weight, experts.down_proj)):
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
     name = "batched_mm" if is_small else "grouped_mm"
     return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _is_plain_inference(experts: LlamaMoeExperts) -> bool:
+    """Neither training, nor a compiler that cannot follow values into Python, nor weights spread over ranks."""
+    is_plain = type(experts.gate_up_proj.data) is Tensor
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _single_token_forward(
+    experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """Decoding's shape: (1, H) tokens, (1, k) indices and weights to (1, H), reading each chosen expert once."""
+    output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype))
+    for slot, expert in enumerate(top_k_index[0].tolist()):
+        if expert < experts.num_experts:  # otherwise on another rank
+            gate, up = F.linear(hidden_states, experts.gate_up_proj[expert]).chunk(2, dim=-1)
+            expert_output = F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
+            output += expert_output * top_k_weights[:, slot, None]
+    return output.to(hidden_states.dtype)
 
 
 def _per_expert(weight: Tensor) -> Sequence[Tensor]:
