@@ -23,12 +23,14 @@ from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
 from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
 from moellava.encoders.images import BiomedClipImageProcessorPil
 from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
+from moellava.encoders.siglip2 import Siglip2Encoder, Siglip2VisionConfig
 from moellava.encoders.sources import parse_source, resolve
 
 for _config_class, _encoder_class in (
     (BiomedClipVisionConfig, BiomedClipEncoder),
     (ClipVisionConfig, ClipEncoder),
     (SiglipVisionConfig, SiglipEncoder),
+    (Siglip2VisionConfig, Siglip2Encoder),
     (Dinov2VisionConfig, Dinov2Encoder),
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
@@ -46,6 +48,8 @@ __all__ = [
     "Dinov2Encoder",
     "Dinov2VisionConfig",
     "LayerTokens",
+    "Siglip2Encoder",
+    "Siglip2VisionConfig",
     "SiglipEncoder",
     "SiglipVisionConfig",
     "TrunkOutput",

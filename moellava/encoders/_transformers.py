@@ -43,8 +43,13 @@ class TransformersVisionConfig(VisionEncoderConfig):
         if self.tower_config is None:
             self.tower_config = plain_config(AutoConfig.for_model(self.default_tower_type))
         if self.image_size is None:
-            self.image_size = self.tower_config["image_size"]
+            self.image_size = self.trained_image_size
         super().__post_init__(**kwargs)
+
+    @property
+    def trained_image_size(self) -> int | list[int]:
+        """Pixels, one side or [height, width]."""
+        return (self.tower_config or {})["image_size"]
 
 
 class TransformersVisionEncoder(VisionEncoder):
@@ -92,9 +97,15 @@ class TransformersVisionEncoder(VisionEncoder):
         return (patch, patch) if isinstance(patch, int) else tuple(patch)
 
     @property
+    def _rows_columns(self) -> tuple[int, int]:
+        (height, width), (patch_height, patch_width) = self.config.image_hw, self._patch_hw
+        return height // patch_height, width // patch_width
+
+    @property
     def _trained_hw(self) -> tuple[int, int]:
-        trained = self.tower.config.image_size
-        return (trained, trained) if isinstance(trained, int) else tuple(trained)
+        trained = self.config.trained_image_size
+        height, width = (trained, trained) if isinstance(trained, int) else trained
+        return height, width
 
     @property
     def _position_options(self) -> dict[str, bool]:
@@ -102,13 +113,20 @@ class TransformersVisionEncoder(VisionEncoder):
         is_resized = self.config.image_hw != self._trained_hw
         return {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
 
+    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Any]:
+        """What the tower's own `forward` takes."""
+        return {"pixel_values": pixel_values, **self._position_options}
+
+    def embed(self, pixel_values: Tensor) -> Tensor:
+        """What the first block takes, (B, T, D)."""
+        return self.tower.embeddings(pixel_values, **self._position_options)
+
     def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
         """See `VisionEncoder.run_trunk`; the pooled vector, `pooler_output`, costs a pass of its own."""
-        options = self._position_options
-        vector = self.tower(pixel_values, **options).pooler_output if pooled else None
+        vector = self.tower(**self.tower_inputs(pixel_values)).pooler_output if pooled else None
         if not layers:
             return TrunkOutput([], vector)
-        hidden = self.tower.embeddings(pixel_values, **options)
+        hidden = self.embed(pixel_values)
         if hasattr(self.tower, "pre_layrnorm"):  # CLIP; so spelt in its checkpoints
             hidden = self.tower.pre_layrnorm(hidden)
         outputs = {}
@@ -116,8 +134,7 @@ class TransformersVisionEncoder(VisionEncoder):
             hidden = block(hidden, None)
             if index in layers:
                 outputs[index] = self._norm(hidden) if norm else hidden
-        (height, width), (patch_height, patch_width) = self.config.image_hw, self._patch_hw
-        rows, columns = height // patch_height, width // patch_width
+        rows, columns = self._rows_columns
         embeddings = self.tower.embeddings
         has_class_token = hasattr(embeddings, "cls_token") or hasattr(embeddings, "class_embedding")
         tokens = [

@@ -50,6 +50,12 @@ ENCODERS: list[EncoderKind] = [  # first match wins, so the longer words stand f
         model_types=("biomedclip_vision",),
     ),
     EncoderKind(
+        name="siglip2",
+        cls="siglip2:Siglip2Encoder",
+        words=("naflex",),  # SigLIP 2's checkpoints of one fixed size are SigLIP to transformers
+        model_types=("siglip2", "siglip2_vision_model", "moellava_siglip2_vision"),
+    ),
+    EncoderKind(
         name="siglip",
         cls="siglip:SiglipEncoder",
         words=("siglip",),

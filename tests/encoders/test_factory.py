@@ -38,6 +38,8 @@ def registry(monkeypatch):
         ("someone/MedCLIP-vit", "biomedclip"),
         ("google/siglip-base-patch16-224", "siglip"),
         ("google/SigLIP2-clip-like", "siglip"),
+        ("google/siglip2-base-patch16-224", "siglip"),
+        ("google/siglip2-base-patch16-naflex", "siglip2"),
         ("openai/clip-vit-large-patch14-336", "clip"),
         ("facebook/dinov2-base", "dinov2"),
     ],
@@ -57,7 +59,7 @@ def test_files_of_a_folder_say_more_than_its_name(hub_cache, tmp_path, no_networ
 
 def test_unknown_source_lists_the_known_families(tmp_path):
     for name in ("someone/mystery", tmp_path):
-        with pytest.raises(ValueError, match=r"Cannot tell.*one of biomedclip, siglip, clip, dinov2"):
+        with pytest.raises(ValueError, match=r"Cannot tell.*one of biomedclip, siglip2, siglip, clip, dinov2"):
             detect_encoder_type(name)
 
 

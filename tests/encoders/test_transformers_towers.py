@@ -1,4 +1,4 @@
-"""ClipEncoder, SiglipEncoder, Dinov2Encoder against transformers' hidden states, on the same weights."""
+"""ClipEncoder, SiglipEncoder, Siglip2Encoder, Dinov2Encoder against transformers' hidden states, on the same weights."""
 
 import logging
 
@@ -8,8 +8,9 @@ import torch
 import transformers
 from PIL import Image
 from transformers import AutoModel
+from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
-from moellava.encoders import ClipEncoder, Dinov2Encoder, SiglipEncoder, create_encoder
+from moellava.encoders import ClipEncoder, Dinov2Encoder, Siglip2Encoder, SiglipEncoder, create_encoder
 
 SIZE = {
     "hidden_size": 64,
@@ -35,6 +36,21 @@ def write_siglip(folder):
     transformers.SiglipImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
 
 
+def write_siglip2(folder):
+    vision = {key: value for key, value in WIDE.items() if key != "image_size"} | {"num_patches": 16}
+    transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=TEXT)).save_pretrained(folder)
+    transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16).save_pretrained(folder)
+
+
+class Siglip2Oracle(transformers.Siglip2VisionModel):
+    """transformers' tower on images, cut into patches by transformers."""
+
+    def forward(self, pixels, interpolate_pos_encoding=True, **options):
+        patches = torch.stack([convert_image_to_patches(image, 16) for image in pixels])
+        shapes = torch.tensor([[side // 16 for side in pixels.shape[2:]]] * len(pixels))
+        return super().forward(patches, torch.ones(patches.shape[:2]), shapes, **options)
+
+
 def write_dinov2(folder, kind="Dinov2"):
     getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZE)).save_pretrained(folder)
     crop = {"height": 64, "width": 64}
@@ -45,6 +61,7 @@ def write_dinov2(folder, kind="Dinov2"):
 TOWERS = {
     "clip": (write_clip, ClipEncoder, transformers.CLIPVisionModel, 1, True),
     "siglip": (write_siglip, SiglipEncoder, transformers.SiglipVisionModel, 0, False),
+    "siglip2": (write_siglip2, Siglip2Encoder, Siglip2Oracle, 0, False),
     "dinov2": (write_dinov2, Dinov2Encoder, transformers.Dinov2Model, 1, True),
     "dinov2_registers": (
         lambda folder: write_dinov2(folder, "Dinov2WithRegisters"),
@@ -144,11 +161,17 @@ def test_other_image_size_equals_transformers_interpolation(tower, size):
 
 def test_image_processor_is_the_repos_own(tower):
     folder, encoder_class, *_ = tower
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8))
+    is_naflex = encoder_class is Siglip2Encoder  # keeps proportions, so equal for square images only
+    shape = (130, 130, 3) if is_naflex else (90, 130, 3)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     encoder = encoder_class.from_pretrained(folder)
     theirs = transformers.AutoImageProcessor.from_pretrained(folder)
     expected = theirs(image, return_tensors="pt")["pixel_values"]
-    assert torch.equal(encoder.image_processor(image, return_tensors="pt")["pixel_values"], expected)
+    ours = encoder.image_processor(image, return_tensors="pt")["pixel_values"]
+    if is_naflex:
+        assert torch.equal(convert_image_to_patches(ours[0], 16)[None], expected)
+        expected = ours
+    assert torch.equal(ours, expected)
     assert torch.equal(encoder.encode(image), encoder(expected).patch_tokens)
 
 
