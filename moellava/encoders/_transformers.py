@@ -227,14 +227,7 @@ class TransformersVisionEncoder(VisionEncoder):
         encoder.eval()
         if image_size is not None:
             encoder.set_image_size(image_size)
-        logger.info(
-            "tower %s@%s: %d patch tokens of width %d, %s",
-            config.tower,
-            (config.revision or "local")[:7],
-            config.num_patches,
-            config.hidden_size,
-            "synthesized" if encoder.synthesized else "real",
-        )
+        encoder.log_tower()
         return encoder if device is None else encoder.to(device)
 
 

@@ -292,6 +292,17 @@ class VisionEncoder(PreTrainedModel):
         encoder = encoder if device is None else encoder.to(device)
         return (encoder, info) if output_loading_info else encoder
 
+    def log_tower(self) -> None:
+        """Say in one INFO line which tower was loaded and what it gives."""
+        logger.info(
+            "tower %s@%s: %d patch tokens of width %d, %s",
+            self.config.tower,
+            (self.config.revision or "local")[:7],
+            self.num_patches,
+            self.hidden_size,
+            "synthesized" if self.synthesized else "real",
+        )
+
     def set_image_size(self, image_size: int | Sequence[int]) -> None:
         """Take another image size: positions are interpolated; grid, token count and processor follow."""
         config = self.config

@@ -38,7 +38,7 @@ from moellava.encoders.sources import (
     read_open_clip_config,
     resolve,
 )
-from moellava.encoders.text import ClipText, load_tokenizer, text_settings
+from moellava.encoders.text import ClipText, load_tokenizer, text_settings, without_local_paths
 from moellava.encoders.text import load_text as read_text
 from moellava.encoders.weights import assign_weights
 
@@ -296,17 +296,11 @@ class BiomedClipEncoder(VisionEncoder):
         if load_text:
             encoder.text = read_text(config, weights_file)
             encoder._tokenizer = load_tokenizer(config, files.source)
+            config.text_cfg = without_local_paths(config.text_cfg or {})
         encoder = _to(encoder, device, dtype).eval()
         if image_size is not None:
             encoder.set_image_size(image_size)
-        logger.info(
-            "tower %s@%s: %d patch tokens of width %d, %s",
-            config.tower,
-            (config.revision or "local")[:7],
-            config.num_patches,
-            config.hidden_size,
-            "synthesized" if encoder.synthesized else "real",
-        )
+        encoder.log_tower()
         return encoder
 
 

@@ -68,6 +68,16 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     return settings
 
 
+def without_local_paths(text_cfg: dict[str, Any]) -> dict[str, Any]:
+    """`text_cfg` as it may be saved: a folder of this machine is called by its own name only.
+
+    A saved encoder carries the text model's config and tokenizer, so that nothing is looked for under these names.
+    """
+    names = ("hf_model_name", "hf_tokenizer_name")
+    local = {name: Path(text_cfg[name]).name for name in names if os.path.isdir(text_cfg.get(name) or "")}
+    return text_cfg | local
+
+
 def load_text(config: "BiomedClipVisionConfig", weights_file: Path) -> ClipText:
     """The text side with its weights; nothing may be missing or left over."""
     from open_clip.model import convert_to_custom_text_state_dict

@@ -101,6 +101,21 @@ def test_text_model_in_a_local_folder_is_read_there(small_biomedclip, tmp_path, 
     assert torch.equal(encoder.encode_text(TEXTS), open_clip_probabilities(folder)[0])
 
 
+def test_no_path_of_this_machine_is_saved(small_biomedclip, tmp_path, no_network):
+    write_biomedbert(tmp_path / "bert")
+    place = {"hf_model_name": str(tmp_path / "bert"), "hf_tokenizer_name": str(tmp_path / "bert")}
+    folder = copy_with(small_biomedclip, tmp_path / "copy", text_cfg=lambda text_cfg: text_cfg | place)
+    encoder = BiomedClipEncoder.from_pretrained(folder, load_text=True)
+    encoder.save_pretrained(tmp_path / "saved")
+    assert encoder.config.text_cfg["hf_model_name"] == "bert"
+    for file in (tmp_path / "saved").glob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file.name
+    for name in ("bert", "copy"):
+        (tmp_path / name).rename(tmp_path / f"{name}, gone")
+    again = BiomedClipEncoder.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.encode_text(TEXTS), encoder.encode_text(TEXTS))
+
+
 def test_biomedberts_published_config_needs_no_file():
     from transformers import BertConfig
 
