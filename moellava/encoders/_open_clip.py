@@ -7,11 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moellava.encoders.weights import first_five, read_weights
 
 if TYPE_CHECKING:
     from moellava.encoders.biomedclip import BiomedClipVisionConfig
+
+
+class _NoInitOnMeta(TorchFunctionMode):
+    """Leaves out in-place operations on tensors without storage: timm's initialisation is most of a tower's building."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        if is_in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def build_visual(config: "BiomedClipVisionConfig") -> Any:
@@ -38,7 +50,8 @@ def build_visual(config: "BiomedClipVisionConfig") -> Any:
             f"image_size is {config.image_size}, but a ModifiedResNet's attention pool only takes squares."
         )
     try:
-        visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
+        with _NoInitOnMeta():
+            visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
     except (TypeError, RuntimeError, AssertionError) as error:
         raise ValueError(f"open_clip cannot build the image tower {config.vision_cfg}: {error}") from error
     if is_timm and config.image_hw != config.trained_hw:
