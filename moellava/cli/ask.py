@@ -40,7 +40,7 @@ def ask(
         if not Path(image).is_file():
             raise FileNotFoundError(f"The image {image} does not exist. (A question? Write --question {image!r}.)")
 
-    from moellava.encoders.images import to_pil
+    from moellava.images import to_pil
     from moellava.model.builder_enhanced import load_pretrained_model
 
     pictures = [to_pil(image) for image in images]  # an unreadable file is said before the model is loaded

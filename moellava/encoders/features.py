@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moellava.encoders.images import as_image_list, map_in_threads, to_eight_bit, to_pil
+from moellava.encoders.images import as_image_list, map_in_threads
+from moellava.images import to_eight_bit, to_pil
 
 if TYPE_CHECKING:
     from moellava.encoders.base import VisionEncoder
