@@ -10,14 +10,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from moellava.images.optional import load_optional
 from moellava.images.view import View, montage, percentile_to_eight_bit, range_to_eight_bit, say_once
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
+Dataset = Any  # pydicom's, which is imported when the first DICOM file is read
 
 # Modality, SOP class, presentation LUT shape, functional groups (shared, per frame), extended offsets; group 0028.
 _TAGS = (0x00080016, 0x00080060, 0x20500020, 0x52009229, 0x52009230, 0x7FE00001, 0x7FE00002)
@@ -42,17 +42,14 @@ _DECODERS = {
 }
 
 
-def decode_dicom(source: "str | Path | bytes | Dataset", view: View, name: str) -> np.ndarray:
+def decode_dicom(source: str | Path | bytes | Dataset, view: View, name: str) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8 of a file, its bytes, or a dataset.
 
     Raises:
         ImportError: pydicom is not installed.
         DicomError: no picture in it, broken, no such frame or window, or no decoder for its compression.
     """
-    try:
-        import pydicom  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{name} is a DICOM file. To read it, type: pip install 'moellava[dicom]'") from error
+    _pydicom(name)
     try:
         header = _read(source)
         _refuse_what_is_no_picture(header, name)
@@ -76,26 +73,28 @@ class DicomError(ValueError):
     """Why a DICOM file gives no picture; the file is named, what it says of a patient never."""
 
 
-def _read(source: Any) -> "Dataset":
+def _read(source: Any) -> Dataset:
     """The elements of the picture; with its pixels, unless the file is a large one."""
-    from pydicom import Dataset, dcmread
-    from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
-
-    if isinstance(source, Dataset):
+    pydicom = _pydicom()
+    uid = pydicom.uid
+    if isinstance(source, pydicom.Dataset):
         header = source
     else:
         is_large = not isinstance(source, bytes) and Path(source).stat().st_size > _READ_WHOLE
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
         tags = [*_group_0028(), *_TAGS, *(() if is_large else _PIXELS)]
-        header = dcmread(file, stop_before_pixels=is_large, specific_tags=tags, force=True)
+        header = pydicom.dcmread(file, stop_before_pixels=is_large, specific_tags=tags, force=True)
     meta = getattr(header, "file_meta", None)
     if meta is None or "TransferSyntaxUID" not in meta:  # no header of the file format: pydicom has guessed by content
-        header.file_meta = meta = meta if meta is not None else FileMetaDataset()
+        header.file_meta = meta = meta if meta is not None else pydicom.dataset.FileMetaDataset()
         is_implicit, is_little = header.original_encoding
-        explicit = ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
-        meta.TransferSyntaxUID = ImplicitVRLittleEndian if is_implicit else explicit
+        explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
+        meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else explicit
     return header
+
+
+def _pydicom(name: str = "This") -> Any:
+    return load_optional("pydicom", f"{name} is a DICOM file", extra="dicom")
 
 
 def _one_line(error: Exception) -> str:
@@ -104,15 +103,11 @@ def _one_line(error: Exception) -> str:
 
 @functools.cache
 def _group_0028() -> tuple[int, ...]:
-    from pydicom.datadict import DicomDictionary
-
-    return tuple(tag for tag in DicomDictionary if tag >> 16 == 0x0028)
+    return tuple(tag for tag in _pydicom().datadict.DicomDictionary if tag >> 16 == 0x0028)
 
 
-def _refuse_what_is_no_picture(header: "Dataset", name: str) -> None:
-    from pydicom.uid import UID
-
-    kind = UID(str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")))
+def _refuse_what_is_no_picture(header: Dataset, name: str) -> None:
+    kind = _pydicom().uid.UID(str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")))
     if kind.name == "Media Storage Directory Storage":
         raise DicomError(f"{name} is a DICOMDIR, the index of a disc. Give one of the image files that it lists.")
     if "Rows" not in header or "Columns" not in header:
@@ -123,21 +118,18 @@ def _refuse_what_is_no_picture(header: "Dataset", name: str) -> None:
         raise DicomError(f"{name} has a broken Number of Frames, {header.NumberOfFrames!r}.")
 
 
-def _stored_values(source: Any, header: "Dataset", frame: int, name: str) -> np.ndarray:
+def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.ndarray:
     """(H, W) or (H, W, 3), colours converted to RGB, of one frame; other frames are not decoded."""
-    from pydicom.pixels import pixel_array
-    from pydicom.uid import DeflatedExplicitVRLittleEndian
-
+    pydicom = _pydicom()
+    pixel_array = pydicom.pixels.pixel_array
     syntax = header.file_meta.TransferSyntaxUID
     has_pixels = any(tag in header for tag in _PIXELS)
     try:
         if has_pixels:
             return pixel_array(header, index=frame)
-        if isinstance(source, (str, Path)) and syntax != DeflatedExplicitVRLittleEndian:
+        if isinstance(source, (str, Path)) and syntax != pydicom.uid.DeflatedExplicitVRLittleEndian:
             return pixel_array(source, index=frame, transfer_syntax_uid=syntax)
-        from pydicom import dcmread
-
-        return pixel_array(dcmread(source, specific_tags=[*_group_0028(), *_PIXELS]), index=frame)
+        return pixel_array(pydicom.dcmread(source, specific_tags=[*_group_0028(), *_PIXELS]), index=frame)
     except (RuntimeError, NotImplementedError) as error:
         package = _DECODERS.get(str(syntax))
         hint = f" Type: pip install {package}" if package else ""
@@ -150,7 +142,7 @@ def _stored_values(source: Any, header: "Dataset", frame: int, name: str) -> np.
         raise
 
 
-def _shown(stored: np.ndarray, header: "Dataset", frame: int, view: View, name: str) -> np.ndarray:
+def _shown(stored: np.ndarray, header: Dataset, frame: int, view: View, name: str) -> np.ndarray:
     kind = str(header.PhotometricInterpretation)
     if kind in _GREY:
         tags = _grey_tags(header, frame)
@@ -159,9 +151,7 @@ def _shown(stored: np.ndarray, header: "Dataset", frame: int, view: View, name: 
     if view.limits() is not None or isinstance(view.window, int):
         raise DicomError(f"{name} is in colour ({kind}); a window is for grey images. Leave window out.")
     if kind == "PALETTE COLOR":
-        from pydicom.pixels import apply_color_lut
-
-        colours = apply_color_lut(stored, header)[..., :3]
+        colours = _pydicom().pixels.apply_color_lut(stored, header)[..., :3]
         # Entries of 8 bits may be stored in the upper half of 16.
         return colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8)
     if kind not in _COLOUR or stored.ndim != 3:
@@ -173,14 +163,12 @@ def _shown(stored: np.ndarray, header: "Dataset", frame: int, view: View, name: 
 # -- grey values
 
 
-def _grey_tags(header: "Dataset", frame: int) -> "Dataset":
+def _grey_tags(header: Dataset, frame: int) -> Dataset:
     """The elements that decide how grey values are shown, in one flat dataset.
 
     Enhanced multi-frame files keep them in functional groups, which pydicom's functions do not look into.
     """
-    from pydicom import Dataset
-
-    tags = Dataset()
+    tags = _pydicom().Dataset()
     names = ["PhotometricInterpretation", "BitsStored", "PixelRepresentation", "PresentationLUTShape", "Modality"]
     names += ["RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "VOILUTSequence"]
     names += ["WindowCenter", "WindowWidth", "VOILUTFunction", "PixelPaddingValue"]
@@ -199,7 +187,7 @@ def _grey_tags(header: "Dataset", frame: int) -> "Dataset":
     return tags
 
 
-def _choose_window(tags: "Dataset", view: View, name: str) -> None:
+def _choose_window(tags: Dataset, view: View, name: str) -> None:
     """Put the window asked for in the place of the file's own."""
     if view.window == "full":
         _forget_window(tags)
@@ -220,7 +208,7 @@ def _choose_window(tags: "Dataset", view: View, name: str) -> None:
         tags.WindowCenter, tags.WindowWidth = limits
 
 
-def _choose_own(tags: "Dataset", index: int, name: str) -> None:
+def _choose_own(tags: Dataset, index: int, name: str) -> None:
     luts = list(tags.get("VOILUTSequence") or [])
     centers, widths = (_as_list(tags.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
     count = len(luts) or min(len(centers), len(widths))
@@ -232,21 +220,21 @@ def _choose_own(tags: "Dataset", index: int, name: str) -> None:
         tags.WindowCenter, tags.WindowWidth = centers[index], widths[index]
 
 
-def _forget_window(tags: "Dataset") -> None:
+def _forget_window(tags: Dataset) -> None:
     for keyword in ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"):
         if keyword in tags:
             del tags[keyword]
 
 
-def _has_window(tags: "Dataset") -> bool:
+def _has_window(tags: Dataset) -> bool:
     return bool(tags.get("VOILUTSequence")) or ("WindowCenter" in tags and "WindowWidth" in tags)
 
 
-def _is_ct(tags: "Dataset") -> bool:
+def _is_ct(tags: Dataset) -> bool:
     return tags.get("Modality") == "CT" or tags.get("RescaleType") == "HU"
 
 
-def _grey_picture(stored: np.ndarray, tags: "Dataset", *, full: bool) -> np.ndarray:
+def _grey_picture(stored: np.ndarray, tags: Dataset, *, full: bool) -> np.ndarray:
     """What is shown is a function of the stored value alone: in large images it is computed once for each value."""
     is_integer = stored.dtype.kind in "ui"
     narrow = is_integer and int(tags.get("BitsStored", 16)) <= 8
@@ -259,7 +247,7 @@ def _grey_picture(stored: np.ndarray, tags: "Dataset", *, full: bool) -> np.ndar
     return np.take(table, stored.view(f"u{stored.dtype.itemsize}"))
 
 
-def _without_window(stored: np.ndarray, tags: "Dataset") -> np.ndarray:
+def _without_window(stored: np.ndarray, tags: Dataset) -> np.ndarray:
     say_once(
         "A DICOM image of more than 8 bits without a window is shown between the 0.5th and 99.5th percentile of its "
         "own values; give window=(center, width), or window='full', for the same greys in all images."
@@ -288,7 +276,7 @@ def _table(key: _Key) -> np.ndarray:
     return _eight_bits(bits.view(dtype), key.tags)
 
 
-def _key_of(dataset: "Dataset") -> tuple[Any, ...]:
+def _key_of(dataset: Dataset) -> tuple[Any, ...]:
     def value(element: Any) -> Any:
         if element.VR == "SQ":
             return tuple(_key_of(item) for item in element.value)
@@ -297,15 +285,13 @@ def _key_of(dataset: "Dataset") -> tuple[Any, ...]:
     return tuple((int(element.tag), value(element)) for element in dataset)
 
 
-def _eight_bits(stored: np.ndarray, tags: "Dataset") -> np.ndarray:
+def _eight_bits(stored: np.ndarray, tags: Dataset) -> np.ndarray:
     values = _modality_values(stored, tags)
     if luts := tags.get("VOILUTSequence"):
         shown, bits = _looked_up(values, luts[0], tags)
         low, high = 0.0, float(2**bits - 1)
     elif _has_window(tags):
-        from pydicom.pixels import apply_windowing
-
-        shown = apply_windowing(values, tags)
+        shown = _pydicom().pixels.apply_windowing(values, tags)
         low, high = _modality_range(tags)
     else:
         shown, (low, high) = values, _modality_range(tags)
@@ -314,16 +300,14 @@ def _eight_bits(stored: np.ndarray, tags: "Dataset") -> np.ndarray:
     return np.rint(np.nan_to_num(unit) * 255).astype(np.uint8)
 
 
-def _modality_values(stored: np.ndarray, tags: "Dataset") -> np.ndarray:
+def _modality_values(stored: np.ndarray, tags: Dataset) -> np.ndarray:
     """float64 values in the modality's unit, such as Hounsfield's."""
     if luts := tags.get("ModalityLUTSequence"):
         return _looked_up(stored, luts[0], tags)[0]
-    from pydicom.pixels import apply_rescale
-
-    return apply_rescale(stored, tags).astype(np.float64, copy=False)
+    return _pydicom().pixels.apply_rescale(stored, tags).astype(np.float64, copy=False)
 
 
-def _modality_range(tags: "Dataset") -> tuple[float, float]:
+def _modality_range(tags: Dataset) -> tuple[float, float]:
     """What the smallest and the largest value that could be stored become."""
     if luts := tags.get("ModalityLUTSequence"):
         return 0.0, float(2 ** int(luts[0].LUTDescriptor[2]) - 1)
@@ -335,7 +319,7 @@ def _modality_range(tags: "Dataset") -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _looked_up(values: np.ndarray, item: "Dataset", tags: "Dataset") -> tuple[np.ndarray, int]:
+def _looked_up(values: np.ndarray, item: Dataset, tags: Dataset) -> tuple[np.ndarray, int]:
     """Entries of a LUT (PS3.3 C.11.1.1, C.11.2.1.1) and their bits; values beyond its ends get its end entries."""
     # pydicom's own function wraps values around where a table of 8-bit entries has more than 256 of them.
     count, first, bits = (int(number) for number in item.LUTDescriptor)
@@ -349,7 +333,7 @@ def _looked_up(values: np.ndarray, item: "Dataset", tags: "Dataset") -> tuple[np
     return entries[places], bits
 
 
-def _is_inverted(tags: "Dataset") -> bool:
+def _is_inverted(tags: Dataset) -> bool:
     shape = tags.get("PresentationLUTShape")
     return shape == "INVERSE" if shape else tags.PhotometricInterpretation == "MONOCHROME1"
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from moellava.images.optional import load_optional
 from moellava.images.view import (
     PLANES,
     View,
@@ -36,10 +37,7 @@ def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
         ImportError: nibabel is not installed.
         ValueError: broken, no such slice or volume.
     """
-    try:
-        import nibabel
-    except ImportError as error:
-        raise ImportError(f"{name} is a NIfTI file. To read it, type: pip install 'moellava[nifti]'") from error
+    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
     try:
         image: Any = nibabel.load(source) if isinstance(source, (str, Path)) else source
         slices, zooms = _slices(image, view, name)
@@ -54,8 +52,7 @@ def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
 
 def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[float, float]]:
     """Slices as (rows, columns) arrays in the radiological view, and the size (row, column) of their pixels in mm."""
-    import nibabel
-
+    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
