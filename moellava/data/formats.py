@@ -17,6 +17,7 @@ ROLES: dict[str, Role] = {
     "system": "system",
 }
 ANSWER_TYPES = {"open": "OPEN", "closed": "CLOSED", "close": "CLOSED"}  # Med-MoE writes open and close
+EXTRA_COLUMN = "extra_json"  # of the parquet files that we write: fields of any type, as one JSON text
 PMC_VQA_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
@@ -71,8 +72,7 @@ def llava(record: Mapping[str, Any], index: int, context: Context) -> Row:
         raise RowError(f"'conversations' is {_kind(turns)}; expected a list of {{'from', 'value'}}")
     images = rest.pop("image", None) if rest.get("image") is not None else rest.pop("images", None)
     rest.pop("image", None)
-    extra = rest.pop("extra", None)  # a JSON text in the parquet files that we write
-    rest |= json.loads(extra) if isinstance(extra, str) else {} if extra is None else {"extra": extra}
+    rest |= json.loads(rest.pop(EXTRA_COLUMN, None) or "{}")
     return _row(
         rest,
         index,

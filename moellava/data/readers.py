@@ -36,6 +36,7 @@ class Rows(Sequence[Row]):
         image_root: the folder that relative image paths start from.
         bad: the rows that `skip_bad=True` left out.
         num_not_asked: rows of another split or language.
+        has_ids: whether the source names its rows; where it does not, ids are row numbers.
     """
 
     def __init__(self, records: Records, form: Format, context: Context, source: str, skip_bad: bool):
@@ -43,6 +44,7 @@ class Rows(Sequence[Row]):
         self._records, self._to_row, self._context = records, form.to_row, context
         self.bad: list[BadRow] = []
         self.num_not_asked = 0
+        self.has_ids = False
         self._kept = array("q", self._check(skip_bad))
         if self.bad:
             kinds = Counter(bad.kind for bad in self.bad)
@@ -70,6 +72,10 @@ class Rows(Sequence[Row]):
         assert row is not None  # the rows not asked for are not among the kept
         return row
 
+    def number(self, index: int) -> int:
+        """The number in the file, from 0, of the row at `index`."""
+        return self._kept[index]
+
     def _check(self, skip_bad: bool) -> Iterator[int]:
         for index, record in enumerate(self._records.scan()):
             try:
@@ -85,6 +91,7 @@ class Rows(Sequence[Row]):
             if row is None:
                 self.num_not_asked += 1
             else:
+                self.has_ids = self.has_ids or row.id != str(index)
                 yield index
 
     def _convert(self, record: Any, index: int) -> Row | None:
