@@ -27,7 +27,8 @@ class Context:
 
     Args:
         image_root: the folder that relative image paths start from.
-        split: the split asked for, None for all.
+        split: of rows that do not name theirs, as the file's name says it.
+        only_split: leave out the rows of other splits.
         language: of SLAKE's rows, "en" or "zh"; None keeps both.
         class_names: of a classification set, in the order of the labels.
         question: of a classification set, in place of the default one.
@@ -36,6 +37,7 @@ class Context:
 
     image_root: Path = Path()
     split: str | None = None
+    only_split: str | None = None
     language: str | None = None
     class_names: Sequence[str] = ()
     question: str | None = None
@@ -307,7 +309,7 @@ def _text(value: Any, name: str) -> str:
 
 def _images(value: Any, context: Context) -> tuple[Any, ...]:
     """One image or a list: relative paths start at the image root; the hub's `{"bytes", "path"}` becomes its bytes."""
-    if value is None or value == "" or value == []:
+    if value is None or (isinstance(value, (str, list, tuple)) and not value):
         return ()
     if isinstance(value, (list, tuple)):
         return tuple(image for item in value for image in _images(item, context))

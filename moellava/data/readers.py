@@ -103,7 +103,7 @@ class Rows(Sequence[Row]):
             raise RowError(f"it has no {error}; it has {sorted(record)}") from error
         if row is None:
             return None
-        if self._context.split is not None and row.split != self._context.split:
+        if self._context.only_split not in (None, row.split):
             return None
         return checked(row)
 
@@ -148,7 +148,8 @@ def read_rows(
     names = tuple(class_names or ()) or getattr(records, "class_names", ())
     context = Context(
         image_root=find_image_root(where, form, first, images),
-        split=split if where.split_in_rows else where.split,
+        split=where.split,
+        only_split=split if where.split_in_rows else None,
         language=language,
         class_names=names or (_medmnist_names(where) if form.name == "classification" else ()),
         question=question,
@@ -157,7 +158,8 @@ def read_rows(
     rows = Rows(records, form, context, where.name, skip_bad)
     if not rows:
         asked = f" of split {split!r}" if split else ""
-        raise ValueError(f"{where.name}: no usable row{asked} among {len(records)}.")
+        hint = " Leave split out to read all." if where.split_in_rows and split else ""
+        raise ValueError(f"{where.name}: no usable row{asked} among {len(records)}.{hint}")
     return rows
 
 

@@ -19,7 +19,7 @@ class Turn:
     text: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Row:
     """A conversation about images, whatever dataset it came from.
 
@@ -44,6 +44,12 @@ class Row:
     split: str | None = None
     choices: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        shown = [f"<{len(image)} bytes>" if isinstance(image, bytes) else repr(image) for image in self.images]
+        images = {"images": f"({', '.join(shown)})"}
+        told = {name: repr(value) for name, value in vars(self).items() if name != "images" and value}
+        return f"Row({', '.join(f'{name}={text}' for name, text in (images | told).items())})"
 
     @property
     def question(self) -> str:
