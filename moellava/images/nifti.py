@@ -43,7 +43,9 @@ def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
         slices, zooms = _slices(image, view, name)
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
-    except (EOFError, OSError, gzip.BadGzipFile, OverflowError) as error:
+    except (EOFError, OSError, gzip.BadGzipFile, OverflowError, ValueError) as error:
+        if str(error).startswith(name):  # one of ours
+            raise
         raise ValueError(f"{name} cannot be read as NIfTI: it is cut off or broken ({error})") from error
     pictures = [_square(picture, zooms) for picture in _eight_bits(slices, image, view, name)]
     view.check_size(pictures[0].shape[1] * len(pictures), pictures[0].shape[0], name)

@@ -154,7 +154,7 @@ def percentile_to_eight_bit(values: np.ndarray, used: np.ndarray | None = None) 
 
 def range_to_eight_bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """`low` as 0 and `high` as 255, rounded; what is not a number is 0."""
-    scaled = (np.asarray(values, dtype=np.float64) - low) * (255 / (high - low) if high > low else 0.0)
+    scaled = (np.asarray(values, dtype=np.float64) - low) / ((high - low) or np.inf) * 255
     return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
 
 
