@@ -11,10 +11,18 @@ _IS_OWNER = "MOELLAVA_TEST_HUB" not in os.environ
 HUB = Path(os.environ.setdefault("MOELLAVA_TEST_HUB", tempfile.mkdtemp(prefix="moellava-hub-")))
 os.environ["HF_HUB_CACHE"] = str(HUB)
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_CACHE"] = str(HUB / "datasets-cache")
 
 import pytest  # noqa: E402
 
-from moellava.testing import STAND_INS, blocked_network, fill_hub_cache, write_biomedclip  # noqa: E402
+from moellava.testing import (  # noqa: E402
+    DATASETS,
+    STAND_INS,
+    blocked_network,
+    fill_dataset_cache,
+    fill_hub_cache,
+    write_biomedclip,
+)
 
 
 def _once(name: str, write) -> None:
@@ -39,6 +47,15 @@ def hub_cache() -> dict[str, Path]:
 
     _once("stand-ins", lambda: fill_hub_cache(HUB))
     return {id: HUB / f"models--{id.replace('/', '--')}" / "snapshots" / REVISION for id in STAND_INS}
+
+
+@pytest.fixture(scope="session")
+def dataset_cache() -> dict[str, Path]:
+    """The same for datasets."""
+    from moellava.testing import REVISION
+
+    _once("datasets", lambda: fill_dataset_cache(HUB))
+    return {id: HUB / f"datasets--{id.replace('/', '--')}" / "snapshots" / REVISION for id in DATASETS}
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli import encoders
+from moellava.cli import data, encoders
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
 from moellava.cli.verify import verify
@@ -38,6 +38,7 @@ app.command(short_help="Check that a tower and a language model are here and wor
 app.command()(encoders.encode)
 app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
+from moellava.cli.image_options import Frame, Plane, Window, view_options
+
 
 def ask(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")],
     items: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE|QUESTION", help="Image files (PNG, JPEG, TIFF) and questions."),
+        typer.Argument(metavar="IMAGE|QUESTION", help="Image files (PNG, JPEG, TIFF, DICOM, NIfTI) and questions."),
     ],
     question: Annotated[
         list[str] | None,
@@ -23,6 +25,9 @@ def ask(
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU where there is one.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    window: Window = None,
+    frame: Frame = None,
+    plane: Plane = None,
 ) -> None:
     """Answer questions about images with a saved model.
 
@@ -40,10 +45,11 @@ def ask(
         if not Path(image).is_file():
             raise FileNotFoundError(f"The image {image} does not exist. (A question? Write --question {image!r}.)")
 
-    from moellava.encoders.images import to_pil
+    from moellava.images import to_pil
     from moellava.model.builder_enhanced import load_pretrained_model
 
-    pictures = [to_pil(image) for image in images]  # an unreadable file is said before the model is loaded
+    view = view_options(window, frame, plane)
+    pictures = [to_pil(image, **view) for image in images]  # an unreadable file is said before the model is loaded
     loaded = load_pretrained_model(checkpoint, device=device or _default_device())
     rows = []
     for image, picture in zip(images, pictures, strict=True):

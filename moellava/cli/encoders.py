@@ -5,10 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
+from moellava.cli.image_options import Frame, Plane, Window, view_options
+
 app = typer.Typer(help="Image towers.", no_args_is_help=True)
 app.callback()(lambda: None)  # keeps `show` a subcommand while it is the only one
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".gif", ".webp")
 
 Tower = Annotated[str, typer.Argument(help="A repo id, a folder, or a file of weights.")]
 Encoder = Annotated[str, typer.Option(help="The image tower: a repo id, a folder, or a file of weights.")]
@@ -65,6 +65,9 @@ def encode(
     image_size: Annotated[int | None, typer.Option(help="Pixels; the trained size where not given.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; float32 where not given.")] = None,
+    window: Window = None,
+    frame: Frame = None,
+    plane: Plane = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
@@ -72,12 +75,14 @@ def encode(
     """Write the patch tokens of a folder of images to one safetensors file; a killed run goes on."""
     from moellava.encoders import create_encoder
     from moellava.encoders.features import encode_files
+    from moellava.images import IMAGE_SUFFIXES, is_image_file
 
+    view = view_options(window, frame, plane)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
     if not paths:
-        raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}.")
+        raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}, and DICOM by content.")
     tower = create_encoder(
         None,
         encoder,
@@ -90,7 +95,7 @@ def encode(
         local_files_only=local_files_only,
     )
     names = [path.relative_to(folder).as_posix() for path in paths]
-    done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True)
+    done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
     typer.echo(f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}")
     if done:
         typer.echo(f"{done} of them were there from an interrupted run")
@@ -102,13 +107,19 @@ def classify(
     template: Annotated[str, typer.Option(help="The sentence around a label.")] = "this is a photo of {}",
     encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
+    window: Window = None,
+    frame: Frame = None,
+    plane: Plane = None,
     revision: Revision = None,
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Print the probability of each label for each image (zero-shot, research use only)."""
     from moellava.encoders import create_encoder
+    from moellava.images import to_pil
 
+    view = view_options(window, frame, plane)
+    pictures = [to_pil(path, **view) for path in image]  # an unreadable file is said before the tower is loaded
     names = [label.strip() for label in labels.split(",") if label.strip()]
     tower: Any = create_encoder(
         "biomedclip",
@@ -119,7 +130,7 @@ def classify(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    probabilities = tower.zero_shot(image, names, template=template)
+    probabilities = tower.zero_shot(pictures, names, template=template)
     for path, row in zip(image, probabilities.tolist(), strict=True):
         typer.echo(str(path))
         for probability, name in sorted(zip(row, names, strict=True), reverse=True):

@@ -255,8 +255,8 @@ class VisionEncoder(PreTrainedModel):
         """Patch tokens (B, N, D) of images, without gradients, on the encoder's device.
 
         Args:
-            images: one image or a list: PIL, a path, a numpy array or tensor (H, W), (H, W, C) or (C, H, W),
-                uint8, uint16 or float in 0..1.
+            images: one image or a list: PIL, a path (DICOM and NIfTI included), an array or tensor (H, W),
+                (H, W, C) or (C, H, W), uint8, uint16 or float in 0..1.
         """
         from moellava.encoders.features import encode_images
 

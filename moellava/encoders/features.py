@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from moellava.encoders.images import as_image_list, map_in_threads, to_eight_bit, to_pil
+from moellava.encoders.images import as_image_list, map_in_threads
+from moellava.images import to_eight_bit, to_pil
 
 if TYPE_CHECKING:
     from moellava.encoders.base import VisionEncoder
@@ -31,10 +32,15 @@ def encode_images(encoder: "VisionEncoder", images: Any, *, batch_size: int = 16
 
 
 def encode_batches(
-    encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int, progress: bool = False
+    encoder: "VisionEncoder",
+    images: Sequence[Any],
+    *,
+    batch_size: int,
+    progress: bool = False,
+    view: Mapping[str, Any] | None = None,
 ) -> Iterator[Tensor]:
     """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
-    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size)
+    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size, view=view)
     if progress:
         from tqdm.auto import tqdm
 
@@ -45,14 +51,19 @@ def encode_batches(
         yield tokens
 
 
-def pixel_batches(encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int) -> Iterator[Tensor]:
-    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
+def pixel_batches(
+    encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int, view: Mapping[str, Any] | None = None
+) -> Iterator[Tensor]:
+    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer.
+
+    `view` holds options of `moellava.images.View`, such as `window`.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
     def pixels(batch: Sequence[Any]) -> Tensor:
         # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
-        ready = map_in_threads(lambda image: to_eight_bit(to_pil(image)), batch)
+        ready = map_in_threads(lambda image: to_eight_bit(to_pil(image, **(view or {}))), batch)
         return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
 
     with ThreadPoolExecutor(1) as worker:
@@ -74,11 +85,13 @@ def encode_files(
     *,
     batch_size: int = 16,
     progress: bool = False,
+    view: Mapping[str, Any] | None = None,
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
     Work in progress lies in `<out>.partial`, which a later call with the same images and tower continues.
-    Names and the tower stand in the file's metadata. Memory is that of a batch, however many images.
+    Names, the tower and the `view` (see `pixel_batches`) stand in the file's metadata. Memory is that of a batch,
+    however many images.
 
     Returns:
         How many images an earlier, interrupted call had done.
@@ -91,10 +104,10 @@ def encode_files(
     if not paths:
         raise ValueError("There are no images to encode.")
     partial, journal = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.done")
-    header, num_bytes = _header(encoder, names)
+    header, num_bytes = _header(encoder, names, view or {})
     done = _prepare(partial, journal, header, num_bytes * len(paths))
     if done < len(paths):
-        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress)
+        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress, view=view)
         with partial.open("r+b") as file:
             file.seek(len(header) + done * num_bytes)
             count = done
@@ -108,7 +121,7 @@ def encode_files(
     return done
 
 
-def _header(encoder: "VisionEncoder", names: Sequence[str]) -> tuple[bytes, int]:
+def _header(encoder: "VisionEncoder", names: Sequence[str], view: Mapping[str, Any]) -> tuple[bytes, int]:
     """safetensors' header for all images, and the bytes of one image; rows can then be appended in order."""
     config = encoder.config
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
@@ -116,6 +129,8 @@ def _header(encoder: "VisionEncoder", names: Sequence[str]) -> tuple[bytes, int]
     settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
     metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {"names": json.dumps(list(names))}
     metadata["synthesized"] = json.dumps(encoder.synthesized)
+    if chosen := {name: value for name, value in view.items() if value is not None}:
+        metadata["view"] = json.dumps(chosen)
     tensor = {"dtype": _DTYPES[encoder.dtype], "shape": shape, "data_offsets": [0, num_bytes * len(names)]}
     text = json.dumps({"__metadata__": metadata, "patch_tokens": tensor}).encode()
     text += b" " * (-len(text) % 8)

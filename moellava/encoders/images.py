@@ -1,18 +1,17 @@
 """Images of any kind in, normalised pixels out, equal to open_clip's own transform.
 
-`to_pil` (arrays, tensors and files to a PIL image), `to_eight_bit` (16-bit and palette images, deliberately),
-`BiomedClipImageProcessorPil` (a Hugging Face image processor: resize, crop, rescale, normalise).
+`BiomedClipImageProcessorPil` (a Hugging Face image processor: resize, crop, rescale, normalise), over
+`moellava.images`, which reads the files.
 """
 
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
@@ -25,11 +24,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
+from moellava.images import to_eight_bit, to_pil
+
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
-
-# Modes that open_clip's transform resizes as they are; everything else is brought to 8 bits first.
-_RESIZED_AS_THEY_ARE = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -162,66 +160,6 @@ def as_image_list(images: Any) -> list[Any]:
     return [images]
 
 
-def to_pil(image: Any) -> Image.Image:
-    """A PIL image of a PIL image, a path, or an array or tensor (H, W), (H, W, C) or (C, H, W).
-
-    Arrays are uint8, uint16 (scaled by 65535), bool, or float in 0..1.
-
-    Raises:
-        ValueError: an unreadable file, an empty image, or values out of range; a file is named.
-    """
-    if isinstance(image, Image.Image):
-        if 0 in image.size:
-            raise ValueError(f"The image is {image.width}x{image.height} pixels; expected at least 1x1.")
-        return image
-    if isinstance(image, (str, Path)):
-        return read_image(image)
-    if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
-    if isinstance(image, np.ndarray):
-        return _array_to_pil(image)
-    raise TypeError(
-        f"Cannot read an image from a {type(image).__name__}; give a PIL image, a path, an array or a tensor."
-    )
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """Open and decode an image file; every failure names the file."""
-    path = Path(path).expanduser()
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.copy() if image.fp is not None else image
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"The image {path} does not exist.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def to_eight_bit(image: Image.Image) -> Image.Image:
-    """Bring palette, bilevel, 16-bit and float images to 8 bits; 8-bit images come back as they are.
-
-    16-bit grey is scaled by the range of its type (0..65535 to 0..255), never clamped and never stretched to
-    the image's own extremes, so the same grey value gives the same result in every image.
-    """
-    if image.mode in _RESIZED_AS_THEY_ARE:
-        return image
-    if image.mode == "1":
-        return image.convert("L")
-    if image.mode.startswith("I"):  # "I;16", its byte orders, and "I", as which some 16-bit files open
-        values = np.asarray(image, dtype=np.int64)
-        low, high = int(values.min()), int(values.max())
-        if low < 0 or high > 65535:
-            raise ValueError(
-                f"The {image.mode!r} image has values {low} to {high}; expected 16 bits, 0 to 65535. "
-                "Apply a window first, so that 8 bits hold what matters."
-            )
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode == "F":
-        return _array_to_pil(np.asarray(image))
-    return image.convert("RGB")  # "P", "PA" and the rest: colours, not indices, are what resizing may mix
-
-
 def center_crop(image: Image.Image, height: int, width: int, fill: int = 0) -> Image.Image:
     """Crop the middle, or pad where the image is smaller; margins are rounded as torchvision does."""
     if image.width < width or image.height < height:
@@ -264,29 +202,6 @@ def _target_size(image_size: tuple[int, int], size: SizeDict, resize_mode: str) 
     ratios = height / size.height, width / size.width
     ratio = max(ratios) if resize_mode == "longest" else min(ratios)
     return round(width / ratio), round(height / ratio)
-
-
-def _array_to_pil(array: np.ndarray) -> Image.Image:
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-        array = np.moveaxis(array, 0, -1)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
-        raise ValueError(
-            f"An image array has shape {array.shape}; expected (H, W), or 1, 3 or 4 channels first or last."
-        )
-    if array.dtype == np.bool_:
-        array = array.astype(np.uint8) * 255
-    elif array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
-    elif np.issubdtype(array.dtype, np.floating):
-        low, high = float(array.min()), float(array.max())
-        if not (low >= 0 and high <= 1):  # also false for NaN
-            raise ValueError(f"A float image has values {low:g} to {high:g}; expected 0 to 1.")
-        array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype != np.uint8:
-        raise ValueError(f"An image array has dtype {array.dtype}; expected uint8, uint16, or float in 0..1.")
-    return Image.fromarray(np.ascontiguousarray(array))
 
 
 def _triple(values: float | Sequence[float]) -> list[float]:

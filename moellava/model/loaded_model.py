@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
-from moellava.encoders.images import to_pil
+from moellava.images import to_pil
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 

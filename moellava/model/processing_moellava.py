@@ -1,8 +1,14 @@
 """Images and text → `pixel_values` and `input_ids`, with one `<image>` expanded to an image's placeholders."""
 
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers.processing_utils import MultiModalData, ProcessorMixin
+
+from moellava.images import to_eight_bit, to_pil
+
+_REMOTE = ("http://", "https://", "data:")  # transformers' own business
 
 
 class MoeLlavaProcessor(ProcessorMixin):
@@ -34,6 +40,10 @@ class MoeLlavaProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
+    def prepare_inputs_layout(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # transformers reads no DICOM and no NIfTI, and clamps 16-bit grey to white.
+        return super().prepare_inputs_layout(_readable(images), *args, **kwargs)
+
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens
 
@@ -45,3 +55,14 @@ class MoeLlavaProcessor(ProcessorMixin):
             num_image_tokens=[self.num_image_tokens] * len(image_sizes),
             num_image_patches=[1] * len(image_sizes),
         )
+
+
+def _readable(images: Any) -> Any:
+    """Files, encoded bytes and PIL images as 8-bit PIL images, in the nesting that they came in; arrays stay."""
+    if isinstance(images, (list, tuple)):
+        return [_readable(image) for image in images]
+    if isinstance(images, str) and images.startswith(_REMOTE):
+        return images
+    if isinstance(images, (str, Path, bytes, Image.Image)):
+        return to_eight_bit(to_pil(images))
+    return images

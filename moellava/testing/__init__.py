@@ -4,6 +4,15 @@ In the package rather than under `tests/`, because `moellava demo` builds its pa
 writers, and because whoever writes code on moellava needs them to test it offline.
 """
 
+from moellava.testing.datasets import (
+    DATASETS,
+    write_medmnist,
+    write_path_vqa,
+    write_pmc_vqa,
+    write_slake,
+    write_vqa_rad,
+    write_vqa_rad_authors,
+)
 from moellava.testing.hub import (
     BIOMEDCLIP,
     OPENAI_CLIP,
@@ -11,6 +20,7 @@ from moellava.testing.hub import (
     STAND_INS,
     TINYLLAMA,
     blocked_network,
+    fill_dataset_cache,
     fill_hub_cache,
 )
 from moellava.testing.language_models import write_tinyllama
@@ -19,14 +29,22 @@ from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedcl
 __all__ = [
     "BIOMEDBERT",
     "BIOMEDCLIP",
+    "DATASETS",
     "OPENAI_CLIP",
     "REVISION",
     "STAND_INS",
     "TINYLLAMA",
     "blocked_network",
+    "fill_dataset_cache",
     "fill_hub_cache",
     "write_biomedbert",
     "write_biomedclip",
+    "write_medmnist",
     "write_openai_clip",
+    "write_path_vqa",
+    "write_pmc_vqa",
+    "write_slake",
     "write_tinyllama",
+    "write_vqa_rad",
+    "write_vqa_rad_authors",
 ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from moellava.testing.datasets import DATASETS
 from moellava.testing.language_models import write_tinyllama
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
@@ -44,6 +45,15 @@ def fill_hub_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), 
     return {repo_id: _write_snapshot(cache_dir, repo_id, **options) for repo_id in repo_ids}
 
 
+def fill_dataset_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(DATASETS)) -> dict[str, Path]:
+    """Write stand-ins of published datasets into `cache_dir`, as `fill_hub_cache` does with models.
+
+    Returns:
+        The snapshot folder of each repo id of `DATASETS`.
+    """
+    return {repo_id: _place_snapshot(cache_dir, "datasets", repo_id, DATASETS[repo_id]) for repo_id in repo_ids}
+
+
 @contextmanager
 def blocked_network() -> Iterator[None]:
     """Make every attempt to open a socket, or to look a host up, a `RuntimeError` while the context lasts."""
@@ -60,8 +70,12 @@ def blocked_network() -> Iterator[None]:
 
 
 def _write_snapshot(cache_dir: Path, repo_id: str, **options: Any) -> Path:
-    repo = cache_dir / f"models--{repo_id.replace('/', '--')}"
-    snapshot = STAND_INS[repo_id](repo / "snapshots" / REVISION, **options)
+    return _place_snapshot(cache_dir, "models", repo_id, STAND_INS[repo_id], **options)
+
+
+def _place_snapshot(cache_dir: Path, kind: str, repo_id: str, write: Callable[..., Path], **options: Any) -> Path:
+    repo = cache_dir / f"{kind}--{repo_id.replace('/', '--')}"
+    snapshot = write(repo / "snapshots" / REVISION, **options)
     (repo / "refs").mkdir(exist_ok=True)
     (repo / "refs" / "main").write_text(REVISION)
     return snapshot

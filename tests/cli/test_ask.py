@@ -62,6 +62,18 @@ def test_json_holds_image_question_and_answer(checkpoint, scans):
     assert isinstance(row["answer"], str)
 
 
+def test_dicom_is_asked_through_the_window_given(checkpoint):
+    from pydicom.data import get_testdata_file
+
+    from moellava.images import to_pil
+
+    scan = str(get_testdata_file("CT_small.dcm", download=False))
+    result = ask(checkpoint, scan, "What is this?", "--window", "-600,1500")
+    picture = to_pil(scan, window=(-600, 1500))
+    expected = load_pretrained_model(checkpoint).answer(picture, "What is this?", max_new_tokens=4)
+    assert (result.exit_code, result.stdout) == (0, f"{expected[0]}\n")
+
+
 class TestErrors:
     """What a shell user sees: one line on stderr, no traceback; status 2 for a wrong command line, else 1."""
 

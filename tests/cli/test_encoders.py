@@ -102,3 +102,54 @@ def test_classify_prints_probabilities_best_first(hub_cache, folder, small_biome
     tower = create_encoder("biomedclip", small_biomedclip, load_text=True)
     expected = tower.zero_shot(folder / "0.png", ["chest x-ray", "brain mri"]).max()
     assert numbers[0] == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.fixture
+def medical_folder(tmp_path):
+    """A CT slice with and without a suffix, and a volume."""
+    import shutil
+
+    import nibabel
+    from pydicom.data import get_testdata_file
+
+    images = tmp_path / "medical"
+    images.mkdir()
+    for name in ("a.dcm", "IM0001"):
+        shutil.copy(get_testdata_file("CT_small.dcm", download=False), images / name)
+    volume = np.linspace(-1000, 1000, 8 * 9 * 10).reshape(8, 9, 10).astype(np.int16)
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), images / "v.nii.gz")
+    return images
+
+
+def test_encode_takes_dicom_and_nifti_through_a_window(medical_folder, small_biomedclip, tmp_path):
+    from moellava.images import to_pil
+
+    out = tmp_path / "features.safetensors"
+    options = ("--encoder", small_biomedclip, "--window", "lung")
+    code, text = run("encode", medical_folder, "--out", out, *options)
+    assert code == 0, text
+    with safe_open(out, "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["names"]) == ["IM0001", "a.dcm", "v.nii.gz"]
+    assert json.loads(metadata["view"]) == {"window": "lung"}
+    pictures = [to_pil(medical_folder / name, window="lung") for name in json.loads(metadata["names"])]
+    expected = create_encoder("biomedclip", small_biomedclip).encode(pictures)
+    tokens = load_file(out)["patch_tokens"]
+    assert torch.allclose(tokens, expected, atol=1e-5)
+    assert torch.equal(tokens[0], tokens[1])
+
+
+def test_encode_of_a_path_is_encode_of_its_picture(medical_folder, small_biomedclip):
+    from moellava.data.images import load_image
+
+    tower = create_encoder("biomedclip", small_biomedclip)
+    for name in ("a.dcm", "v.nii.gz"):
+        tokens = tower.encode(str(medical_folder / name))
+        assert torch.allclose(tokens, tower.encode(load_image(medical_folder / name)), atol=1e-5)
+
+
+def test_a_window_that_does_not_fit_is_said_before_anything_is_loaded(medical_folder, tmp_path):
+    code, text = run("classify", medical_folder / "a.dcm", "--labels", "a,b", "--window", "lnug", "--encoder", "none")
+    assert (code, "Unknown window 'lnug'. Did you mean 'lung'" in text) == (1, True)
+    code, text = run("classify", medical_folder / "a.dcm", "--labels", "a,b", "--frame", "3", "--encoder", "none")
+    assert (code, "has no frame 3: it has 1, 0 to 0" in text) == (1, True)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from moellava.encoders import BiomedClipImageProcessorPil, BiomedClipVisionConfig
-from moellava.encoders.images import read_image, to_eight_bit, to_pil
+from moellava.images import read_image, to_eight_bit, to_pil
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 

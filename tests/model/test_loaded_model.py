@@ -20,6 +20,16 @@ def test_a_path_is_read_as_the_image_it_holds(loaded, images, tmp_path):
     assert from_path == loaded.answer(images[0], "What is this?", max_new_tokens=5)
 
 
+def test_a_dicom_file_is_read_as_the_picture_that_it_shows(loaded):
+    from pydicom.data import get_testdata_file
+
+    from moellava.data.images import load_image
+
+    path = get_testdata_file("CT_small.dcm", download=False)
+    from_path = loaded.answer(path, "What is this?", max_new_tokens=5)
+    assert from_path == loaded.answer(load_image(path), "What is this?", max_new_tokens=5)
+
+
 def test_an_answer_is_the_new_text_only(loaded, images, monkeypatch):
     def generate(input_ids, **kwargs):
         new = loaded.tokenizer(" lungs</s>", add_special_tokens=False, return_tensors="pt").input_ids

@@ -49,3 +49,42 @@ def test_a_saved_processor_comes_back_equal(loaded, images, tmp_path):
     assert again.chat_template == loaded.processor.chat_template
     before, after = (p(text="<image> Why?", images=images[0], return_tensors="pt") for p in (loaded.processor, again))
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["CT_small.dcm", "examples_palette.dcm"])
+def test_a_dicom_file_is_an_image_like_any_other(loaded, name):
+    from pydicom.data import get_testdata_file
+
+    from moellava.data.images import load_image
+
+    path = str(get_testdata_file(name, download=False))
+    chat = [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "Why?"}]}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    of_path = loaded.processor.apply_chat_template(chat, **options)
+    expected = loaded.processor(text="<image> Why?", images=load_image(path), return_tensors="pt")
+    assert torch.equal(of_path["pixel_values"], expected["pixel_values"])
+
+
+def test_transformers_own_processors_get_images_that_they_can_read(loaded, hub_cache, tmp_path):
+    """CLIP's processor clamps 16-bit grey to white and knows no NIfTI; arrays stay its own business."""
+    import nibabel
+    import numpy as np
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    from moellava.data.images import load_image
+    from moellava.testing import OPENAI_CLIP
+
+    clip = AutoImageProcessor.from_pretrained(OPENAI_CLIP)
+    processor = MoeLlavaProcessor(clip, loaded.tokenizer, num_image_tokens=49, chat_template=None)
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    Image.fromarray(ramp).save(tmp_path / "a.png")
+    nibabel.save(nibabel.Nifti1Image(ramp[:, :, None], np.eye(4)), tmp_path / "a.nii.gz")
+    for source in (tmp_path / "a.png", str(tmp_path / "a.nii.gz"), Image.fromarray(ramp)):
+        pixels = processor(text="<image> Why?", images=[[source]], return_tensors="pt")["pixel_values"]
+        expected = clip(load_image(source), return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, expected)
+        assert pixels.std() > 0.5
+    array = np.asarray(load_image(ramp))
+    pixels = processor(text="<image> Why?", images=array, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, clip(array, return_tensors="pt")["pixel_values"])

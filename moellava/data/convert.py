@@ -1,0 +1,168 @@
+"""Rows of any dataset → LLaVA's JSON, JSON lines, or parquet with the images inside; all of them are read back."""
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from moellava.data.fingerprints import exact_hash
+from moellava.data.formats import EXTRA_COLUMN
+from moellava.data.readers import Rows
+from moellava.data.rows import Row
+
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+_PARQUET_ROWS = 256  # in memory at a time
+
+
+def convert_rows(rows: Rows, out: str | Path, *, images: str | Path | None = None, copy_images: bool = False) -> int:
+    """Write rows to `out`, by its suffix: `.json` (a LLaVA list), `.jsonl`, or `.parquet`. Nothing of a row is lost.
+
+    Args:
+        images: the folder for images that have no file of their own (`.json`, `.jsonl`), named by content, so
+            that an image of many rows is written once; by default `images` beside `out`.
+        copy_images: copy images that do have files there, too; else their paths, relative to the source's image
+            folder, stay as they are. Parquet always holds the images themselves.
+
+    Returns:
+        How many rows were written.
+    Raises:
+        FileExistsError: `out` is there already.
+        ValueError: a suffix that is not known; a field that JSON cannot hold.
+    """
+    out = Path(out).expanduser()
+    writers: dict[str, Callable[..., None]] = {".json": _write_json, ".jsonl": _write_json, ".parquet": _write_parquet}
+    if out.suffix not in writers:
+        raise ValueError(f"{out}: which kind of file? Give it one of the suffixes {', '.join(writers)}.")
+    if out.exists():
+        raise FileExistsError(f"{out} is there already; give another name or delete it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(images).expanduser() if images else out.parent / "images"
+    store = ImageStore(rows.image_root, folder, copy_images and out.suffix != ".parquet")
+    partial = out.with_name(out.name + ".partial")
+    writers[out.suffix](rows, partial, out.suffix == ".json", store)
+    partial.replace(out)
+    return len(rows)
+
+
+def to_llava(row: Row, images: list[Any]) -> dict[str, Any]:
+    """A row as LLaVA's JSON has it, with the further fields beside; `images` stand for the row's own."""
+    record: dict[str, Any] = {"id": row.id}
+    if images:
+        record["image"] = images[0] if len(images) == 1 else images
+    record["conversations"] = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in row.turns]
+    named = {"answer_type": row.answer_type, "split": row.split, "source": row.source, "choices": list(row.choices)}
+    return record | {key: value for key, value in named.items() if value} | dict(row.extra)
+
+
+class ImageStore:
+    """Gives each image of a row a file name, and writes those that have no file.
+
+    Args:
+        root: the folder that the rows' own paths start from.
+        folder: where images are written; made when the first one is.
+        copy: whether files are copied there, too.
+    """
+
+    def __init__(self, root: Path, folder: Path, copy: bool):
+        self.root, self.folder, self.copy = root, folder, copy
+
+    def name(self, image: Any) -> str:
+        """The name that goes into the JSON: relative to `root` for files, to `folder` for what was written."""
+        if isinstance(image, (str, Path)):
+            relative = os.path.relpath(image, self.root)
+            is_inside = not relative.startswith("..")
+            if not self.copy:
+                return Path(relative).as_posix() if is_inside else str(Path(image).absolute())
+            name = relative if is_inside else f"{exact_hash(image)[:16]}{Path(image).suffix}"
+            self._write(name, lambda target: shutil.copyfile(image, target))
+            return Path(name).as_posix()
+        data, suffix = encoded(image)
+        name = f"{exact_hash(image)[:16]}{suffix}"
+        self._write(name, lambda target: target.write_bytes(data))
+        return name
+
+    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+        target = self.folder / name
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(target)
+
+
+def encoded(image: Any) -> tuple[bytes, str]:
+    """The encoded bytes of an image and their suffix; arrays and PIL images become PNG, which loses nothing."""
+    if isinstance(image, (str, Path)):
+        return Path(image).read_bytes(), Path(image).suffix
+    if isinstance(image, bytes):
+        if image[128:132] == b"DICM":
+            return image, ".dcm"
+        try:
+            with Image.open(io.BytesIO(image)) as opened:
+                return image, f".{(opened.format or 'bin').lower()}".replace(".jpeg", ".jpg")
+        except (UnidentifiedImageError, OSError):
+            return image, ".bin"  # kept as it is; `moellava data check` names it
+    picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue(), ".png"
+
+
+def _write_json(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        for index, row in enumerate(rows):
+            record = to_llava(row, [store.name(image) for image in row.images])
+            before = ("[\n" if index == 0 else ",\n") if is_list else ""
+            with _named(row):
+                file.write(before + json.dumps(record, ensure_ascii=False, allow_nan=False) + ("" if is_list else "\n"))
+        file.write("\n]\n" if is_list else "")
+
+
+def _write_parquet(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> None:
+    try:
+        from datasets import Features, List, Value
+        from datasets import Image as ImageFeature
+        from pyarrow import Table
+        from pyarrow.parquet import ParquetWriter
+    except ImportError as error:
+        raise ImportError("Writing parquet needs datasets. Type: pip install 'moellava[data]'") from error
+    text = Value("string")
+    names = ("answer_type", "split", "source")
+    features = Features(
+        {
+            "id": text,
+            "images": List(ImageFeature()),
+            "conversations": List({"from": text, "value": text}),
+            **dict.fromkeys(names, text),
+            "choices": List(text),
+            EXTRA_COLUMN: text,
+        }
+    )
+    schema = features.arrow_schema  # with the hub's metadata, so that `datasets` knows the images
+    with ParquetWriter(path, schema) as writer:
+        for start in range(0, len(rows), _PARQUET_ROWS):
+            records = []
+            for row in rows[start : start + _PARQUET_ROWS]:
+                record = to_llava(row, [])
+                known = {key: record.pop(key, None) for key in ("id", "conversations", *names, "choices")}
+                with _named(row):
+                    known[EXTRA_COLUMN] = json.dumps(dict(row.extra), ensure_ascii=False, allow_nan=False)
+                known["images"] = [
+                    {"bytes": encoded(image)[0], "path": store.name(image) if isinstance(image, str) else None}
+                    for image in row.images
+                ]
+                records.append(known)
+            writer.write_table(Table.from_pylist(records, schema=schema))
+
+
+@contextmanager
+def _named(row: Row) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Row {row.id!r} has a field that JSON cannot hold: {error}") from error

@@ -1,0 +1,118 @@
+"""A NIfTI volume → one slice, or a grid of them, in 8 bits, through nibabel.
+
+Slices are cut in canonical orientation (right, anterior, superior) whatever the file's own, and shown as
+radiologists see them: the patient's right on the left, front or head at the top. Slice 0 is the one furthest to the
+left, back or feet. Only the slices that are shown are read.
+"""
+
+import gzip
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from moellava.images.optional import load_optional
+from moellava.images.view import (
+    PLANES,
+    View,
+    montage,
+    percentile_to_eight_bit,
+    range_to_eight_bit,
+    window_to_eight_bit,
+)
+
+_RAW_COLOUR = ("R", "G", "B")
+_SQUARE = 0.01  # pixels whose sides differ by less are taken for square
+
+
+def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
+    """(H, W) or (H, W, 3) uint8 of a `.nii` or `.nii.gz` file, or of a nibabel image.
+
+    Grey values are those after the header's scaling. Without a window the header's display range is used, else the
+    0.5th to 99.5th percentile of what is shown. Pixels that are not square are made so.
+
+    Raises:
+        ImportError: nibabel is not installed.
+        ValueError: broken, no such slice or volume.
+    """
+    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
+    try:
+        image: Any = nibabel.load(source) if isinstance(source, (str, Path)) else source
+        slices, zooms = _slices(image, view, name)
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
+        raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
+    except (EOFError, OSError, gzip.BadGzipFile, OverflowError, ValueError) as error:
+        if str(error).startswith(name):  # one of ours
+            raise
+        raise ValueError(f"{name} cannot be read as NIfTI: it is cut off or broken ({error})") from error
+    pictures = [_square(picture, zooms) for picture in _eight_bits(slices, image, view, name)]
+    view.check_size(pictures[0].shape[1] * len(pictures), pictures[0].shape[0], name)
+    return montage(pictures)
+
+
+def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[float, float]]:
+    """Slices as (rows, columns) arrays in the radiological view, and the size (row, column) of their pixels in mm."""
+    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
+    shape = tuple(image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) not in (3, 4):
+        raise ValueError(f"{name} has the shape {image.shape}; expected a volume of 3 axes, or 4 with time.")
+    if not 0 <= view.volume < (shape[3] if len(shape) == 4 else 1):
+        raise ValueError(f"{name} has no volume {view.volume}: it has {shape[3] if len(shape) == 4 else 1}.")
+    orientation = nibabel.io_orientation(image.affine)
+    if np.isnan(orientation).any():
+        raise ValueError(f"{name} has an affine that gives no orientation. Set its sform or qform first.")
+    axis = PLANES[view.plane]
+    native = int(np.flatnonzero(orientation[:, 0] == axis)[0])
+    others = [index for index in range(3) if index != axis]
+    by_canonical = {int(canonical): index for index, canonical in enumerate(orientation[:, 0])}
+    across, up = (by_canonical[index] for index in others)
+    view.check_size(shape[across], shape[up], name)
+
+    slices = []
+    for number in view.frames(shape[native], name):
+        # Counted from left, back or feet; the file may run the other way.
+        place = number if orientation[native, 1] > 0 else shape[native] - 1 - number
+        cut: list[Any] = [slice(None)] * 3 + [view.volume] * (len(shape) - 3) + [0] * (len(image.shape) - len(shape))
+        cut[native] = slice(place, place + 1)
+        values = np.asanyarray(image.dataobj[tuple(cut)])
+        flat = nibabel.apply_orientation(values, orientation).squeeze(axis)  # (first other axis, second other axis)
+        slices.append(flat[::-1, ::-1].T)
+    sizes = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(axis=0))
+    return slices, (float(sizes[up]), float(sizes[across]))
+
+
+def _eight_bits(slices: Sequence[np.ndarray], image: Any, view: View, name: str) -> list[np.ndarray]:
+    stack = np.stack(slices)
+    if stack.dtype.names is not None:  # NIfTI's RGB24
+        if view.window is not None:
+            raise ValueError(f"{name} is in colour; a window is for grey images. Leave window out.")
+        return list(np.stack([stack[channel] for channel in _RAW_COLOUR], axis=-1))
+    if np.iscomplexobj(stack):
+        raise ValueError(f"{name} holds complex numbers; save their magnitude first.")
+    if isinstance(view.window, int):
+        raise ValueError(f"{name}: a NIfTI file has no windows to number. Give (center, width) or a preset.")
+    if (limits := view.limits()) is not None:
+        return list(window_to_eight_bit(stack, *limits))
+    if stack.dtype == np.uint8:  # without scaling, or nibabel would have made it float
+        return list(stack)
+    if view.window == "full":
+        if stack.dtype.kind not in "ui":
+            raise ValueError(f"{name} holds numbers of type {stack.dtype}, which have no full range. Give a window.")
+        return list(range_to_eight_bit(stack, np.iinfo(stack.dtype).min, np.iinfo(stack.dtype).max))
+    low, high = (float(image.header.get(key, 0)) for key in ("cal_min", "cal_max"))
+    if high > low:
+        return list(range_to_eight_bit(stack, low, high))
+    return list(percentile_to_eight_bit(stack))
+
+
+def _square(picture: np.ndarray, zooms: tuple[float, float]) -> np.ndarray:
+    row, column = zooms
+    if not row or not column or abs(row - column) <= _SQUARE * max(row, column):
+        return picture
+    finest = min(row, column)
+    height, width = (max(1, round(count * size / finest)) for count, size in zip(picture.shape, zooms, strict=False))
+    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,0 +1,109 @@
+"""Out to LLaVA JSON, JSON lines and parquet and back in: every field of every row comes home."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moellava.data import read_rows
+from moellava.data.convert import convert_rows
+from moellava.data.fingerprints import exact_hash
+from moellava.data.images import load_image
+from moellava.testing import write_medmnist, write_slake, write_vqa_rad_authors
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+SOURCES = ("vqa_rad", "slake", "pmc_vqa", "authors", "medmnist", "llava")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory, dataset_cache):
+    folder = tmp_path_factory.mktemp("sources")
+    rows = [
+        {
+            "id": "x",
+            "image": ["imgs/xmlab0/source.jpg", "imgs/xmlab1/source.jpg"],
+            "conversations": [
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "Is <image>\nolder than <image>?"},
+                {"from": "gpt", "value": "Ja, ein bißchen."},
+            ],
+            "answer_type": "close",
+            "nested": {"a": [1, 2.5, None, "图"]},
+        },
+        {"id": "y", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}]},
+    ]
+    slake = write_slake(folder / "slake", zipped=False)
+    (slake / "own.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    return {
+        "vqa_rad": read_rows("flaviagiammarino/vqa-rad", split="train"),
+        "slake": read_rows(slake / "train.json"),
+        "pmc_vqa": read_rows("RadGenome/PMC-VQA", split="test_2"),
+        "authors": read_rows(write_vqa_rad_authors(folder / "rad")),
+        "medmnist": read_rows(write_medmnist(folder / "a.npz"), split="val", class_names=["a", "b", "c"]),
+        "llava": read_rows(slake / "own.json"),
+    }
+
+
+def content(row):
+    """A row whose images are replaced by the hash of what they hold."""
+
+    def encoded(image):
+        if isinstance(image, np.ndarray):  # an array comes back as a PNG of the same pixels
+            return exact_hash(image)
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        picture = Image.open(io.BytesIO(data))
+        return exact_hash(np.asarray(picture)) if picture.format == "PNG" else exact_hash(data)
+
+    return replace(row, images=tuple(encoded(image) for image in row.images))
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("source", SOURCES)
+def test_nothing_is_lost_on_the_way_there_and_back(sources, tmp_path, source, suffix):
+    rows = sources[source]
+    out = tmp_path / f"out{suffix}"
+    assert convert_rows(rows, out) == len(rows)
+    again = read_rows(out, images=None if isinstance(rows[0].images[0], (bytes, np.ndarray)) else rows.image_root)
+    assert [content(row) for row in again] == [content(row) for row in rows]
+    twice = tmp_path / "twice.json"
+    convert_rows(again, twice, images=tmp_path / "twice_images", copy_images=True)
+    assert [content(row) for row in read_rows(twice, images=tmp_path / "twice_images")] == [content(r) for r in rows]
+
+
+def test_the_json_is_what_llava_reads(sources, tmp_path):
+    convert_rows(sources["slake"], tmp_path / "out.json")
+    first = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))[0]
+    assert first["image"] == "xmlab0/source.jpg"
+    assert first["conversations"] == [
+        {"from": "human", "value": "<image>\nIs there evidence of an aortic aneurysm?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    assert (first["answer_type"], first["modality"], first["source"]) == ("CLOSED", "X-Ray", "slake")
+
+
+def test_an_image_of_several_rows_is_written_once_beside_the_file(sources, tmp_path):
+    convert_rows(sources["vqa_rad"], tmp_path / "out.json")
+    assert len(list((tmp_path / "images").iterdir())) == 3
+    assert len(sources["vqa_rad"]) == 6
+    assert load_image(read_rows(tmp_path / "out.json")[5].images[0]).size == (64, 48)
+
+
+def test_parquet_opens_in_datasets_with_its_images(sources, tmp_path):
+    from datasets import load_dataset
+
+    convert_rows(sources["llava"], tmp_path / "out.parquet")
+    table = load_dataset("parquet", data_files=str(tmp_path / "out.parquet"), split="train")
+    assert [image.size for image in table[0]["images"]] == [(64, 48), (64, 48)]
+    assert table[1]["images"] == []
+
+
+def test_errors(sources, tmp_path):
+    (tmp_path / "there.json").touch()
+    with pytest.raises(FileExistsError, match=r"there\.json is there already"):
+        convert_rows(sources["llava"], tmp_path / "there.json")
+    with pytest.raises(ValueError, match=r"out\.csv: which kind of file\? .* \.json, \.jsonl, \.parquet"):
+        convert_rows(sources["llava"], tmp_path / "out.csv")
