@@ -25,6 +25,8 @@ class MoeLlavaConfig(PreTrainedConfig):
         projector_options: of that type, such as `{"factor": 2}`; what is left out has its default.
         language_model, language_model_revision: where the language model's weights came from: a repo id (or a local
             folder's own name) and its commit. The tower's are `vision_config.tower` and `vision_config.revision`.
+        projector_tower: which tower the projector was made for, `TowerIdentity` of
+            `moellava.model.trained_projector` as a dict.
     """
 
     model_type = "moellava"
@@ -40,6 +42,7 @@ class MoeLlavaConfig(PreTrainedConfig):
     projector_options: dict[str, Any] | None = None
     language_model: str | None = None
     language_model_revision: str | None = None
+    projector_tower: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -24,14 +24,17 @@ from moellava.encoders import create_encoder
 from moellava.encoders.factory import encoder_kinds
 from moellava.encoders.weights import first_five
 from moellava.messages import unknown_name
-from moellava.model.builder_enhanced import _load_weights, load_model_config
+from moellava.model.checkpoints import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_llava
-from moellava.model.language_model import read_state_dict
+from moellava.model.language_model import imported_state_dict, read_state_dict
+from moellava.model.language_model.mixtures import LAYOUTS
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.origin import Origin
+from moellava.model.parts import model_type_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.trained_projector import TOWER_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ ADAPTER_FOLDER = "adapter"
 ADDED_ROWS = ".added_rows"  # rows of an embedding beyond the base's vocabulary, saved alone
 # The two parts of a base, under the keys that users know; the prefix of their weights' names.
 PARTS = {"model_name_or_path": "language model", "mm_vision_tower": "vision tower"}
-TOWER_PREFIX = "model.vision_tower."
 
 
 def save_trainable(
@@ -148,7 +150,7 @@ def load_trainable(
         rows = state.pop(name + ADDED_ROWS, None)
         state[name] = tensor.to(dtype) if rows is None else torch.cat([tensor.to(dtype), rows.to(dtype)])
 
-    model = _load_weights(
+    model = load_weights(
         None, str(folder), config=config, state_dict=state, dtype=dtype, attn_implementation=attn_implementation
     )
     if (folder / "generation_config.json").is_file():
@@ -232,9 +234,13 @@ def _read_base(config: MoeLlavaConfig, base: Mapping[str, Any], **hub: Any) -> d
         options[key] = hub | {"revision": origin.revision if sources[key] == origin.name else None}
     try:
         language_model, tower = sources.values()
-        if load_model_config(language_model, **options["model_name_or_path"]).model_type == "llava":
+        model_type = model_type_of(language_model, **options["model_name_or_path"])
+        if model_type == "llava":
             return read_llava(language_model, moe_config=False, **options["model_name_or_path"]).state_dict
-        state = read_state_dict(language_model, **options["model_name_or_path"])
+        if model_type in LAYOUTS:
+            state = imported_state_dict(language_model, **options["model_name_or_path"])[1]
+        else:
+            state = read_state_dict(language_model, **options["model_name_or_path"])
         encoder = create_encoder(
             _encoder_type(config), tower, image_size=config.vision_config.image_size, **options["mm_vision_tower"]
         )
