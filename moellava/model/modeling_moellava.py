@@ -17,6 +17,7 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
 
+from moellava.encoders import VisionEncoder
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import load_balancing_loss, router_penalty
 from moellava.model.projector import build_projector
@@ -52,6 +53,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def get_vision_tower(self) -> VisionEncoder:
+        return self.vision_tower
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -151,6 +155,14 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_model(self) -> MoeLlavaModel:
+        """The model without its head, as LLaVA's code calls it."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionEncoder:
+        """The image encoder, as LLaVA's code calls it."""
+        return self.model.vision_tower
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
         """Upload the model with a card that describes it; options as in `moellava.model.model_card.push_to_hub`."""

@@ -8,12 +8,13 @@ from moellava.testing.hub import (
     BIOMEDCLIP,
     OPENAI_CLIP,
     REVISION,
+    SMOLLM2,
     STAND_INS,
     TINYLLAMA,
     blocked_network,
     fill_hub_cache,
 )
-from moellava.testing.language_models import write_tinyllama
+from moellava.testing.language_models import write_smollm2, write_tinyllama
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "BIOMEDCLIP",
     "OPENAI_CLIP",
     "REVISION",
+    "SMOLLM2",
     "STAND_INS",
     "TINYLLAMA",
     "blocked_network",
@@ -28,5 +30,6 @@ __all__ = [
     "write_biomedbert",
     "write_biomedclip",
     "write_openai_clip",
+    "write_smollm2",
     "write_tinyllama",
 ]
