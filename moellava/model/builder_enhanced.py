@@ -12,6 +12,7 @@ from moellava.model.assembly import assemble
 from moellava.model.build_request import CustomVisionConfig, is_description_file, read_build_request
 from moellava.model.checkpoints import open_saved
 from moellava.model.describe import count_active_parameters, describe
+from moellava.model.language_model import quantization_config
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.parts import as_dtype, load_encoder, load_model_config, load_tokenizer
@@ -42,6 +43,8 @@ def load_pretrained_model(
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
@@ -70,6 +73,9 @@ def load_pretrained_model(
         dtype: of all weights but the routers, such as `torch.bfloat16` or "bfloat16"; None takes the language
             model's own, as stored.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
+        load_in_8bit: hold the language model's attention, MLPs and experts as int8, with torchao; see
+            `moellava.model.language_model.quantization_config`. It may be saved and opens quantised again.
+        load_in_4bit: refused with the reason: no library that is at hand holds fused experts in 4 bits.
         revision: commit, tag or branch on the hub of a saved model, or of the language model; the tower's is the
             key `mm_vision_tower_revision`.
         cache_dir, local_files_only, token: as in transformers.
@@ -91,6 +97,8 @@ def load_pretrained_model(
     hub |= {} if token is None else {"token": token}
     build: dict[str, Any] = {"dtype": as_dtype(dtype)}
     build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    if load_in_8bit or load_in_4bit:
+        build["quantization_config"] = quantization_config(4 if load_in_4bit else 8)
     if isinstance(model, str | Path) and not is_description_file(model):
         fixed = {
             "encoder_type": encoder_type,
@@ -103,7 +111,7 @@ def load_pretrained_model(
                 f"{str(model)!r} is a saved model, whose parts are fixed: leave out {' and '.join(given)}, or give a "
                 "mapping to build a new model."
             )
-        loaded = open_saved(str(model), moe_config=moe_config, seed=seed, device_map=device_map, **build, **hub)
+        loaded = open_saved(str(model), moe_config=moe_config, seed=seed, device_map=device_map, build=build, hub=hub)
     else:
         if device_map is not None:
             raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moellava.encoders.weights import first_five
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_llava
@@ -20,16 +18,18 @@ def open_saved(
     *,
     moe_config: Mapping[str, Any] | bool,
     seed: int,
-    dtype: torch.dtype | None,
     device_map: Any,
-    attn_implementation: str | None = None,
-    **hub: Any,
+    build: Mapping[str, Any],
+    hub: Mapping[str, Any],
 ) -> LoadedModel:
-    """Open a folder or hub id that holds a model of ours, whole or by `save_trainable`, or a LLaVA of transformers."""
+    """Open a folder or hub id that holds a model of ours, whole or by `save_trainable`, or a LLaVA of transformers.
+
+    `build` and `hub` as in `moellava.model.assembly.assemble`; other arguments as in `load_pretrained_model`.
+    """
     config = load_model_config(name, **hub)
     if config.model_type == "llava":
-        parts = read_llava(name, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
-        options = {"dtype": parts.config.dtype, "device_map": device_map, "attn_implementation": attn_implementation}
+        parts = read_llava(name, moe_config=moe_config, dtype=build["dtype"], seed=seed, **hub)
+        options = {**build, "dtype": parts.config.dtype, "device_map": device_map}
         model = load_weights(None, name, config=parts.config, state_dict=parts.state_dict, **options)
         model.generation_config = load_generation_config(name, parts.processor.tokenizer, **hub)
         model.built_from = {"model_name_or_path": name, "mm_vision_tower": name}
@@ -41,8 +41,8 @@ def open_saved(
         )
     if moe_config is not True:
         raise ValueError(
-            f"{name!r} is a saved model, whose parts are fixed: leave out moe_config={moe_config!r}, or give a mapping "
-            "to build a new model."
+            f"{name!r} is a saved model, whose layers are fixed: leave out moe_config={moe_config!r}, or give a "
+            "mapping to build a new model."
         )
     from moellava.model.saving import is_trainable_folder, load_trainable  # it builds on this module
 
@@ -51,11 +51,9 @@ def open_saved(
             raise ValueError(
                 f"device_map is for a whole model, but {name!r} holds a difference from its base. Leave it out."
             )
-        return load_trainable(name, dtype=dtype, attn_implementation=attn_implementation, **hub)
+        return load_trainable(name, **build, **hub)
     path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = load_weights(
-        path, name, dtype=dtype or "auto", device_map=device_map, attn_implementation=attn_implementation, **hub
-    )
+    model = load_weights(path, name, device_map=device_map, **{**build, "dtype": build["dtype"] or "auto"}, **hub)
     return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
 
 

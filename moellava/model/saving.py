@@ -71,7 +71,7 @@ def save_trainable(
 
     Raises:
         OSError: if the base cannot be read; it is needed, to tell what differs from it.
-        ValueError: if the config does not say what the base is.
+        ValueError: if the config does not say what the base is, or the weights are quantised.
     """
     adapted: Any = model
     if isinstance(model, LoadedModel):
@@ -80,6 +80,11 @@ def save_trainable(
     if has_adapter and not hasattr(adapted, "get_base_model"):
         raise ValueError("The model has an adapter inside, from add_adapter. Use peft.get_peft_model(model, config).")
     own: Any = adapted.get_base_model() if has_adapter else adapted
+    if getattr(own, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "The model's weights are quantised, so that hardly any equals the base's. Save it whole with "
+            "save_pretrained, or train and save it without load_in_8bit."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = _own_state_dict(own)
@@ -119,6 +124,7 @@ def load_trainable(
     base: Mapping[str, str | os.PathLike[str]] | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     **hub: Any,
 ) -> LoadedModel:
     """Open what `save_trainable` wrote: the base from its published files, the saved weights on top.
@@ -127,7 +133,7 @@ def load_trainable(
         folder: the folder, with the processor in it.
         base: where the parts are, if not under the ids that `base.json` names; as in `save_trainable`.
         dtype: of the weights but the routers; None takes the saved model's.
-        attn_implementation: as in transformers.
+        attn_implementation, quantization_config: as in transformers.
         **hub: `cache_dir`, `local_files_only`, as in transformers.
 
     Raises:
@@ -150,9 +156,9 @@ def load_trainable(
         rows = state.pop(name + ADDED_ROWS, None)
         state[name] = tensor.to(dtype) if rows is None else torch.cat([tensor.to(dtype), rows.to(dtype)])
 
-    model = load_weights(
-        None, str(folder), config=config, state_dict=state, dtype=dtype, attn_implementation=attn_implementation
-    )
+    options = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    options = {name: value for name, value in options.items() if value is not None}
+    model = load_weights(None, str(folder), config=config, state_dict=state, dtype=dtype, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.built_from = {key: str(path) for key, path in (base or {}).items()}

@@ -134,7 +134,7 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
     pieces += [f"<placeholder_{index}>" for index in range(vocab_size - len(pieces))]
     tokenizer = GPT2Tokenizer(
         vocab={token: index for index, token in enumerate(pieces)},
-        merges=learned["merges"],
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]  # annotated as text
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",

@@ -144,7 +144,8 @@ def fastest_experts_forward(
 
 def _per_expert(weight: Tensor) -> Sequence[Tensor]:
     if is_quantized(weight):  # no unbind there
-        return [weight[expert] for expert in range(weight.shape[0])]
+        with torch.inference_mode(False):  # torchao's views cannot be made inside inference mode
+            return [weight[expert] for expert in range(weight.shape[0])]
     return weight.unbind(0)  # one backward for all: indexing would add E gradients of the whole weight's size
 
 
