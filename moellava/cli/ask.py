@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,7 +45,7 @@ def ask(
     from moellava.model.builder_enhanced import load_pretrained_model
 
     pictures = [to_pil(image) for image in images]  # an unreadable file is said before the model is loaded
-    loaded = load_pretrained_model(checkpoint, device=device or _default_device())
+    loaded = load_pretrained_model(checkpoint, device=device or _default_device(), progress=sys.stderr.isatty())
     rows = []
     for image, picture in zip(images, pictures, strict=True):
         answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)

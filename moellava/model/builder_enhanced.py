@@ -1,11 +1,14 @@
 """The front door: `load_pretrained_model` joins an image encoder and a language model, or opens a saved model."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 from moellava.encoders import VisionEncoder
 from moellava.model.assembly import assemble
@@ -51,6 +54,7 @@ def load_pretrained_model(
     token: str | bool | None = None,
     fallback_to_default: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> LoadedModel:
     """Build a multimodal model from its parts, or open a saved one.
 
@@ -82,6 +86,8 @@ def load_pretrained_model(
         fallback_to_default: where a BiomedCLIP tower cannot be loaded, take the default BiomedCLIP, with a
             warning; the config records which tower was really loaded.
         seed: of the weights that no file holds: the projector and the routers.
+        progress: show transformers' bars while weights are read. A download's bar is huggingface_hub's, which its own
+            `disable_progress_bars` turns off.
 
     Returns:
         `(model, image_processor, tokenizer, context_len)`, a named tuple with `processor` and `answer` besides.
@@ -99,31 +105,31 @@ def load_pretrained_model(
     build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if load_in_8bit or load_in_4bit:
         build["quantization_config"] = quantization_config(4 if load_in_4bit else 8)
-    if isinstance(model, str | Path) and not is_description_file(model):
-        fixed = {
-            "encoder_type": encoder_type,
-            "custom_vision_config": custom_vision_config,
-            "projector_config": projector_config,
-            "fallback_to_default": fallback_to_default or None,
-        }
-        if given := [name for name, value in fixed.items() if value is not None]:
-            raise ValueError(
-                f"{str(model)!r} is a saved model, whose parts are fixed: leave out {' and '.join(given)}, or give a "
-                "mapping to build a new model."
+    with _progress_bars(progress):
+        if isinstance(model, str | Path) and not is_description_file(model):
+            _require_no_parts(
+                str(model),
+                encoder_type=encoder_type,
+                custom_vision_config=custom_vision_config,
+                projector_config=projector_config,
+                fallback_to_default=fallback_to_default or None,
             )
-        loaded = open_saved(str(model), moe_config=moe_config, seed=seed, device_map=device_map, build=build, hub=hub)
-    else:
-        if device_map is not None:
-            raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
-        request = read_build_request(
-            model,
-            encoder_type=encoder_type,
-            custom_vision_config=custom_vision_config,
-            projector_config=projector_config,
-        )
-        loaded = assemble(
-            request, moe_config=moe_config, seed=seed, build=build, hub=hub, fallback_to_default=fallback_to_default
-        )
+            loaded = open_saved(
+                str(model), moe_config=moe_config, seed=seed, device_map=device_map, build=build, hub=hub
+            )
+        else:
+            if device_map is not None:
+                raise ValueError(
+                    "device_map is for a saved model: build, save_pretrained, and open the folder with it."
+                )
+            request = read_build_request(
+                model,
+                encoder_type=encoder_type,
+                custom_vision_config=custom_vision_config,
+                projector_config=projector_config,
+            )
+            options: dict[str, Any] = {"fallback_to_default": fallback_to_default, "build": build, "hub": hub}
+            loaded = assemble(request, moe_config=moe_config, seed=seed, **options)
     _log_summary(loaded.model)
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
@@ -154,6 +160,31 @@ def load_vision_encoder(
     )
     encoder = load_encoder(request, **options)
     return encoder, encoder.image_processor
+
+
+def _require_no_parts(name: str, **given: Any) -> None:
+    """The parts of a saved model are in it: settings of parts are for a new one."""
+    if settings := [setting for setting, value in given.items() if value is not None]:
+        raise ValueError(
+            f"{name!r} is a saved model, whose parts are fixed: leave out {' and '.join(settings)}, or give a mapping "
+            "to build a new model."
+        )
+
+
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """transformers' switch, set for a while; it turns huggingface_hub's download bars too, so those are set back."""
+    was_shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    _switch_progress_bars(shown, downloads_shown)
+    try:
+        yield
+    finally:
+        _switch_progress_bars(was_shown, downloads_shown)
+
+
+def _switch_progress_bars(shown: bool, downloads_shown: bool) -> None:
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
+    (enable_progress_bars if downloads_shown else disable_progress_bars)()
 
 
 def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:

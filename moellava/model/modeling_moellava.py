@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -19,7 +19,7 @@ from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import load_balancing_loss, router_penalty
+from moellava.model.language_model.moe import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
 
 
@@ -217,24 +217,18 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
-        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         loss: Tensor | None = None
-        aux_loss: Tensor | None = None
-        if outputs.router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, padding_mask
-            )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        if loss is not None and is_penalised:
-            penalty = router_penalty(
-                text_config,
-                outputs.router_logits,
-                padding_mask,
-                labels=labels,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )
-            loss = loss + penalty.to(loss.device)
+        loss, aux_loss = add_router_losses(
+            text_config,
+            loss,
+            outputs.router_logits,
+            attention_mask,
+            is_penalised=is_penalised,
+            labels=labels,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+        )
         return MultimodalMoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -245,12 +239,6 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             router_logits=outputs.router_logits if output_router_logits else None,
             image_outputs=outputs.image_outputs,
         )
-
-
-def has_router_penalty(text_config: PreTrainedConfig) -> bool:
-    """Whether training this language model adds a router loss; dense ones have no routers."""
-    coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
-    return hasattr(text_config, "num_experts") and any(getattr(text_config, name, 0) for name in coefficients)
 
 
 def place_image_embeds(inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers.utils.logging import tqdm
 
 from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
@@ -300,7 +301,7 @@ def upcycled_tensors(
     noise_generator = torch.Generator().manual_seed(seed + 1)
     shared_router = None if router is None else read_router(router, config)
     num_copied = 0
-    for name in sorted(causal_lm_shapes(reader.config())):
+    for name in tqdm(sorted(causal_lm_shapes(reader.config())), desc="Upcycling weights"):
         prefix, _, suffix = name.partition(".mlp.")
         if not suffix or not config.is_sparse(int(prefix.rpartition(".")[2])):
             yield name, reader.read(name, dtype)
