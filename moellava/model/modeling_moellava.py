@@ -15,9 +15,11 @@ from transformers.modeling_outputs import (
     MultimodalMoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
+from moellava.encoders.weights import first_five
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.moe import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
@@ -40,6 +42,39 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the experts' decorator in this file; they live in language_model/
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a weight that the checkpoint lacks is an error: it would be drawn at random.
+
+        Raises:
+            ValueError: naming the missing weights.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(map(str, info["missing_keys"])):
+            raise ValueError(
+                f"The weights of {args[0] if args else None!r} do not fit its configuration. "
+                f"missing keys: {first_five(missing)}. Save or download the checkpoint again."
+            )
+        return (model, info) if output_loading_info else model
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers', but reentrant checkpointing of a mixture with router losses is refused.
+
+        Raises:
+            ValueError: it runs the layers without gradients first and records the router's logits there, so that the
+                router's losses would train nothing.
+        """
+        is_reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if is_reentrant and has_router_penalty(self.config.text_config):
+            raise ValueError(
+                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or set "
+                "router_aux_loss_coef and router_z_loss_coef of the text config to 0."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
 
 class MoeLlavaModel(MoeLlavaPreTrainedModel):
@@ -78,6 +113,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
         return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -170,6 +206,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
         return push_to_hub(self, repo_id, **options)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,

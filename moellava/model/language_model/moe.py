@@ -58,10 +58,10 @@ class LlamaMoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.frozen = config.router_frozen
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen)
-        self.bias = (
-            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen) if config.router_bias else None
-        )
+        weight = torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32)
+        self.weight = nn.Parameter(weight, requires_grad=not self.frozen)
+        bias = torch.empty(config.num_experts, dtype=torch.float32) if config.router_bias else None
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=not self.frozen)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route.
