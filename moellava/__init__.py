@@ -14,6 +14,8 @@ from moellava.model.builder_enhanced import (
     load_vision_encoder,
 )
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
+from moellava.model.saving import load_trainable, save_trainable
+from moellava.model.trained_projector import save_projector
 
 __version__ = "0.1.0"
 
@@ -31,5 +33,8 @@ __all__ = [
     "create_encoder",
     "describe",
     "load_pretrained_model",
+    "load_trainable",
     "load_vision_encoder",
+    "save_projector",
+    "save_trainable",
 ]

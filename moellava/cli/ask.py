@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,7 +51,7 @@ def ask(
 
     view = view_options(window, frame, plane)
     pictures = [to_pil(image, **view) for image in images]  # an unreadable file is said before the model is loaded
-    loaded = load_pretrained_model(checkpoint, device=device or _default_device())
+    loaded = load_pretrained_model(checkpoint, device=device or _default_device(), progress=sys.stderr.isatty())
     rows = []
     for image, picture in zip(images, pictures, strict=True):
         answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)

@@ -28,8 +28,9 @@ class BuildRequest:
     mm_vision_tower_revision: str | None = None
     mm_hidden_size: int | None = None  # checked against the tower when given
     encoder_type: str | None = None  # None: detected from the tower's name
-    projector_type: str = "mlp2x_gelu"
+    projector_type: str | None = None  # None: mlp2x_gelu, or that of the trained projector
     projector_options: Mapping[str, Any] | None = None  # of that type; see moellava.model.projector
+    projector_path: str | Path | None = None  # a trained projector; see moellava.model.trained_projector
     image_size: int | None = None
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
@@ -41,6 +42,7 @@ ALIASES = {
     "mm_vision_select_layer": "vision_feature_layer",
     "mm_vision_select_feature": "vision_feature_select_strategy",
     "vision_tower": "mm_vision_tower",
+    "pretrain_mm_mlp_adapter": "projector_path",
 }
 KNOWN_KEYS = tuple(field.name for field in fields(BuildRequest))
 
@@ -61,6 +63,7 @@ def read_build_request(
     *,
     encoder_type: str | None = None,
     custom_vision_config: Any = None,
+    projector_config: Any = None,
     required: Collection[str] = tuple(REQUIRED),
 ) -> BuildRequest:
     """Merge the mapping and the keywords into one request.
@@ -75,6 +78,8 @@ def read_build_request(
         _merge(settings, {"encoder_type": encoder_type}, "the argument encoder_type")
     if custom_vision_config is not None:
         _merge(settings, _as_mapping(custom_vision_config, "custom_vision_config"), "custom_vision_config")
+    if projector_config is not None:
+        _merge(settings, _projector_settings(_as_mapping(projector_config, "projector_config")), "projector_config")
     values = {key: value for key, (value, _) in settings.items()}
     for key in required:
         if key not in values:
@@ -83,6 +88,16 @@ def read_build_request(
                 f"Found: {', '.join(sorted(values)) or 'nothing'}."
             )
     return BuildRequest(**values)
+
+
+def _projector_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """`path`, `type` and the options of that type, flat as users write them, under the keys of `BuildRequest`."""
+    rest = {name: value for name, value in given.items() if value is not None}
+    settings = {key: rest.pop(name, None) for name, key in (("path", "projector_path"), ("type", "projector_type"))}
+    if rest and settings["projector_type"] is None:
+        first = next(iter(rest))
+        raise unknown_name("key in projector_config:", first, ("path", "type", "the options of a given type"))
+    return settings | {"projector_options": rest or None}
 
 
 def _merge(settings: dict[str, Any], given: Mapping[str, Any], place: str) -> None:

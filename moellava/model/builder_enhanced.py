@@ -1,38 +1,25 @@
 """The front door: `load_pretrained_model` joins an image encoder and a language model, or opens a saved model."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    AddedToken,
-    AutoConfig,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
-from moellava.encoders import VisionEncoder, create_encoder
-from moellava.model.build_request import (
-    BuildRequest,
-    CustomVisionConfig,
-    is_description_file,
-    read_build_request,
-)
-from moellava.model.chat_templates import multimodal_chat_template
-from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.encoders import VisionEncoder
+from moellava.model.assembly import assemble
+from moellava.model.build_request import CustomVisionConfig, is_description_file, read_build_request
+from moellava.model.checkpoints import open_saved
 from moellava.model.describe import count_active_parameters, describe
-from moellava.model.from_llava import read_llava
-from moellava.model.language_model import dense_state_dict, moe_config_from_dense, upcycled_state_dict
+from moellava.model.language_model import quantization_config
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.origin import origin_of
-from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.projector import build_projector, projector_options
+from moellava.model.parts import as_dtype, load_encoder, load_model_config, load_tokenizer
+from moellava.model.projector import build_projector
 
 __all__ = [
     "CustomVisionConfig",
@@ -47,25 +34,27 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-IMAGE_TOKEN = "<image>"
-
 
 def load_pretrained_model(
     model: Any,
     *,
     encoder_type: str | None = None,
     custom_vision_config: Any = None,
+    projector_config: Any = None,
     moe_config: Mapping[str, Any] | bool = True,
     device: str | torch.device | None = None,
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
     attn_implementation: str | None = None,
+    load_in_8bit: bool = False,
+    load_in_4bit: bool = False,
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
     fallback_to_default: bool = False,
     seed: int = 0,
+    progress: bool = False,
 ) -> LoadedModel:
     """Build a multimodal model from its parts, or open a saved one.
 
@@ -76,19 +65,29 @@ def load_pretrained_model(
             folder or hub id of a model that this library saved, or of a transformers LLaVA (CLIP and Llama).
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
+        projector_config: `{"path": ...}` loads a trained projector, strictly (see
+            `moellava.model.trained_projector.read_projector`); `{"type": ..., <options of that type>}` says what kind
+            a fresh one is. A mapping, a dataclass or an object.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
-            fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...), False keeps it dense.
+            fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...) and how its weights are made (`noise`,
+            `router`, `keep_function`: see `upcycled_state_dict`), False keeps it dense. A language model that is a
+            mixture already (Mixtral, MoE-LLaVA's, one of ours) is taken as it is.
         device: where the model goes; None leaves it on the CPU.
         device_map: spread a saved model over devices, as in transformers; in place of `device`.
         dtype: of all weights but the routers, such as `torch.bfloat16` or "bfloat16"; None takes the language
             model's own, as stored.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers choose.
+        load_in_8bit: hold the language model's attention, MLPs and experts as int8, with torchao; see
+            `moellava.model.language_model.quantization_config`. It may be saved and opens quantised again.
+        load_in_4bit: refused with the reason: no library that is at hand holds fused experts in 4 bits.
         revision: commit, tag or branch on the hub of a saved model, or of the language model; the tower's is the
             key `mm_vision_tower_revision`.
         cache_dir, local_files_only, token: as in transformers.
         fallback_to_default: where a BiomedCLIP tower cannot be loaded, take the default BiomedCLIP, with a
             warning; the config records which tower was really loaded.
         seed: of the weights that no file holds: the projector and the routers.
+        progress: show transformers' bars while weights are read. A download's bar is huggingface_hub's, which its own
+            `disable_progress_bars` turns off.
 
     Returns:
         `(model, image_processor, tokenizer, context_len)`, a named tuple with `processor` and `answer` besides.
@@ -102,21 +101,35 @@ def load_pretrained_model(
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     hub |= {} if token is None else {"token": token}
-    build: dict[str, Any] = {"dtype": _as_dtype(dtype)}
+    build: dict[str, Any] = {"dtype": as_dtype(dtype)}
     build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if isinstance(model, str | Path) and not is_description_file(model):
-        if encoder_type is not None or custom_vision_config is not None:
-            raise ValueError(
-                f"{str(model)!r} is a saved model, whose parts are fixed: leave out encoder_type and "
-                "custom_vision_config, or give a mapping to build a new model."
+    if load_in_8bit or load_in_4bit:
+        build["quantization_config"] = quantization_config(4 if load_in_4bit else 8)
+    with _progress_bars(progress):
+        if isinstance(model, str | Path) and not is_description_file(model):
+            _require_no_parts(
+                str(model),
+                encoder_type=encoder_type,
+                custom_vision_config=custom_vision_config,
+                projector_config=projector_config,
+                fallback_to_default=fallback_to_default or None,
             )
-        loaded = _open_saved(str(model), moe_config, seed, device_map=device_map, **build, **hub)
-    else:
-        if device_map is not None:
-            raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
-        request = read_build_request(model, encoder_type=encoder_type, custom_vision_config=custom_vision_config)
-        tower = {"fallback_to_default": fallback_to_default}
-        loaded = _build(request, tower, moe_config=moe_config, seed=seed, build=build, hub=hub)
+            loaded = open_saved(
+                str(model), moe_config=moe_config, seed=seed, device_map=device_map, build=build, hub=hub
+            )
+        else:
+            if device_map is not None:
+                raise ValueError(
+                    "device_map is for a saved model: build, save_pretrained, and open the folder with it."
+                )
+            request = read_build_request(
+                model,
+                encoder_type=encoder_type,
+                custom_vision_config=custom_vision_config,
+                projector_config=projector_config,
+            )
+            options: dict[str, Any] = {"fallback_to_default": fallback_to_default, "build": build, "hub": hub}
+            loaded = assemble(request, moe_config=moe_config, seed=seed, **options)
     _log_summary(loaded.model)
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
@@ -145,227 +158,33 @@ def load_vision_encoder(
         custom_vision_config=custom_vision_config,
         required=("mm_vision_tower",),
     )
-    encoder = _load_encoder(request, **options)
+    encoder = load_encoder(request, **options)
     return encoder, encoder.image_processor
 
 
-def load_tokenizer(model_name_or_path: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
-    """Load a language model's tokenizer, give it a token `<image>` and, where it has none, a padding token.
-
-    Args:
-        model_name_or_path: hub id or folder of the language model.
-        **hub: `revision`, `cache_dir`, `local_files_only`, as in transformers.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
-    except (OSError, ValueError) as error:
-        raise OSError(f"No tokenizer can be read at {str(model_name_or_path)!r}: {error}") from error
-    if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
-    if tokenizer.pad_token is None:
-        # Padding is found by the attention mask, never by this id, so that sharing it with </s> does no harm.
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def load_model_config(model_name_or_path: str | Path, **hub: Any) -> PreTrainedConfig:
-    """Load the config of a language model or of a saved multimodal model, with an error that helps.
-
-    Raises:
-        OSError: if there is no `config.json` at that id or folder, or it is none that transformers knows.
-    """
-    name = str(model_name_or_path)
-    folder = Path(name).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        found = sorted(path.name for path in folder.iterdir())[:8]
-        raise OSError(
-            f"The folder {name!r} is no checkpoint: it has no config.json (found: {', '.join(found) or 'nothing'}). "
-            "Give the folder that save_pretrained wrote."
-        )
-    try:
-        return AutoConfig.from_pretrained(folder if folder.is_dir() else name, **hub)
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"No model {name!r} is found, neither as a folder nor on the hub or in its cache. "
-            f"Check the spelling, or fetch it where there is a network: hf download {name}\n{error}"
-        ) from error
-
-
-def _build(
-    request: BuildRequest,
-    tower: dict[str, Any],
-    *,
-    moe_config: Mapping[str, Any] | bool,
-    seed: int,
-    build: dict[str, Any],
-    hub: dict[str, Any],
-) -> LoadedModel:
-    dense_config = load_model_config(request.model_name_or_path, **hub)
-    if isinstance(dense_config, MoeLlavaConfig):
+def _require_no_parts(name: str, **given: Any) -> None:
+    """The parts of a saved model are in it: settings of parts are for a new one."""
+    if settings := [setting for setting, value in given.items() if value is not None]:
         raise ValueError(
-            f"model_name_or_path {request.model_name_or_path!r} is a saved multimodal model, not a language model. "
-            f"Open it with load_pretrained_model({request.model_name_or_path!r})."
-        )
-    dtype = build["dtype"] or _as_dtype(dense_config.dtype) or torch.float32
-    encoder = _load_encoder(request, **tower, **(hub | {"revision": request.mm_vision_tower_revision}))
-    tokenizer = load_tokenizer(request.model_name_or_path, **hub)
-
-    if moe_config is False:
-        text_config = dense_config
-        state_dict = dense_state_dict(request.model_name_or_path, dtype=dtype, **hub)
-    else:
-        text_config = moe_config_from_dense(dense_config, **({} if moe_config is True else moe_config))
-        state_dict = upcycled_state_dict(request.model_name_or_path, text_config, dtype=dtype, seed=seed, **hub)
-    text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    origin = origin_of(request.model_name_or_path, **hub)
-    config = MoeLlavaConfig(
-        vision_config=encoder.config,
-        text_config=text_config,
-        image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
-        projector_type=request.projector_type,
-        projector_options=projector_options(request.projector_type, request.projector_options),
-        language_model=origin.name,
-        language_model_revision=origin.revision,
-        dtype=dtype,
-    )
-    state_dict = _join_state_dicts(state_dict, encoder, config, seed)
-    options = build | {"dtype": dtype}
-    model = _load_weights(None, request.model_name_or_path, config=config, state_dict=state_dict, **options)
-    model.generation_config = _load_generation_config(request.model_name_or_path, tokenizer, **hub)
-    # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
-    model.built_from = {"model_name_or_path": request.model_name_or_path, "mm_vision_tower": request.mm_vision_tower}
-    processor = MoeLlavaProcessor(
-        encoder.image_processor,
-        tokenizer,
-        num_image_tokens=config.num_image_tokens,
-        chat_template=multimodal_chat_template(tokenizer),
-    )
-    return LoadedModel(model, processor)
-
-
-def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found in (None, "auto") and dtype in (None, "auto"):
-        return None
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their names.")
-    return found
-
-
-def _load_encoder(request: BuildRequest, **options: Any) -> VisionEncoder:
-    encoder = create_encoder(
-        request.encoder_type,
-        request.mm_vision_tower,
-        image_size=request.image_size,
-        select_layer=request.vision_feature_layer,
-        select_feature=request.vision_feature_select_strategy,
-        **options,
-    )
-    if request.mm_hidden_size not in (None, encoder.hidden_size):
-        raise ValueError(
-            f"mm_hidden_size is {request.mm_hidden_size}, but {request.mm_vision_tower} gives patch tokens of width "
-            f"{encoder.hidden_size}. Set mm_hidden_size={encoder.hidden_size}, or leave it out."
-        )
-    return encoder
-
-
-def _join_state_dicts(
-    language_model: dict[str, Tensor], encoder: VisionEncoder, config: MoeLlavaConfig, seed: int
-) -> dict[str, Tensor]:
-    """One state dict of the whole model; tensors are moved, not copied, so that memory peaks at the final size."""
-    joined: dict[str, Tensor] = {}
-    for key in list(language_model):
-        tensor = language_model.pop(key)
-        if key in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = _with_rows(tensor, config.text_config.vocab_size)
-        joined[f"model.language_{key}" if key.startswith("model.") else key] = tensor
-    for key, tensor in encoder.state_dict().items():
-        joined[f"model.vision_tower.{key}"] = tensor
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        projector = build_projector(config.projector_type, config.projector_shape, config.projector_options)
-    for key, tensor in projector.state_dict().items():
-        joined[f"model.multi_modal_projector.{key}"] = tensor
-    return joined
-
-
-def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
-    """(V, D) → (num_rows, D): added tokens start as the mean of the others, like a word nothing is known of."""
-    if num_rows == len(weight):
-        return weight
-    mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
-    return torch.cat([weight, mean.expand(num_rows - len(weight), -1)])
-
-
-def _open_saved(
-    name: str,
-    moe_config: Mapping[str, Any] | bool,
-    seed: int,
-    *,
-    dtype: torch.dtype | None,
-    device_map: Any,
-    attn_implementation: str | None = None,
-    **hub: Any,
-) -> LoadedModel:
-    config = load_model_config(name, **hub)
-    if config.model_type == "llava":
-        parts = read_llava(name, moe_config=moe_config, dtype=dtype, seed=seed, **hub)
-        options = {"dtype": parts.config.dtype, "device_map": device_map, "attn_implementation": attn_implementation}
-        model = _load_weights(None, name, config=parts.config, state_dict=parts.state_dict, **options)
-        model.generation_config = _load_generation_config(name, parts.processor.tokenizer, **hub)
-        model.built_from = {"model_name_or_path": name, "mm_vision_tower": name}
-        return LoadedModel(model, parts.processor)
-    if not isinstance(config, MoeLlavaConfig):
-        raise ValueError(
-            f"{name!r} is a {config.model_type!r} checkpoint, not a model that this library saved. To join it with an "
-            f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
-        )
-    if moe_config is not True:
-        raise ValueError(
-            f"{name!r} is a saved model, whose parts are fixed: leave out moe_config={moe_config!r}, or give a mapping "
+            f"{name!r} is a saved model, whose parts are fixed: leave out {' and '.join(settings)}, or give a mapping "
             "to build a new model."
         )
-    from moellava.model.saving import is_trainable_folder, load_trainable  # it builds on this module
-
-    if is_trainable_folder(name):
-        if device_map is not None:
-            raise ValueError(
-                f"device_map is for a whole model, but {name!r} holds a difference from its base. Leave it out."
-            )
-        return load_trainable(name, dtype=dtype, attn_implementation=attn_implementation, **hub)
-    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = _load_weights(
-        path, name, dtype=dtype or "auto", device_map=device_map, attn_implementation=attn_implementation, **hub
-    )
-    return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
 
 
-def _load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForConditionalGeneration:
-    """`from_pretrained`, but strict: transformers only logs missing tensors, and leaves some of them uninitialised."""
-    loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
-    model, info = loaded
-    problems = {
-        kind: sorted(map(str, info[kind]))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
-    if problems:
-        listed = "; ".join(
-            f"{kind.replace('_', ' ')}: {', '.join(keys[:5])}" + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-            for kind, keys in problems.items()
-        )
-        raise ValueError(f"The weights of {name!r} do not fit its configuration. {listed}.")
-    return model
-
-
-def _load_generation_config(name: str, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> GenerationConfig:
+@contextmanager
+def _progress_bars(shown: bool) -> Iterator[None]:
+    """transformers' switch, set for a while; it turns huggingface_hub's download bars too, so those are set back."""
+    was_shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    _switch_progress_bars(shown, downloads_shown)
     try:
-        generation_config = GenerationConfig.from_pretrained(name, **hub)
-    except OSError:  # optional in a repo; the tokenizer knows what is needed
-        generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    # TinyLlama's file says 0 (<unk>), its tokenizer </s>: what pads the prompts pads the answers.
-    generation_config.pad_token_id = tokenizer.pad_token_id
-    return generation_config
+        yield
+    finally:
+        _switch_progress_bars(was_shown, downloads_shown)
+
+
+def _switch_progress_bars(shown: bool, downloads_shown: bool) -> None:
+    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
+    (enable_progress_bars if downloads_shown else disable_progress_bars)()
 
 
 def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:

@@ -1,5 +1,7 @@
 """Chat templates whose messages hold text and images; assistant turns carry the marks that training masks need."""
 
+from typing import Any
+
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
@@ -41,48 +43,102 @@ VICUNA_V1 = _CONTENT + (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
-# Flattens the messages, then hands them to the language model's own template; it has no marks for training.
+# LLaVA's first stage: the image, the caption, a line feed. Roles and questions are left out, as LLaVA leaves them out.
+PLAIN = _CONTENT + (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ text_of(message['content']) + '\n' }}{%- endgeneration -%}"
+    "{%- elif message['content'] is not string -%}"
+    "{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
+TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "plain": PLAIN}
+
+# Flattens the messages, then hands them to the language model's own template, which stands between the two halves.
 _FLATTEN = _CONTENT + (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=text_of(message['content']))] -%}"
+    "{%- set text = text_of(message['content']) -%}"
+    "{%- set flat.messages = flat.messages + [dict(message, content=TEXT)] -%}"
     "{%- endfor -%}"
     "{%- set messages = flat.messages -%}"
 )
+# Control characters around an assistant's text tell, in what the own template has written, where it stands.
+_STOP = "\x03"
+_MARKED_TEXT = "'\\x02' + text + '\\x03' if message['role'] == 'assistant' else text"
+_MARKED_TRIMMED_TEXT = _MARKED_TEXT.replace("+ text +", "+ (text | trim) +")
+_BEFORE_OWN = "{%- set written %}"
+_AFTER_OWN = (
+    "{% endset -%}"
+    "{%- for piece in written.split('\\x02') -%}"
+    "{%- if loop.first -%}{{ piece }}{%- elif '\\x03' not in piece -%}{{ '\\x02' + piece }}{%- else -%}"
+    "{%- set halves = piece.split('\\x03') -%}"
+    "{%- set end = END if halves[1].startswith(END) else '' -%}"
+    "{%- generation -%}{{ halves[0] + end }}{%- endgeneration -%}"
+    "{{ halves[1][end | length :] }}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
 
-TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1}
-
-_SAMPLE = [
-    {"role": "system", "content": "s"},
-    {"role": "user", "content": "q"},
-    {"role": "assistant", "content": "a"},
-    {"role": "user", "content": "r"},
-]
+# Turns on which two templates must agree: with and without a system turn, and with spaces that a template may trim.
+_QUESTION, _ANSWER = {"role": "user", "content": " qqq"}, {"role": "assistant", "content": " a "}
+_SAMPLES = (
+    [{"role": "system", "content": "s"}, _QUESTION, _ANSWER, _QUESTION],
+    [_QUESTION, _ANSWER, _QUESTION, _ANSWER],
+    [_QUESTION],
+)
 
 
 def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a language model: its own format, with images.
+    """The template for a language model: its own format, with images and with marks on the assistant's turns.
 
-    A model whose own template writes the same text as one of `TEMPLATES` gets that one, which can mark
-    assistant turns for training; any other template is kept, behind a preamble that turns images into
-    `<image>`; a model without a template (a base model) gets `vicuna_v1`, LLaVA's.
+    A model whose own template writes the same text as one of `TEMPLATES` gets that one. Any other template is kept;
+    messages are flattened before it, and the assistant's turns in what it writes are marked, up to and with the text
+    that ends a turn (`<|im_end|>`, `<|eot_id|>`, ...). Where that changes the text, since a template takes answers
+    apart, or where a template has marks of its own, it is kept without ours. A model without a template (a base
+    model) gets `vicuna_v1`, LLaVA's.
     """
     own = tokenizer.chat_template
     if own is None:
         return VICUNA_V1
-    for template in TEMPLATES.values():
-        if _renders_alike(tokenizer, own, template):
-            return template
-    return _FLATTEN + own
+    flattened = _FLATTEN.replace("TEXT", "text") + own
+    if "qqq" not in (_render(tokenizer, flattened, [_QUESTION], False) or "qqq"):
+        return own  # of a model with images: it reads content items itself, and no strings
+    candidates = list(TEMPLATES.values())
+    if "endgeneration" not in own:
+        end = jinja_string(_end_of_turn(tokenizer, flattened))
+        candidates += [
+            _FLATTEN.replace("TEXT", text) + _BEFORE_OWN + own + _AFTER_OWN.replace("END", end)
+            for text in (_MARKED_TEXT, _MARKED_TRIMMED_TEXT)
+        ]
+    return next((found for found in candidates if _render_alike(tokenizer, flattened, found)), flattened)
 
 
-def _renders_alike(tokenizer: PreTrainedTokenizerBase, own: str, template: str) -> bool:
-    def render(text: str) -> str | None:
-        try:
-            return str(
-                tokenizer.apply_chat_template(_SAMPLE, chat_template=text, tokenize=False, add_generation_prompt=True)
-            )
-        except jinja2.TemplateError:  # a template may refuse a system turn
-            return None
+def jinja_string(text: str) -> str:
+    """Text as a string literal of Jinja."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
-    return render(own) == render(template)
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What a template writes behind an assistant's turn, up to the first white space: `</s>`, `<|im_end|>`, ..."""
+    written = _render(tokenizer, template, [_QUESTION, {"role": "assistant", "content": _STOP}], False) or ""
+    return next(iter(written.rpartition(_STOP)[2].split()), "")
+
+
+def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:
+    return all(
+        _render(tokenizer, first, sample, prompt) == _render(tokenizer, second, sample, prompt)
+        for sample in _SAMPLES
+        for prompt in (False, True)
+    )
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool) -> Any:
+    try:
+        return tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        )
+    except jinja2.TemplateError:  # a template may refuse a system turn
+        return None

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from moellava.encoders._transformers import TransformersVisionConfig, plain_config
+from moellava.encoders.base import VisionEncoderConfig
+from moellava.encoders.factory import encoder_kinds
 from moellava.model.projector import ProjectorShape, num_projected_tokens
 
 
@@ -15,7 +19,8 @@ class MoeLlavaConfig(PreTrainedConfig):
 
     Args:
         vision_config: config of the image encoder, as an object or a dict with its `model_type`
-            (default `biomedclip_vision`).
+            (default `biomedclip_vision`). A tower's config of transformers (`CLIPVisionConfig`, `SiglipVisionConfig`,
+            `Dinov2Config`) becomes that of our encoder around it, with its defaults: layer -2, no class token.
         text_config: config of the language model, `llama_moe` by default; any causal language model that
             AutoConfig knows makes a dense baseline.
         image_token_id: id of `<image>` in the tokenizer; each image stands in the prompt as
@@ -25,6 +30,8 @@ class MoeLlavaConfig(PreTrainedConfig):
         projector_options: of that type, such as `{"factor": 2}`; what is left out has its default.
         language_model, language_model_revision: where the language model's weights came from: a repo id (or a local
             folder's own name) and its commit. The tower's are `vision_config.tower` and `vision_config.revision`.
+        projector_tower: which tower the projector was made for, `TowerIdentity` of
+            `moellava.model.trained_projector` as a dict.
     """
 
     model_type = "moellava"
@@ -40,10 +47,12 @@ class MoeLlavaConfig(PreTrainedConfig):
     projector_options: dict[str, Any] | None = None
     language_model: str | None = None
     language_model_revision: str | None = None
+    projector_tower: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.vision_config = _as_encoder_config(self.vision_config)
         # Language models keep this flag in their own config; transformers ties weights by the outer one.
         self.projector_options = self.projector_options or {}
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
@@ -52,6 +61,9 @@ class MoeLlavaConfig(PreTrainedConfig):
     def projector_shape(self) -> ProjectorShape:
         """Widths and counts on both sides of the projector."""
         vision = self.vision_config
+        if vision.hidden_size is None:  # not yet built: encoders measure themselves and tell their config
+            with torch.device("meta"):
+                AutoModel.from_config(vision)
         return ProjectorShape(
             vision_width=vision.hidden_size,
             text_width=self.text_config.hidden_size,
@@ -63,3 +75,18 @@ class MoeLlavaConfig(PreTrainedConfig):
     def num_image_tokens(self) -> int:
         """Placeholders per image in a prompt: what the projector makes of the tower's patch tokens."""
         return num_projected_tokens(self.projector_type, self.projector_shape, self.projector_options)
+
+
+def _as_encoder_config(config: PreTrainedConfig) -> VisionEncoderConfig:
+    if isinstance(config, VisionEncoderConfig):
+        return config
+    own: Any = next((kind for kind in encoder_kinds() if config.model_type in kind.model_types), None)
+    config_class = own.encoder_class().config_class if own else None
+    if config_class is None or not issubclass(config_class, TransformersVisionConfig):
+        known = sorted({name for kind in encoder_kinds() for name in kind.model_types})
+        raise ValueError(
+            f"vision_config has model_type {config.model_type!r}, which no image encoder reads. Known: "
+            f"{', '.join(known)}. moellava.encoders.factory.register_encoder adds one."
+        )
+    # A whole CLIP's or SigLIP's config holds that of its tower.
+    return config_class(tower_config=plain_config(getattr(config, "vision_config", config)))

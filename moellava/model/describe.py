@@ -4,6 +4,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
+from moellava.model.language_model.quantization import held_bytes, held_dtype
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -22,7 +23,7 @@ def describe(model: PreTrainedModel) -> str:
     ]
     rows = [["part", "class", "output", "parameters", "active per token", "dtype", "MiB"]]
     for name, module, output in parts:
-        dtypes = sorted({str(weight.dtype).removeprefix("torch.") for weight in module.parameters()})
+        dtypes = sorted({str(held_dtype(weight)).removeprefix("torch.") for weight in module.parameters()})
         count = sum(weight.numel() for weight in module.parameters())
         rows.append(
             [
@@ -57,4 +58,4 @@ def count_active_parameters(module: nn.Module) -> int:
 
 
 def _mebibytes(module: nn.Module) -> float:
-    return sum(weight.numel() * weight.element_size() for weight in module.parameters()) / 2**20
+    return sum(held_bytes(weight) for weight in module.parameters()) / 2**20

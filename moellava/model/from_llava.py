@@ -5,6 +5,7 @@ Public names: `read_llava`, `LlavaParts`, `read_mm_projector`. `load_pretrained_
 
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,9 +20,10 @@ from moellava.encoders.weights import first_five, read_weights
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
-from moellava.model.language_model.upcycling import _upcycled_tensors, moe_config_from_dense
+from moellava.model.language_model.upcycling import UPCYCLING_OPTIONS, moe_config_from_dense, upcycled_tensors
 from moellava.model.origin import Origin, origin_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tower_identity import tower_identity
 
 PROJECTOR_TYPE = "mlp2x_gelu"
 # transformers' names of the projector's layers, and ours, which are the original LLaVA's.
@@ -71,13 +73,15 @@ def read_llava(
     if moe_config is False:
         tensors = {key: reader.read(key, dtype) for key in causal_lm_shapes(text_config)}
     else:
-        text_config = moe_config_from_dense(text_config, **({} if moe_config is True else moe_config))
-        options: dict[str, Any] = {"noise": 0.0, "keep_function": True, "router": None}
-        tensors = dict(_upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **options))
+        options = {} if moe_config is True else dict(moe_config)
+        upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
+        text_config = moe_config_from_dense(text_config, **options)
+        tensors = dict(upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **upcycling))
 
     state_dict = {f"model.language_{key}" if key.startswith("model.") else key: value for key, value in tensors.items()}
-    for key, value in llava.model.vision_tower.state_dict().items():
-        state_dict[f"model.vision_tower.tower.{key}"] = value.to(dtype)
+    tower = {f"tower.{key}": value for key, value in llava.model.vision_tower.state_dict().items()}
+    for key, value in tower.items():
+        state_dict[f"model.vision_tower.{key}"] = value.to(dtype)
     for key, value in _projector_of(llava).items():
         state_dict[f"model.multi_modal_projector.{key}"] = value.to(dtype)
     config = MoeLlavaConfig(
@@ -87,6 +91,7 @@ def read_llava(
         projector_type=PROJECTOR_TYPE,
         language_model=origin.name,
         language_model_revision=origin.revision,
+        projector_tower=asdict(tower_identity(encoder.config, tower)),
         dtype=dtype,
     )
     processor = MoeLlavaProcessor(

@@ -76,16 +76,25 @@ class LoadedModel(_Parts):
 
         # A stored max_length (TinyLlama's is 2048) would be a second limit beside max_new_tokens.
         generation = {"max_new_tokens": 64, "do_sample": False, "max_length": None, **generation}
+        self._require_room(inputs, generation["max_new_tokens"])
         num_prompt_tokens = inputs["input_ids"].shape[1]
-        if num_prompt_tokens + generation["max_new_tokens"] > self.context_len:
-            raise ValueError(
-                f"The longest prompt has {num_prompt_tokens} tokens and max_new_tokens is "
-                f"{generation['max_new_tokens']}, but the context holds {self.context_len}. "
-                "Shorten the question, pass fewer images per prompt, or lower max_new_tokens."
-            )
         generated = self.model.generate(**inputs, **generation)  # (B, T + new)
         texts = self.tokenizer.batch_decode(generated[:, num_prompt_tokens:], skip_special_tokens=True)
         return [text.strip() for text in texts]
+
+    def _require_room(self, inputs: Any, max_new_tokens: int) -> None:
+        """Raise `ValueError` where a prompt and its answer do not fit into the context; what is too much is counted."""
+        num_tokens = inputs["attention_mask"].sum(dim=1)  # (B,)
+        row = int(num_tokens.argmax())
+        excess = int(num_tokens[row]) + max_new_tokens - self.context_len
+        if excess > 0:
+            num_image = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
+            raise ValueError(
+                f"Prompt {row + 1} has {int(num_tokens[row])} tokens ({num_image} of images, "
+                f"{int(num_tokens[row]) - num_image} of text) and max_new_tokens is {max_new_tokens}, but the context "
+                f"holds {self.context_len}: {excess} tokens would be cut. Shorten the question, pass fewer images per "
+                "prompt, or lower max_new_tokens."
+            )
 
 
 def _pair_images(images: Any, num_questions: int, single: bool) -> list[ImagesOfPrompt]:

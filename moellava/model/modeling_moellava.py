@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPooling,
@@ -15,10 +15,13 @@ from transformers.modeling_outputs import (
     MultimodalMoeCausalLMOutputWithPast,
 )
 from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
+from moellava.encoders import VisionEncoder
+from moellava.encoders.weights import first_five
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import load_balancing_loss, router_penalty
+from moellava.model.language_model.moe import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
 
 
@@ -40,6 +43,39 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         return True  # transformers looks for the experts' decorator in this file; they live in language_model/
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As transformers', but a weight that the checkpoint lacks is an error: it would be drawn at random.
+
+        Raises:
+            ValueError: naming the missing weights.
+        """
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
+        if missing := sorted(map(str, info["missing_keys"])):
+            raise ValueError(
+                f"The weights of {args[0] if args else None!r} do not fit its configuration. "
+                f"missing keys: {first_five(missing)}. Save or download the checkpoint again."
+            )
+        return (model, info) if output_loading_info else model
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers', but reentrant checkpointing of a mixture with router losses is refused.
+
+        Raises:
+            ValueError: it runs the layers without gradients first and records the router's logits there, so that the
+                router's losses would train nothing.
+        """
+        is_reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if is_reentrant and has_router_penalty(self.config.text_config):
+            raise ValueError(
+                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or set "
+                "router_aux_loss_coef and router_z_loss_coef of the text config to 0."
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+
 
 class MoeLlavaModel(MoeLlavaPreTrainedModel):
     """Image encoder, projector and language model without the output head."""
@@ -52,6 +88,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         )
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
+
+    def get_vision_tower(self) -> VisionEncoder:
+        return self.vision_tower
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -74,6 +113,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
         return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -152,12 +192,21 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)
 
+    def get_model(self) -> MoeLlavaModel:
+        """The model without its head, as LLaVA's code calls it."""
+        return self.model
+
+    def get_vision_tower(self) -> VisionEncoder:
+        """The image encoder, as LLaVA's code calls it."""
+        return self.model.vision_tower
+
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
         """Upload the model with a card that describes it; options as in `moellava.model.model_card.push_to_hub`."""
         from moellava.model.model_card import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
     def forward(
         self,
@@ -205,24 +254,18 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
-        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         loss: Tensor | None = None
-        aux_loss: Tensor | None = None
-        if outputs.router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, text_config.num_experts, text_config.num_experts_per_tok, padding_mask
-            )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
-        if loss is not None and is_penalised:
-            penalty = router_penalty(
-                text_config,
-                outputs.router_logits,
-                padding_mask,
-                labels=labels,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )
-            loss = loss + penalty.to(loss.device)
+        loss, aux_loss = add_router_losses(
+            text_config,
+            loss,
+            outputs.router_logits,
+            attention_mask,
+            is_penalised=is_penalised,
+            labels=labels,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+        )
         return MultimodalMoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
@@ -233,12 +276,6 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             router_logits=outputs.router_logits if output_router_logits else None,
             image_outputs=outputs.image_outputs,
         )
-
-
-def has_router_penalty(text_config: PreTrainedConfig) -> bool:
-    """Whether training this language model adds a router loss; dense ones have no routers."""
-    coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
-    return hasattr(text_config, "num_experts") and any(getattr(text_config, name, 0) for name in coefficients)
 
 
 def place_image_embeds(inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor) -> Tensor:

@@ -4,11 +4,16 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from moellava.images import to_eight_bit, to_pil
+from moellava.model.chat_templates import TEMPLATES
+from moellava.model.truncation import pad_rows, shorten_text
 
 _REMOTE = ("http://", "https://", "data:")  # transformers' own business
+# What is done after truncation, in place of the tokenizer.
+AFTER_TRUNCATION = ("truncation", "max_length", "padding", "padding_side", "pad_to_multiple_of", "return_tensors")
 
 
 class MoeLlavaProcessor(ProcessorMixin):
@@ -18,7 +23,8 @@ class MoeLlavaProcessor(ProcessorMixin):
         image_processor: the tower's own.
         tokenizer: the language model's; `image_token` is one of its tokens.
         num_image_tokens: placeholders per image, `MoeLlavaConfig.num_image_tokens`.
-        chat_template: Jinja text, or a dict of named templates with a `default`.
+        chat_template: Jinja text, or a dict of named templates with a `default`. `apply_chat_template` also takes the
+            names of `moellava.model.chat_templates.TEMPLATES`, such as `chat_template="plain"`.
         image_token: what stands for an image in a prompt.
     """
 
@@ -43,6 +49,53 @@ class MoeLlavaProcessor(ProcessorMixin):
     def prepare_inputs_layout(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
         # transformers reads no DICOM and no NIfTI, and clamps 16-bit grey to white.
         return super().prepare_inputs_layout(_readable(images), *args, **kwargs)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """As `ProcessorMixin`, but `truncation` with `max_length` (the tokenizer's if left out) drops text tokens only.
+
+        Text goes from the tokenizer's `truncation_side`; every image keeps its `num_image_tokens` placeholders.
+
+        Raises:
+            ValueError: if images and `<image>` in the text are not as many, or if the image tokens alone are more
+                than `max_length`.
+        """
+        given = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        if text is None or given.get("truncation") in (None, False, "do_not_truncate"):
+            return super().__call__(images=images, text=text, **kwargs)
+        kwargs = {
+            key: {name: entry for name, entry in value.items() if name not in AFTER_TRUNCATION}
+            if key in ("text_kwargs", "common_kwargs")
+            else value
+            for key, value in kwargs.items()
+            if key not in AFTER_TRUNCATION
+        }
+        batch = super().__call__(images=images, text=text, truncation=False, padding=False, verbose=False, **kwargs)
+        self._truncate_and_pad(batch, given)
+        return batch.convert_to_tensors(given.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def _truncate_and_pad(self, batch: BatchFeature, given: dict[str, Any]) -> None:
+        tokenizer, max_length = self.tokenizer, given.get("max_length") or self.tokenizer.model_max_length
+        shorten_text(
+            batch.data,
+            max_length,
+            image_token_id=self.image_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            side=tokenizer.truncation_side,
+        )
+        padding = given.get("padding", False)
+        if padding in (False, "do_not_pad"):
+            return
+        length = max_length if padding == "max_length" else max(len(ids) for ids in batch["input_ids"])
+        multiple = given.get("pad_to_multiple_of") or 1
+        side = given.get("padding_side") or tokenizer.padding_side
+        pad_rows(batch.data, -(-length // multiple) * multiple, pad_token_id=tokenizer.pad_token_id, side=side)
+
+    def apply_chat_template(  # type: ignore[override]  # the rest of a long signature goes through
+        self, conversation: Any, chat_template: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As `ProcessorMixin`; `chat_template` may also be a name of `TEMPLATES`."""
+        template = TEMPLATES.get(chat_template or "", chat_template)
+        return super().apply_chat_template(conversation, template, **kwargs)
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         return self.image_token * self.num_image_tokens

@@ -24,14 +24,17 @@ from moellava.encoders import create_encoder
 from moellava.encoders.factory import encoder_kinds
 from moellava.encoders.weights import first_five
 from moellava.messages import unknown_name
-from moellava.model.builder_enhanced import _load_weights, load_model_config
+from moellava.model.checkpoints import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_llava
-from moellava.model.language_model import read_state_dict
+from moellava.model.language_model import imported_state_dict, read_state_dict
+from moellava.model.language_model.mixtures import LAYOUTS
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.origin import Origin
+from moellava.model.parts import model_type_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.trained_projector import TOWER_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,6 @@ ADAPTER_FOLDER = "adapter"
 ADDED_ROWS = ".added_rows"  # rows of an embedding beyond the base's vocabulary, saved alone
 # The two parts of a base, under the keys that users know; the prefix of their weights' names.
 PARTS = {"model_name_or_path": "language model", "mm_vision_tower": "vision tower"}
-TOWER_PREFIX = "model.vision_tower."
 
 
 def save_trainable(
@@ -69,7 +71,7 @@ def save_trainable(
 
     Raises:
         OSError: if the base cannot be read; it is needed, to tell what differs from it.
-        ValueError: if the config does not say what the base is.
+        ValueError: if the config does not say what the base is, or the weights are quantised.
     """
     adapted: Any = model
     if isinstance(model, LoadedModel):
@@ -78,6 +80,11 @@ def save_trainable(
     if has_adapter and not hasattr(adapted, "get_base_model"):
         raise ValueError("The model has an adapter inside, from add_adapter. Use peft.get_peft_model(model, config).")
     own: Any = adapted.get_base_model() if has_adapter else adapted
+    if getattr(own, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "The model's weights are quantised, so that hardly any equals the base's. Save it whole with "
+            "save_pretrained, or train and save it without load_in_8bit."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = _own_state_dict(own)
@@ -117,6 +124,7 @@ def load_trainable(
     base: Mapping[str, str | os.PathLike[str]] | None = None,
     dtype: torch.dtype | None = None,
     attn_implementation: str | None = None,
+    quantization_config: Any = None,
     **hub: Any,
 ) -> LoadedModel:
     """Open what `save_trainable` wrote: the base from its published files, the saved weights on top.
@@ -125,7 +133,7 @@ def load_trainable(
         folder: the folder, with the processor in it.
         base: where the parts are, if not under the ids that `base.json` names; as in `save_trainable`.
         dtype: of the weights but the routers; None takes the saved model's.
-        attn_implementation: as in transformers.
+        attn_implementation, quantization_config: as in transformers.
         **hub: `cache_dir`, `local_files_only`, as in transformers.
 
     Raises:
@@ -148,9 +156,9 @@ def load_trainable(
         rows = state.pop(name + ADDED_ROWS, None)
         state[name] = tensor.to(dtype) if rows is None else torch.cat([tensor.to(dtype), rows.to(dtype)])
 
-    model = _load_weights(
-        None, str(folder), config=config, state_dict=state, dtype=dtype, attn_implementation=attn_implementation
-    )
+    options = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    options = {name: value for name, value in options.items() if value is not None}
+    model = load_weights(None, str(folder), config=config, state_dict=state, dtype=dtype, **options)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.built_from = {key: str(path) for key, path in (base or {}).items()}
@@ -232,9 +240,13 @@ def _read_base(config: MoeLlavaConfig, base: Mapping[str, Any], **hub: Any) -> d
         options[key] = hub | {"revision": origin.revision if sources[key] == origin.name else None}
     try:
         language_model, tower = sources.values()
-        if load_model_config(language_model, **options["model_name_or_path"]).model_type == "llava":
+        model_type = model_type_of(language_model, **options["model_name_or_path"])
+        if model_type == "llava":
             return read_llava(language_model, moe_config=False, **options["model_name_or_path"]).state_dict
-        state = read_state_dict(language_model, **options["model_name_or_path"])
+        if model_type in LAYOUTS:
+            state = imported_state_dict(language_model, **options["model_name_or_path"])[1]
+        else:
+            state = read_state_dict(language_model, **options["model_name_or_path"])
         encoder = create_encoder(
             _encoder_type(config), tower, image_size=config.vision_config.image_size, **options["mm_vision_tower"]
         )

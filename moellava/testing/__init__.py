@@ -17,13 +17,14 @@ from moellava.testing.hub import (
     BIOMEDCLIP,
     OPENAI_CLIP,
     REVISION,
+    SMOLLM2,
     STAND_INS,
     TINYLLAMA,
     blocked_network,
     fill_dataset_cache,
     fill_hub_cache,
 )
-from moellava.testing.language_models import write_tinyllama
+from moellava.testing.language_models import write_smollm2, write_tinyllama
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "DATASETS",
     "OPENAI_CLIP",
     "REVISION",
+    "SMOLLM2",
     "STAND_INS",
     "TINYLLAMA",
     "blocked_network",
@@ -44,6 +46,7 @@ __all__ = [
     "write_path_vqa",
     "write_pmc_vqa",
     "write_slake",
+    "write_smollm2",
     "write_tinyllama",
     "write_vqa_rad",
     "write_vqa_rad_authors",

@@ -8,17 +8,19 @@ from typing import Any
 from unittest import mock
 
 from moellava.testing.datasets import DATASETS
-from moellava.testing.language_models import write_tinyllama
+from moellava.testing.language_models import write_smollm2, write_tinyllama
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPENAI_CLIP = "openai/clip-vit-base-patch32"
 
 STAND_INS: dict[str, Callable[..., Path]] = {
     BIOMEDCLIP: write_biomedclip,
     BIOMEDBERT: write_biomedbert,
     TINYLLAMA: write_tinyllama,
+    SMOLLM2: write_smollm2,
     OPENAI_CLIP: write_openai_clip,
 }
 

@@ -1,4 +1,4 @@
-"""Stand-in language models: the files, tokenizer and chat template of TinyLlama, small random weights."""
+"""Stand-in language models: the files, tokenizers and chat templates of TinyLlama and SmolLM2, small random weights."""
 
 import json
 from collections.abc import Iterable
@@ -12,6 +12,13 @@ TINYLLAMA_CHAT_TEMPLATE = (
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+
+SMOLLM2_CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 _CORPUS = (
@@ -64,6 +71,78 @@ def write_tinyllama(
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
     model.save_pretrained(folder)
     return folder
+
+
+def write_smollm2(
+    folder: Path,
+    *,
+    hidden_size: int = 72,
+    intermediate_size: int = 192,
+    num_hidden_layers: int = 4,
+    num_attention_heads: int = 9,
+    num_key_value_heads: int = 3,
+    vocab_size: int = 49152,
+    corpus: Iterable[str] = _CORPUS,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Path:
+    """Write a Llama repo laid out like `HuggingFaceTB/SmolLM2-135M-Instruct`, by default tiny.
+
+    Tied embeddings, a byte-level tokenizer without a beginning-of-text token in front, ChatML turns, and the pad token
+    that is the end-of-turn token.
+
+    Returns:
+        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
+    """
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_byte_level_tokenizer(folder, corpus, vocab_size)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        num_key_value_heads=num_key_value_heads,
+        vocab_size=vocab_size,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+        dtype=dtype,
+    )
+    model = LlamaForCausalLM(config)
+    model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size: int) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import GPT2Tokenizer
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(corpus, vocab_size=vocab_size, special_tokens=specials, show_progress=False)
+    learned = json.loads(learner.to_str())["model"]
+    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
+    pieces += [f"<placeholder_{index}>" for index in range(vocab_size - len(pieces))]
+    tokenizer = GPT2Tokenizer(
+        vocab={token: index for index, token in enumerate(pieces)},
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]  # annotated as text
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=8192,
+    )
+    tokenizer.chat_template = SMOLLM2_CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
 
 
 def _write_tokenizer(folder: Path, corpus: Iterable[str], vocab_size: int) -> None:

@@ -475,7 +475,12 @@ def test_activation_checkpointing_of_a_modified_resnet_is_refused(architecture):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "backend"),  # inductor for one of them: it compiles C++ for half a minute
-    [("biomedclip", "inductor"), ("vit", "aot_eager"), ("timm_convnext", "aot_eager"), ("modified_resnet", "aot_eager")],
+    [
+        ("biomedclip", "inductor"),
+        ("vit", "aot_eager"),
+        ("timm_convnext", "aot_eager"),
+        ("modified_resnet", "aot_eager"),
+    ],
 )
 def test_compiled_without_graph_breaks_gives_the_same_tokens(architecture, name, backend):
     encoder = BiomedClipEncoder.from_pretrained(architecture(name)).requires_grad_(False)

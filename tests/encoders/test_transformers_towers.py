@@ -38,7 +38,9 @@ def write_siglip(folder):
 
 def write_siglip2(folder):
     vision = {key: value for key, value in WIDE.items() if key != "image_size"} | {"num_patches": 16}
-    transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=TEXT)).save_pretrained(folder)
+    transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=TEXT)).save_pretrained(
+        folder
+    )
     transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16).save_pretrained(folder)
 
 

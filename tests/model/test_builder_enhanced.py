@@ -217,6 +217,30 @@ def test_a_broken_tower_falls_back_only_on_request(parts, hub_cache, tmp_path, c
     assert "INSTEAD" in caplog.text
 
 
+class TestProgress:
+    def test_no_bar_unless_asked(self, parts, capfd):
+        load_pretrained_model(parts)
+        assert capfd.readouterr().err == ""
+        load_pretrained_model(parts, progress=True)
+        shown = capfd.readouterr().err
+        assert "Upcycling weights" in shown
+        assert "Loading weights" in shown
+
+    @pytest.mark.parametrize("before", [True, False])
+    def test_transformers_and_the_hubs_own_settings_are_left_as_they_were(self, parts, before):
+        from huggingface_hub.utils import are_progress_bars_disabled
+        from transformers.utils import logging
+
+        try:
+            (logging.enable_progress_bar if before else logging.disable_progress_bar)()
+            with pytest.raises(ValueError, match="Unknown key"):
+                load_pretrained_model(parts | {"x": 1}, progress=not before)
+            assert logging.is_progress_bar_enabled() == before
+            assert are_progress_bars_disabled() != before
+        finally:
+            logging.enable_progress_bar()
+
+
 class TestBadInput:
     def test_a_missing_tower_is_named(self, hub_cache):
         with pytest.raises(OSError, match="microsoft/NoSuchBiomedCLIP"):

@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from moellava.model.builder_enhanced import load_tokenizer
 from moellava.model.chat_templates import TEMPLATES, multimodal_chat_template
@@ -38,10 +41,92 @@ def test_a_base_model_gets_vicunas_format(tokenizer, monkeypatch):
     assert text.endswith("questions. USER: <image>\nWhat is it? ASSISTANT: A CT.</s>")
 
 
-def test_another_models_template_is_kept_and_takes_images(tokenizer, monkeypatch):
-    chatml = (
-        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    )
-    monkeypatch.setattr(tokenizer, "chat_template", chatml)
-    text = render(tokenizer, multimodal_chat_template(tokenizer))
-    assert text == "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA CT.<|im_end|>\n"
+def spans(tokenizer, template, chat):
+    """The whole text and the parts of it that are marked as the assistant's."""
+    options = {"return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
+    (text,), (indices,) = render_jinja_template(conversations=[chat], chat_template=template, **options)
+    return text, [text[start:end] for start, end in indices]
+
+
+def own_template(name):
+    if name in OWN_TEMPLATES:
+        return OWN_TEMPLATES[name]
+    trl = pytest.importorskip("trl")  # keeps copies of the published templates
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text()
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+)
+OWN_TEMPLATES = {"smollm2": SMOLLM2, "mistral": MISTRAL}
+ENDS = {
+    "smollm2": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "mistral": "</s>", "phi3": "<|end|>",
+    "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>",
+}  # fmt: skip
+TALK = [
+    {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
+    {"role": "assistant", "content": "A CT."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": [{"type": "text", "text": "Yes, it is."}]},
+]
+FLAT_TALK = [
+    {"role": "user", "content": "<image>\nWhat is it?"},
+    {"role": "assistant", "content": "A CT."},
+    {"role": "user", "content": "Sure?"},
+    {"role": "assistant", "content": "Yes, it is."},
+]
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_another_models_template_is_kept_takes_images_and_gets_marks(tokenizer, monkeypatch, name):
+    own = own_template(name)
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    text, marked = spans(tokenizer, multimodal_chat_template(tokenizer), TALK)
+    assert text == render(tokenizer, own, FLAT_TALK)
+    assert marked == ["A CT." + ENDS[name], "Yes, it is." + ENDS[name]]
+
+
+@pytest.mark.parametrize("name", ["llama3", "cohere", "gemma", "qwen2_5_vl"])
+def test_the_marks_are_those_of_trls_training_templates(tokenizer, monkeypatch, name):
+    monkeypatch.setattr(tokenizer, "chat_template", own_template(name))
+    chat = [message | {"content": str(index)} for index, message in enumerate(FLAT_TALK)]
+    _, ours = spans(tokenizer, multimodal_chat_template(tokenizer), chat)
+    _, theirs = spans(tokenizer, own_template(f"{name}_training"), chat)
+    assert ours == [span.rstrip("\n") for span in theirs]  # some also mark the line feed behind the turn's end
+
+
+def test_a_template_that_takes_answers_apart_is_kept_without_marks(tokenizer, monkeypatch):
+    own = "{% for m in messages %}{{ m['role'] + ': ' + m['content'][:4] }}{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    text, marked = spans(tokenizer, multimodal_chat_template(tokenizer), TALK)
+    assert text == render(tokenizer, own, FLAT_TALK)
+    assert marked == []
+
+
+def test_a_template_with_marks_of_its_own_keeps_them(tokenizer, monkeypatch):
+    own = TEMPLATES["tinyllama"].replace("<|", "<||")
+    monkeypatch.setattr(tokenizer, "chat_template", own)
+    assert spans(tokenizer, multimodal_chat_template(tokenizer), TALK)[1] == ["A CT.</s>", "Yes, it is.</s>"]
+
+
+def test_control_characters_in_a_question_do_no_harm(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", SMOLLM2)
+    chat = [{"role": "user", "content": "a\x02b"}, {"role": "assistant", "content": "c"}]
+    text, marked = spans(tokenizer, multimodal_chat_template(tokenizer), chat)
+    assert "a\x02b<|im_end|>" in text
+    assert marked == ["c<|im_end|>"]
+
+
+def test_plain_is_llavas_first_stage(tokenizer):
+    text, marked = spans(tokenizer, TEMPLATES["plain"], TALK[:2])
+    assert text == "<image>A CT.\n"  # LLaVA's conv_plain: the image, the caption, its separator
+    assert marked == ["A CT.\n"]

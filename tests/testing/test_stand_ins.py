@@ -3,7 +3,7 @@ import socket
 import pytest
 import torch
 
-from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, TINYLLAMA, fill_hub_cache
+from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, SMOLLM2, TINYLLAMA, fill_hub_cache
 
 
 def test_open_clip_itself_reads_the_biomedclip_stand_in(hub_cache, no_network):
@@ -30,6 +30,17 @@ def test_transformers_itself_reads_the_tinyllama_stand_in(hub_cache, no_network)
     )
     assert chat == "<|user|>\nHi</s>\n<|assistant|>\n"
     assert tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids[1:]) == "Is this a CT image?\né"
+
+
+def test_transformers_itself_reads_the_smollm2_stand_in(hub_cache, no_network):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(SMOLLM2)
+    assert len(tokenizer) == model.config.vocab_size == 49152
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert tokenizer("<|im_end|>").input_ids == [2]
+    assert tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids) == "Is this a CT image?\né"
 
 
 def test_transformers_itself_reads_the_clip_stand_in(hub_cache, no_network):

@@ -34,8 +34,8 @@ from moellava.model.language_model.moe import (
     LlamaMoeExperts,
     LlamaMoeRouter,
     LlamaMoeSparseBlock,
-    load_balancing_loss,
-    router_penalty,
+    add_router_losses,
+    has_router_penalty,
 )
 
 
@@ -150,11 +150,7 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
         """
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
-        is_penalised = (
-            self.training
-            and labels is not None
-            and bool(self.config.router_aux_loss_coef or self.config.router_z_loss_coef)
-        )
+        is_penalised = self.training and labels is not None and has_router_penalty(self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -167,24 +163,18 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
 
-        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
         loss: Tensor | None = None
-        aux_loss: Tensor | None = None
-        if outputs.router_logits:
-            aux_loss = load_balancing_loss(
-                outputs.router_logits, self.config.num_experts, self.config.num_experts_per_tok, padding_mask
-            )
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if is_penalised and loss is not None:
-            penalty = router_penalty(
-                self.config,
-                outputs.router_logits,
-                padding_mask,
-                labels=labels,
-                num_items_in_batch=kwargs.get("num_items_in_batch"),
-            )
-            loss = loss + penalty.to(loss.device)  # not +=: FSDP2 warns about in-place changes of outputs
+        loss, aux_loss = add_router_losses(
+            self.config,
+            loss,
+            outputs.router_logits,
+            attention_mask,
+            is_penalised=is_penalised,
+            labels=labels,
+            num_items_in_batch=kwargs.get("num_items_in_batch"),
+        )
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,

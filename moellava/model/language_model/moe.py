@@ -4,16 +4,18 @@ B batch, T positions, H hidden width, I expert width, E experts, k experts per t
 
 Public names, in reading order: `LlamaMoeSparseBlock`, `LlamaMoeRouter`, `LlamaMoeExperts`,
 `eager_experts_forward`, `fastest_experts_forward`, `expert_load`, `load_balancing_loss`, `router_z_loss`,
-`router_penalty`.
+`router_penalty`, `has_router_penalty`, `add_router_losses`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -56,10 +58,10 @@ class LlamaMoeRouter(nn.Module):
         self.top_k = config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
         self.frozen = config.router_frozen
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=not self.frozen)
-        self.bias = (
-            nn.Parameter(torch.empty(config.num_experts), requires_grad=not self.frozen) if config.router_bias else None
-        )
+        weight = torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32)
+        self.weight = nn.Parameter(weight, requires_grad=not self.frozen)
+        bias = torch.empty(config.num_experts, dtype=torch.float32) if config.router_bias else None
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=not self.frozen)
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route.
@@ -166,7 +168,8 @@ def _single_token_forward(
 
 def _per_expert(weight: Tensor) -> Sequence[Tensor]:
     if is_quantized(weight):  # no unbind there
-        return [weight[expert] for expert in range(weight.shape[0])]
+        with torch.inference_mode(False):  # torchao's views cannot be made inside inference mode
+            return [weight[expert] for expert in range(weight.shape[0])]
     return weight.unbind(0)  # one backward for all: indexing would add E gradients of the whole weight's size
 
 
@@ -247,6 +250,36 @@ def router_penalty(
     if labels is not None and num_items_in_batch is not None:
         penalty = penalty * ((labels[..., 1:] != -100).sum() / num_items_in_batch).to(penalty.device)
     return penalty
+
+
+def has_router_penalty(config: PreTrainedConfig) -> bool:
+    """Whether training this language model adds a router loss; dense ones have no routers."""
+    coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
+    return hasattr(config, "num_experts") and any(getattr(config, name, 0) for name in coefficients)
+
+
+def add_router_losses(
+    config: LlamaMoeConfig,
+    loss: Tensor | None,
+    router_logits: Sequence[Tensor] | None,
+    attention_mask: Any,
+    *,
+    is_penalised: bool,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """`loss` with the router's penalty where `is_penalised`, and `aux_loss`, the load-balancing loss by itself.
+
+    Padding is known from a 2-D `attention_mask` only. Without router logits: `loss` as it came, and None.
+    """
+    if not router_logits:
+        return loss, None
+    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+    aux_loss = load_balancing_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    if loss is not None and is_penalised:
+        penalty = router_penalty(config, router_logits, mask, labels=labels, num_items_in_batch=num_items_in_batch)
+        loss = loss + penalty.to(loss.device)  # not +=: FSDP2 warns about in-place changes of outputs
+    return loss, aux_loss
 
 
 def _masked_mean(values: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
 """8-bit weights by torchao: a config for `from_pretrained`, experts included, router and head left out.
 
-Public names: `quantization_config`, `weight_bytes`.
+Public names: `quantization_config`, `weight_bytes`, `held_bytes`, `held_dtype`, `is_quantized`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def quantization_config(bits: int = 8) -> TorchAoConfig:
 def weight_bytes(model: PreTrainedModel) -> int:
     """Bytes of all weights as they are held, scales of quantised ones included; tied weights count once."""
     weights = {id(parameter): parameter for parameter in model.parameters()}
-    return sum(_held_bytes(weight) for weight in weights.values())
+    return sum(held_bytes(weight) for weight in weights.values())
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -63,7 +63,13 @@ def is_quantized(weight: Tensor) -> bool:
     )
 
 
-def _held_bytes(weight: Tensor) -> int:
+def held_dtype(weight: Tensor) -> torch.dtype:
+    """What the values are stored in; a quantised weight calls itself what it dequantises to."""
+    return weight.qdata.dtype if is_quantized(weight) else weight.dtype  # type: ignore[attr-defined]
+
+
+def held_bytes(weight: Tensor) -> int:
+    """Bytes of one weight as it is held."""
     if not is_quantized(weight):
         return weight.numel() * weight.element_size()
     names = (*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ()))  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 E experts, I the dense MLP's width, g = I / expert width pieces per MLP, H hidden width.
 
 Public names, in reading order: `moe_config_from_dense`, `upcycle`, `upcycled_state_dict`, `to_dense`,
-`layers_with_differing_experts`.
+`layers_with_differing_experts`, `upcycled_tensors`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers.utils.logging import tqdm
 
 from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 MOE_OPTIONS = tuple(
     sorted({field.name for field in fields(LlamaMoeConfig)} - {field.name for field in fields(LlamaConfig)})
 )
+# How the weights are made, and no part of the config: keywords of `upcycled_state_dict`.
+UPCYCLING_OPTIONS = ("noise", "keep_function", "router")
 # What the function of a Llama depends on, beside its weights.
 FUNCTION_FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -46,7 +49,7 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) ->
     require_llama(dense_config.model_type, "The config")
     for name in moe_options:
         if name not in MOE_OPTIONS:
-            raise unknown_name("mixture option", name, MOE_OPTIONS)
+            raise unknown_name("mixture option", name, (*MOE_OPTIONS, *UPCYCLING_OPTIONS))
     dense = dense_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
@@ -87,7 +90,7 @@ def upcycle(
     config = moe_config_from_dense(reader.config(), **moe_options)
     dtype = dtype or reader.dtype()
     state_dict = dict(
-        _upcycled_tensors(
+        upcycled_tensors(
             reader, config, dtype=dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
         )
     )
@@ -145,7 +148,7 @@ def upcycled_state_dict(
     require_dense_llama(reader)
     _require_same_llama(reader, config)
     return dict(
-        _upcycled_tensors(
+        upcycled_tensors(
             reader, config, dtype=dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
         )
     )
@@ -242,7 +245,8 @@ def require_llama(model_type: str, what: str) -> None:
     if model_type != LlamaConfig.model_type:
         raise ValueError(
             f"{what} has model_type {model_type!r}, but only dense models of model_type 'llama' can become a LlamaMoe: "
-            "TinyLlama, SmolLM2, Llama 2 and 3 and their kin."
+            "TinyLlama, SmolLM2, Llama 2 and 3 and their kin. load_pretrained_model(..., moe_config=False) joins it "
+            "dense."
         )
 
 
@@ -275,15 +279,15 @@ def _is_convex(config: LlamaMoeConfig) -> bool:
     return sums_to_one and not config.meta_expert
 
 
-def _upcycled_tensors(
+def upcycled_tensors(
     reader: CheckpointReader,
     config: LlamaMoeConfig,
     *,
     dtype: torch.dtype | None,
-    seed: int,
-    noise: float,
-    keep_function: bool,
-    router: RouterSource | None,
+    seed: int = 0,
+    noise: float = 0.0,
+    keep_function: bool = True,
+    router: RouterSource | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the mixture, one dense tensor in memory at a time."""
     if noise < 0:
@@ -297,7 +301,7 @@ def _upcycled_tensors(
     noise_generator = torch.Generator().manual_seed(seed + 1)
     shared_router = None if router is None else read_router(router, config)
     num_copied = 0
-    for name in sorted(causal_lm_shapes(reader.config())):
+    for name in tqdm(sorted(causal_lm_shapes(reader.config())), desc="Upcycling weights"):
         prefix, _, suffix = name.partition(".mlp.")
         if not suffix or not config.is_sparse(int(prefix.rpartition(".")[2])):
             yield name, reader.read(name, dtype)

@@ -1,0 +1,78 @@
+"""Which patch tokens a projector has learned to read: `TowerIdentity`, `tower_identity`, `weights_fingerprint`."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerIdentity:
+    """Which patch tokens: the tower, its weights, the layer that is read, and their width and number."""
+
+    encoder: str | None = None  # model_type of the tower's config
+    tower: str | None = None  # repo id, or a local folder's own name
+    revision: str | None = None
+    weights: str | None = None  # see `weights_fingerprint`
+    select_layer: int | list[int] | None = None
+    hidden_size: int | None = None
+    num_patches: int | None = None
+
+    def __str__(self) -> str:
+        name = self.tower or "a tower without name"
+        name += f"@{self.revision[:7]}" if self.revision else ""
+        facts = {
+            "encoder": self.encoder,
+            "layer": self.select_layer,
+            "tokens": self.num_patches,
+            "width": self.hidden_size,
+            "weights": self.weights and self.weights[:12],
+        }
+        return f"{name} ({', '.join(f'{key} {value}' for key, value in facts.items() if value is not None)})"
+
+    def differs_from(self, other: "TowerIdentity") -> list[str]:
+        """The fields that are known on both sides and differ; where both weights are known, names do not count."""
+        mine, theirs = asdict(self), asdict(other)
+        names = ["encoder", "select_layer", "hidden_size", "num_patches"]
+        names += ["weights"] if self.weights and other.weights else ["tower", "revision"]
+        if "tower" in names and self.tower and other.tower:
+            # A folder's own name stands for the repo id that ends with it.
+            mine["tower"], theirs["tower"] = (name.rsplit("/", 1)[-1].lower() for name in (self.tower, other.tower))
+        known = [name for name in names if mine[name] is not None and theirs[name] is not None]
+        return [name for name in known if mine[name] != theirs[name]]
+
+
+def tower_identity(config: PreTrainedConfig, state_dict: Mapping[str, Tensor] | None = None) -> TowerIdentity:
+    """The identity of a vision tower by its config and, where given, by its weights."""
+    tower: Any = config
+    return TowerIdentity(
+        encoder=tower.model_type,
+        tower=tower.tower,
+        revision=tower.revision,
+        weights=weights_fingerprint(state_dict) if state_dict else None,
+        select_layer=tower.select_layer,
+        hidden_size=tower.hidden_size,
+        num_patches=tower.num_patches,
+    )
+
+
+def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 over names, shapes and the first and last 64 values of each tensor.
+
+    Few values, so that weights which are mapped to a file are not read for it. They are rounded to bfloat16, so that
+    a tower has one fingerprint in float32 and bfloat16; float16 rounds otherwise, and there, as for weights that are
+    offloaded, it is None: unknown.
+    """
+    if any(value.dtype == torch.float16 or value.is_meta for value in state_dict.values()):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        values = state_dict[name].detach().reshape(-1)
+        sample = torch.cat([values[:64], values[-64:]]).to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(state_dict[name].shape)}\n".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
