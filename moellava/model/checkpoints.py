@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from moellava.encoders.weights import first_five
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_llava
@@ -59,7 +61,14 @@ def open_saved(
 
 def load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForConditionalGeneration:
     """`from_pretrained`, but strict: transformers only logs missing tensors, and leaves some of them uninitialised."""
-    loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    try:
+        loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(path, output_loading_info=True, **options)
+    except SafetensorError as error:  # it does not say which file
+        broken = [file.name for file in sorted(Path(path or "").glob("*.safetensors")) if not _is_readable(file)]
+        raise OSError(
+            f"A weights file of {name!r} cannot be read; is it complete? {', '.join(broken)} ({error}). Copy or save "
+            "it again."
+        ) from error
     model, info = loaded
     problems = {
         kind: sorted(map(str, info[kind]))
@@ -70,3 +79,11 @@ def load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForCond
         listed = "; ".join(f"{kind.replace('_', ' ')}: {first_five(keys)}" for kind, keys in problems.items())
         raise ValueError(f"The weights of {name!r} do not fit its configuration. {listed}.")
     return model
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        with safe_open(file, framework="pt"):
+            return True
+    except SafetensorError:
+        return False

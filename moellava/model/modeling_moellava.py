@@ -54,7 +54,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         model, info = loaded
         if missing := sorted(map(str, info["missing_keys"])):
             raise ValueError(
-                f"The weights of {args[0] if args else None!r} do not fit its configuration. "
+                f"The weights of {(args and args[0]) or 'the state dict'!r} do not fit its configuration. "
                 f"missing keys: {first_five(missing)}. Save or download the checkpoint again."
             )
         return (model, info) if output_loading_info else model

@@ -104,10 +104,16 @@ class Common(_mixin()):
     # Towers give patch tokens of the selected layers, and blocks behind them do not run.
     test_get_image_features_attentions = _skip
     test_get_image_features_hidden_states = _skip
+    # They load a checkpoint that lacks weights, which is an error here.
+    test_base_model_prefix_loads_base_weights = _skip
+    test_correct_missing_keys = _skip
+    test_model_weights_reload_no_missing_tied_weights = _skip
 
 
 class TestMixture(Common, unittest.TestCase):
     text_config = LlamaMoeConfig(**TEXT, router_bias=True, meta_expert=True)
+
+    test_training_gradient_checkpointing_use_reentrant_true = Common._skip  # refused: it loses the router's losses
 
 
 class TestDense(Common, unittest.TestCase):
