@@ -41,6 +41,29 @@ VICUNA_V1 = _CONTENT + (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
+# ChatML, the format of SmolLM2 and many others; without their default system turns.
+CHATML = _CONTENT + (
+    "{%- for message in messages -%}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ text_of(message['content']) + '<|im_end|>' }}{%- endgeneration -%}"
+    "{%- else -%}{{ text_of(message['content']) + '<|im_end|>' }}{%- endif -%}"
+    "{{ '\n' }}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+# LLaVA's first stage: the image, its caption, a newline; the words of the request are left out.
+PLAIN = _CONTENT + (
+    "{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{ text_of(message['content']) + '\n' }}{%- endgeneration -%}"
+    "{%- elif message['content'] is not string -%}"
+    "{%- for item in message['content'] if item['type'] == 'image' -%}{{ '<image>' }}{%- endfor -%}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+)
+
 # Flattens the messages, then hands them to the language model's own template; it has no marks for training.
 _FLATTEN = _CONTENT + (
     "{%- set flat = namespace(messages=[]) -%}"
@@ -50,7 +73,7 @@ _FLATTEN = _CONTENT + (
     "{%- set messages = flat.messages -%}"
 )
 
-TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1}
+TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "chatml": CHATML, "plain": PLAIN}
 
 _SAMPLE = [
     {"role": "system", "content": "s"},
@@ -58,6 +81,7 @@ _SAMPLE = [
     {"role": "assistant", "content": "a"},
     {"role": "user", "content": "r"},
 ]
+_SAMPLES = (_SAMPLE, _SAMPLE[1:])  # many templates write a system turn of their own where none is given
 
 
 def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -77,12 +101,12 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _renders_alike(tokenizer: PreTrainedTokenizerBase, own: str, template: str) -> bool:
-    def render(text: str) -> str | None:
+    def render(text: str, sample: list[dict[str, str]]) -> str | None:
         try:
             return str(
-                tokenizer.apply_chat_template(_SAMPLE, chat_template=text, tokenize=False, add_generation_prompt=True)
+                tokenizer.apply_chat_template(sample, chat_template=text, tokenize=False, add_generation_prompt=True)
             )
         except jinja2.TemplateError:  # a template may refuse a system turn
             return None
 
-    return render(own) == render(template)
+    return all(render(own, sample) == render(template, sample) for sample in _SAMPLES)

@@ -45,3 +45,16 @@ def test_another_models_template_is_kept_and_takes_images(tokenizer, monkeypatch
     monkeypatch.setattr(tokenizer, "chat_template", chatml)
     text = render(tokenizer, multimodal_chat_template(tokenizer))
     assert text == "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA CT.<|im_end|>\n"
+
+
+def test_chatml_gets_the_marks_that_training_needs(tokenizer, monkeypatch):
+    chatml = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", chatml)
+    assert multimodal_chat_template(tokenizer) == TEMPLATES["chatml"]
+    # One that writes a system turn of its own is another format.
+    with_system = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nHi<|im_end|>\n' }}{% endif %}"
+    monkeypatch.setattr(tokenizer, "chat_template", with_system + chatml)
+    assert multimodal_chat_template(tokenizer).endswith(chatml)
