@@ -1,0 +1,19 @@
+"""Datasets in, rows and batches out."""
+
+from moellava.data.formats import FORMATS, Context, Format
+from moellava.data.readers import BadRow, Rows, read_rows, register_reader
+from moellava.data.rows import IMAGE_TOKEN, Row, RowError, Turn
+
+__all__ = [
+    "FORMATS",
+    "IMAGE_TOKEN",
+    "BadRow",
+    "Context",
+    "Format",
+    "Row",
+    "RowError",
+    "Rows",
+    "Turn",
+    "read_rows",
+    "register_reader",
+]

@@ -1,0 +1,165 @@
+"""A JSON list or a JSON-lines file as a sequence of records that are read when asked for.
+
+Opening scans the file once and keeps eight bytes per record, however large the file is. The parser is the standard
+library's; `datasets` reads a JSON list whole and refuses fields of mixed types, such as LLaVA's `image`, which is a
+string in one row and a list in the next.
+"""
+
+import codecs
+import json
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from moellava.data.rows import RowError
+
+_CHUNK = 1 << 20  # bytes per read
+_LONGEST = 1 << 26  # characters of one record; a broken quote must not pull the whole file into memory
+_SPACE = re.compile(r"[ \t\r\n]*")
+_DECODE = json.JSONDecoder().raw_decode
+
+
+class JsonRecords(Sequence[Any]):
+    """The records of a file, by number; each access reads its own bytes, so that workers may share the object.
+
+    Raises:
+        ValueError: the file is neither a JSON list nor JSON lines; the place is named.
+        RowError: on access, a line that is no JSON.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        with self.path.open("rb") as file:
+            start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(start)
+            self.is_list = file.read(4096).lstrip()[:1] == b"["
+            file.seek(start)
+            spans = _list_spans(file, self.path) if self.is_list else _line_spans(file)
+            self._ends = array("q")
+            self._starts = array("q")
+            for begin, end in spans:
+                self._starts.append(begin)
+                self._ends.append(end)
+        if not self._starts:
+            raise ValueError(f"{self.path} holds no rows.")
+        if not self.is_list and len(self._starts) > 1:
+            self._refuse_a_spread_object()
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        with self.path.open("rb") as file:
+            file.seek(self._starts[index])
+            record = _parsed(file.read(self._ends[index] - self._starts[index]))
+        if isinstance(record, RowError):
+            raise record
+        return record
+
+    def scan(self) -> Iterator[Any]:
+        """Every record in order; for a line that is no JSON, its `RowError`."""
+        with self.path.open("rb") as file:
+            for start, end in zip(self._starts, self._ends, strict=True):
+                file.seek(start)
+                yield _parsed(file.read(end - start))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The keys of the first record that has any."""
+        return tuple(next((record for record in self.scan() if isinstance(record, dict)), {}))
+
+    def _refuse_a_spread_object(self) -> None:
+        """One object over many lines would else read as many broken rows."""
+        if isinstance(next(self.scan()), RowError):
+            raise ValueError(
+                f"{self.path} is neither a JSON list of rows nor JSON lines: its first line is no JSON object. "
+                "If the rows stand under a key of one large object, write that list to a file of its own."
+            )
+
+
+def _parsed(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError as error:
+        return RowError(f"it is no JSON: {error}")
+
+
+def _line_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
+    start = file.tell()
+    for line in file:
+        if line.strip():
+            yield start, start + len(line)
+        start += len(line)
+
+
+def _list_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
+    """Where each element of a JSON list begins and ends, in bytes."""
+    window = _Window(file)
+    count = 0
+    try:
+        window.take("[")
+        while window.peek() != "]":
+            if count:
+                window.take(",")
+                window.peek()
+            yield window.skip_value()
+            count += 1
+    except (ValueError, EOFError) as error:
+        raise ValueError(
+            f"{path} is broken JSON at byte {window.place}, after {count} complete rows: {error}"
+        ) from error
+
+
+class _Window:
+    """A moving window of decoded text over a file that knows its place in bytes."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.place = file.tell()  # in the file, in bytes, of the cursor
+        self._text, self._at = "", 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+
+    def peek(self) -> str:
+        """The next character that is no space; the cursor is put on it."""
+        while True:
+            match = _SPACE.match(self._text, self._at)
+            assert match is not None  # matches nothing at least
+            self._advance(match.end())
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._read():
+                raise EOFError("the file ends in the middle")
+
+    def take(self, character: str) -> None:
+        if self.peek() != character:
+            raise ValueError(f"expected {character!r}, found {self._text[self._at]!r}")
+        self._advance(self._at + 1)
+
+    def skip_value(self) -> tuple[int, int]:
+        start = self.place
+        while True:
+            try:
+                _, end = _DECODE(self._text, self._at)
+            except json.JSONDecodeError as error:
+                if len(self._text) - self._at > _LONGEST or not self._read():  # cut off by the window, or broken
+                    raise ValueError(error.msg) from error
+                continue
+            if end == len(self._text) and self._read():  # a number may go on
+                continue
+            self._advance(end)
+            return start, self.place
+
+    def _advance(self, at: int) -> None:
+        self.place += len(self._text[self._at : at].encode())
+        self._at = at
+
+    def _read(self) -> bool:
+        chunk = self.file.read(max(_CHUNK, len(self._text) - self._at))  # doubled, so that retries stay linear
+        self._text, self._at = self._text[self._at :] + self._decoder.decode(chunk), 0
+        return bool(chunk)

@@ -1,0 +1,126 @@
+"""One row of any dataset: `Row` with its images and `Turn`s, and `RowError` for a row that is none."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+IMAGE_TOKEN = "<image>"
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side says; `<image>` may stand anywhere in a user's text and keeps its place."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A conversation about images, whatever dataset it came from.
+
+    Args:
+        id: the source's own, or the row's number.
+        images: in the order of their `<image>` marks; each one anything that `moellava.data.images.load_image`
+            reads: a path, encoded bytes, an array, a PIL image. They are not decoded yet.
+        turns: user and assistant in turns, after an optional system turn.
+        answer_type: "OPEN" or "CLOSED" where the source says so (in any spelling), another word as the source
+            has it, None where the source has none.
+        source: the name of the format, such as "slake".
+        split: such as "train", where it is known.
+        choices: the options of a multiple-choice question, without their letters.
+        extra: every other field of the source, unchanged.
+    """
+
+    id: str
+    images: tuple[Any, ...]
+    turns: tuple[Turn, ...]
+    answer_type: str | None = None
+    source: str = ""
+    split: str | None = None
+    choices: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def question(self) -> str:
+        """The first user turn without its image marks."""
+        text = next((turn.text for turn in self.turns if turn.role == "user"), "")
+        return text.replace(IMAGE_TOKEN, "").strip()
+
+    @property
+    def answer(self) -> str | None:
+        """The first assistant turn; None where the row only asks."""
+        return next((turn.text for turn in self.turns if turn.role == "assistant"), None)
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The row as messages of a chat template, each image at the place of its mark.
+
+        The templates write a newline behind each image, so the newline behind a mark is not written twice.
+        """
+        images = iter(self.images)
+        return [{"role": turn.role, "content": _content(turn.text, images)} for turn in self.turns]
+
+
+class RowError(ValueError):
+    """A row that cannot be used: where it stands and what is wrong with it.
+
+    Attributes:
+        kind: "malformed", "empty turn" or "placeholder mismatch".
+        reason: what was found and what was expected, without the place.
+    """
+
+    def __init__(self, reason: str, *, kind: str = "malformed", place: str = ""):
+        super().__init__(f"{place}: {reason}" if place else reason)
+        self.kind, self.reason = kind, reason
+
+    def at(self, source: str | Path, index: int, row_id: str | None) -> "RowError":
+        """The same error with its place: file, number (from 0) and id of the row."""
+        named = f" (id {row_id!r})" if row_id is not None else ""
+        return RowError(self.reason, kind=self.kind, place=f"{source}, row {index}{named}")
+
+
+def checked(row: Row) -> Row:
+    """The row itself, if it can be used.
+
+    Raises:
+        RowError: a blank turn, turns out of order, or another number of `<image>` marks than of images.
+    """
+    spoken = [turn for turn in row.turns if turn.role != "system"]
+    if not spoken:
+        raise RowError("it has no turns; expected a user turn at least")
+    for number, turn in enumerate(row.turns):
+        if not turn.text.strip():  # an image alone may be a turn
+            raise RowError(f"turn {number} ({turn.role}) is empty", kind="empty turn")
+        if turn.role != "user" and IMAGE_TOKEN in turn.text:
+            raise RowError(
+                f"turn {number} ({turn.role}) has {IMAGE_TOKEN}; only user turns may", kind="placeholder mismatch"
+            )
+        if turn.role == "system" and number:
+            raise RowError(f"turn {number} is a system turn; only the first may be")
+    for number, turn in enumerate(spoken):
+        expected = ("user", "assistant")[number % 2]
+        if turn.role != expected:
+            raise RowError(f"user and assistant must take turns, but {turn.role} comes where {expected} should")
+    num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in row.turns)
+    if num_marks != len(row.images):
+        raise RowError(
+            f"{num_marks} {IMAGE_TOKEN} marks for {len(row.images)} images; expected as many marks as images",
+            kind="placeholder mismatch",
+        )
+    return row
+
+
+def _content(text: str, images: Any) -> str | list[dict[str, Any]]:
+    if IMAGE_TOKEN not in text:
+        return text
+    items: list[dict[str, Any]] = []
+    for part in re.split(f"({re.escape(IMAGE_TOKEN)}\n?)", text):
+        if part.startswith(IMAGE_TOKEN):
+            items.append({"type": "image", "image": next(images)})
+        elif part:
+            items.append({"type": "text", "text": part})
+    return items
