@@ -3,6 +3,8 @@
 Public name: `upcycle_loaded`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from typing import Any
 

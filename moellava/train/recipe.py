@@ -37,7 +37,7 @@ class DataOptions:
     packing: bool = False  # rows of a batch behind each other instead of padded
     group_by_length: bool = True
     num_workers: int = 4  # processes that open images and tokenize
-    cache_features: bool = False  # encode each image once; only where the tower is frozen
+    features: str | None = None  # file that keeps what the frozen tower makes of each image, so that it runs once
 
 
 @dataclass(frozen=True, kw_only=True)
