@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 from moellava.cli import data, encoders
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
+from moellava.cli.train import train
 from moellava.cli.verify import verify
 
 
@@ -18,7 +19,7 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, FloatingPointError) as error:
             typer.echo(f"moellava: error: {error}", err=True)
             raise typer.Exit(1) from error
 
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
 app.command(short_help="Answer questions about images with a saved model.")(ask)
+app.command(short_help="Train one stage by a recipe.")(train)
 app.command(short_help="Check that a tower and a language model are here and work.")(verify)
 app.command()(encoders.encode)
 app.command()(encoders.classify)

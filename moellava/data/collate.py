@@ -1,50 +1,163 @@
-"""Chat rows → one padded training batch whose labels are the assistant's turns."""
+"""Chat rows → one training batch whose labels are the assistant's turns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers import DataCollatorWithFlattening
 
+from moellava.data.chat_labels import ChatTokens, tokenize_chat
+from moellava.encoders.images import to_pil
+from moellava.messages import unknown_name
+from moellava.model.chat_templates import TEMPLATES
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 IGNORE_INDEX = -100  # what the loss leaves out
+LONG_ROWS = ("error", "truncate")
 
 
 class ChatCollator:
-    """Collates rows `{"messages": [...]}` for training.
+    """Collates rows for training.
 
+    A row is a mapping with `messages`, or has a method `messages()` and an `id`, as `moellava.data.Row` does.
     Messages are those of chat templates: `role` and `content`, where the content is a string or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image", "image": <PIL image or path>}`. Labels come from
-    the token spans that the template itself marks as the assistant's, never from comparing strings.
+    `{"type": "text", "text": ...}` and `{"type": "image", "image": <PIL image, path, array or bytes>}`. Labels come
+    from the token spans that the template itself marks as the assistant's, never from comparing strings.
+
+    Args:
+        processor: of the model.
+        chat_template: a name of `moellava.model.chat_templates.TEMPLATES`, such as `plain`, or a template's text;
+            None is the processor's own.
+        max_length: most tokens of a row, image placeholders included; None is no limit.
+        long_rows: what becomes of longer rows. `error` names the row; `truncate` cuts its end, and is an error only
+            where that would cut an image's placeholders or leave nothing to learn.
+        packing: lay the rows of a batch one behind the other, without padding. Positions begin anew at each, from
+            which transformers' attention knows that no row may look at another.
+        patch_tokens: gives an image's patch tokens (N, D), in place of opening it and encoding its pixels.
+        load_image: opens what an image item holds.
+        return_row_ids: also give `row_ids`, a list that no model takes.
     """
 
-    def __init__(self, processor: MoeLlavaProcessor):
+    def __init__(
+        self,
+        processor: MoeLlavaProcessor,
+        *,
+        chat_template: str | None = None,
+        max_length: int | None = None,
+        long_rows: str = "error",
+        packing: bool = False,
+        patch_tokens: Callable[[Any], Tensor] | None = None,
+        load_image: Callable[[Any], Image.Image] = to_pil,
+        return_row_ids: bool = False,
+    ):
+        if long_rows not in LONG_ROWS:
+            raise unknown_name("long_rows", long_rows, LONG_ROWS)
         self.processor = processor
+        self.chat_template = resolve_chat_template(processor, chat_template)
+        self.max_length = max_length
+        self.long_rows = long_rows
+        self.packing = packing
+        self.patch_tokens = patch_tokens
+        self.load_image = load_image
+        self.return_row_ids = return_row_ids
 
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Collate.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, T), padded on the right, labels -100 outside the
-            assistant's turns; `pixel_values` (I, 3, H, W) where there are images.
+            `input_ids` and `labels` (B, T), labels -100 outside the assistant's turns; `attention_mask` (B, T), with
+            padding on the right, or with packing `position_ids` (1, T) and `use_cache=False` instead; where there
+            are images, `pixel_values` (I, 3, H, W) or `patch_tokens` (I, N, D).
 
         Raises:
-            ValueError: if a row has no supervised token; its `id`, or its place in the batch, is named.
+            ValueError: if a row has no supervised token, is too long, or has an image that cannot be opened; its
+                `id`, or its place in the batch, is named.
         """
-        batch: Any = self.processor.apply_chat_template(
-            [row["messages"] for row in rows],
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "right"},
-        )
-        is_answer = torch.as_tensor(batch.pop("assistant_masks")).bool()
+        features, images, ids = [], [], []
         for index, row in enumerate(rows):
-            if not is_answer[index].any():
-                raise ValueError(
-                    f"Row {row.get('id', index)!r} has no assistant turn to learn from. "
-                    "Give it an answer, or leave it out."
-                )
-        return {**batch, "labels": batch["input_ids"].masked_fill(~is_answer, IGNORE_INDEX)}
+            messages, row_id = messages_of(row), id_of(row, index)
+            try:
+                tokens = tokenize_chat(messages, self.processor, self.chat_template)
+                images += [self._open(item["image"]) for item in image_items(messages)]
+            except (OSError, ValueError) as error:
+                raise ValueError(f"Row {row_id!r}: {error}") from error
+            features.append(self._label(tokens, row_id))
+            ids.append(row_id)
+        batch: dict[str, Any] = self._pack(features) if self.packing else self._pad(features)
+        if images and self.patch_tokens is not None:
+            batch["patch_tokens"] = torch.stack(images)
+        elif images:
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        return {**batch, "row_ids": ids} if self.return_row_ids else batch
+
+    def _open(self, image: Any) -> Any:
+        return self.load_image(image) if self.patch_tokens is None else self.patch_tokens(image)
+
+    def _label(self, tokens: ChatTokens, row_id: Any) -> dict[str, list[int]]:
+        input_ids, is_answer = tokens
+        if not any(is_answer):
+            raise ValueError(f"Row {row_id!r} has no assistant turn to learn from. Give it an answer, or leave it out.")
+        if self.max_length is not None and len(input_ids) > self.max_length:
+            length = f"Row {row_id!r} has {len(input_ids)} tokens, but max_length is {self.max_length}"
+            if self.long_rows == "error":
+                raise ValueError(f"{length}. Shorten it, raise max_length, or set long_rows=truncate.")
+            cuts_image = self.processor.image_token_id in input_ids[self.max_length :]
+            if cuts_image or not any(is_answer[: self.max_length]):
+                lost = "an image" if cuts_image else "the whole answer"
+                raise ValueError(f"{length}, which would cut off {lost}. Shorten it, or raise max_length.")
+            input_ids, is_answer = input_ids[: self.max_length], is_answer[: self.max_length]
+        labels = [token if answered else IGNORE_INDEX for token, answered in zip(input_ids, is_answer, strict=True)]
+        return {"input_ids": input_ids, "labels": labels}
+
+    def _pad(self, features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
+        length = max(len(feature["input_ids"]) for feature in features)
+        batch = {
+            key: torch.tensor([feature[key] + [value] * (length - len(feature[key])) for feature in features])
+            for key, value in padding.items()
+        }
+        # By length, never by id: TinyLlama pads with </s>, which also ends each answer.
+        lengths = torch.tensor([len(feature["input_ids"]) for feature in features])
+        return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
+
+    def _pack(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
+        packed: dict[str, Any] = DataCollatorWithFlattening()(features, return_tensors="pt")
+        return {**packed, "use_cache": False}  # with a cache, transformers would not look for the rows' beginnings
+
+
+def resolve_chat_template(processor: MoeLlavaProcessor, chat_template: str | None) -> str:
+    """The text of a template: the processor's own for None, one of ours by its name, or the text itself.
+
+    Raises:
+        ValueError: for a name that no template has.
+    """
+    if chat_template is None:
+        return processor.chat_template
+    if chat_template in TEMPLATES:
+        return TEMPLATES[chat_template]
+    if "{" not in chat_template:
+        raise unknown_name("chat template", chat_template, TEMPLATES)
+    return chat_template
+
+
+def messages_of(row: Any) -> Sequence[Mapping[str, Any]]:
+    """The chat messages of a row, in either form that `ChatCollator` takes."""
+    return row["messages"] if isinstance(row, Mapping) else row.messages()
+
+
+def id_of(row: Any, index: int) -> Any:
+    """A row's id; its place where it has none."""
+    return row.get("id", index) if isinstance(row, Mapping) else row.id
+
+
+def image_items(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The image items of a conversation, in order."""
+    return [
+        item
+        for message in messages
+        if not isinstance(message["content"], str)
+        for item in message["content"]
+        if item["type"] == "image"
+    ]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class _NoInitOnMeta(TorchFunctionMode):
-    """Leaves out in-place operations on tensors without storage: timm's initialisation is most of a tower's building."""
+    """Leaves out in-place operations on tensors without storage: most of a tower's building is initialisation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")

@@ -3,13 +3,15 @@
 `encode_images` (images to one tensor), `encode_files` (images to a safetensors file, resumable after a kill).
 """
 
+import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from moellava.encoders.images import as_image_list, map_in_threads
@@ -37,10 +39,10 @@ def encode_batches(
     *,
     batch_size: int,
     progress: bool = False,
-    view: Mapping[str, Any] | None = None,
+    load_image: Callable[[Any], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
     """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
-    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size, view=view)
+    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size, load_image=load_image)
     if progress:
         from tqdm.auto import tqdm
 
@@ -52,18 +54,19 @@ def encode_batches(
 
 
 def pixel_batches(
-    encoder: "VisionEncoder", images: Sequence[Any], *, batch_size: int, view: Mapping[str, Any] | None = None
+    encoder: "VisionEncoder",
+    images: Sequence[Any],
+    *,
+    batch_size: int,
+    load_image: Callable[[Any], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
-    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer.
-
-    `view` holds options of `moellava.images.View`, such as `window`.
-    """
+    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
     def pixels(batch: Sequence[Any]) -> Tensor:
         # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
-        ready = map_in_threads(lambda image: to_eight_bit(to_pil(image, **(view or {}))), batch)
+        ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
         return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
 
     with ThreadPoolExecutor(1) as worker:
@@ -79,19 +82,22 @@ def pixel_batches(
 
 def encode_files(
     encoder: "VisionEncoder",
-    paths: Sequence[Path],
+    paths: Sequence[Any],
     names: Sequence[str],
     out: Path,
     *,
     batch_size: int = 16,
     progress: bool = False,
+    dtype: torch.dtype | None = None,
+    load_image: Callable[[Any], Image.Image] = to_pil,
     view: Mapping[str, Any] | None = None,
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
     Work in progress lies in `<out>.partial`, which a later call with the same images and tower continues.
-    Names, the tower and the `view` (see `pixel_batches`) stand in the file's metadata. Memory is that of a batch,
-    however many images.
+    Names, the tower and the `view`, options of `moellava.images.View` such as `window`, stand in the file's metadata.
+    Memory is that of a batch, however many images. `paths` may hold whatever `load_image` takes. `dtype` is what is
+    stored; None is the encoder's.
 
     Returns:
         How many images an earlier, interrupted call had done.
@@ -104,15 +110,17 @@ def encode_files(
     if not paths:
         raise ValueError("There are no images to encode.")
     partial, journal = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.done")
-    header, num_bytes = _header(encoder, names, view or {})
+    dtype = dtype or encoder.dtype
+    header, num_bytes = _header(encoder, names, dtype, view or {})
     done = _prepare(partial, journal, header, num_bytes * len(paths))
     if done < len(paths):
-        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress, view=view)
+        load = functools.partial(load_image, **(view or {}))
+        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load)
         with partial.open("r+b") as file:
             file.seek(len(header) + done * num_bytes)
             count = done
             for tokens in batches:
-                file.write(tokens.contiguous().cpu().view(torch.uint8).numpy().data)
+                file.write(tokens.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
                 file.flush()
                 count += len(tokens)
                 journal.write_text(str(count))  # after the data: a kill in between only repeats a batch
@@ -121,17 +129,19 @@ def encode_files(
     return done
 
 
-def _header(encoder: "VisionEncoder", names: Sequence[str], view: Mapping[str, Any]) -> tuple[bytes, int]:
+def _header(
+    encoder: "VisionEncoder", names: Sequence[str], dtype: torch.dtype, view: Mapping[str, Any]
+) -> tuple[bytes, int]:
     """safetensors' header for all images, and the bytes of one image; rows can then be appended in order."""
     config = encoder.config
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
-    num_bytes = encoder.num_patches * encoder.hidden_size * encoder.dtype.itemsize
+    num_bytes = encoder.num_patches * encoder.hidden_size * dtype.itemsize
     settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
     metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {"names": json.dumps(list(names))}
     metadata["synthesized"] = json.dumps(encoder.synthesized)
     if chosen := {name: value for name, value in view.items() if value is not None}:
         metadata["view"] = json.dumps(chosen)
-    tensor = {"dtype": _DTYPES[encoder.dtype], "shape": shape, "data_offsets": [0, num_bytes * len(names)]}
+    tensor = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [0, num_bytes * len(names)]}
     text = json.dumps({"__metadata__": metadata, "patch_tokens": tensor}).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, num_bytes

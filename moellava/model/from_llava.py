@@ -69,7 +69,7 @@ def read_llava(
     encoder = _clip_encoder(origin, llava, processor.image_processor)
 
     text_config = llava_config.text_config
-    reader = _LanguageModelOf(name, llava)
+    reader = LanguageModelOf(name, llava)
     if moe_config is False:
         tensors = {key: reader.read(key, dtype) for key in causal_lm_shapes(text_config)}
     else:
@@ -220,8 +220,8 @@ def _clip_encoder(origin: Origin, llava: Any, image_processor: Any) -> VisionEnc
         return ClipEncoder(config)
 
 
-class _LanguageModelOf(CheckpointReader):
-    """The Llama inside a loaded LLaVA, read like a checkpoint of its own."""
+class LanguageModelOf(CheckpointReader):
+    """The Llama inside a loaded multimodal model, a LLaVA or ours, read like a checkpoint of its own."""
 
     def __init__(self, source: str, llava: Any) -> None:
         self.source = source

@@ -109,7 +109,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with the image
             embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
         """
-        patch_tokens = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
+        return self._project(self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens)
+
+    def _project(self, patch_tokens: Tensor) -> BaseModelOutputWithPooling:
         image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
         return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
 
@@ -124,15 +126,19 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalMoeBaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_outputs: Any = (mm_encoder_outputs or {}).get("image")
-        if image_outputs is not None and pixel_values is not None:
-            raise ValueError("Give pixel_values or mm_encoder_outputs['image'], not both.")
+        if sum(given is not None for given in (image_outputs, pixel_values, patch_tokens)) > 1:
+            raise ValueError("Give one of pixel_values, patch_tokens and mm_encoder_outputs['image'].")
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
+        if patch_tokens is not None:
+            projector_dtype = next(self.multi_modal_projector.parameters(), patch_tokens).dtype
+            image_outputs = self._project(patch_tokens.to(projector_dtype))
 
         if input_ids is not None and image_outputs is not None:
             self._check_ids(input_ids)
@@ -228,6 +234,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             input_ids: (B, T); each image stands as `config.num_image_tokens` ids `config.image_token_id`.
             pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
             labels: (B, T); -100 where no loss is wanted.
+            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower gave them before;
+                passed on to the model, like all further keywords.
             output_router_logits: also return `router_logits` and `aux_loss`; default: what the text config
                 says. In training with `labels`, the router's losses are part of `loss` either way.
 

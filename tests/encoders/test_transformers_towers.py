@@ -1,4 +1,4 @@
-"""ClipEncoder, SiglipEncoder, Siglip2Encoder, Dinov2Encoder against transformers' hidden states, on the same weights."""
+"""CLIP, SigLIP, SigLIP 2 and DINOv2 encoders against transformers' hidden states, on the same weights."""
 
 import logging
 

@@ -1,0 +1,115 @@
+"""One conversation → its token ids, and which of them are the assistant's.
+
+Public names: `ChatTokens`, `tokenize_chat`, `num_chat_tokens`.
+"""
+
+import re
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from moellava.model.processing_moellava import MoeLlavaProcessor
+
+Messages = Sequence[Mapping[str, Any]]
+
+_MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+class ChatTokens(NamedTuple):
+    """Both lists have one entry per token, each image standing as all of its placeholders."""
+
+    input_ids: list[int]
+    is_answer: list[bool]
+
+
+def tokenize_chat(messages: Messages, processor: MoeLlavaProcessor, chat_template: str) -> ChatTokens:
+    """Token ids as the model is asked with, and the tokens that it has to learn: the assistant's turns.
+
+    Where the template has `{% generation %}` marks, those say what the assistant's is. Any other template is rendered
+    turn by turn: what a turn adds to the prompt that asks for it is the answer, with its end-of-turn token and
+    without the white space behind that.
+
+    Raises:
+        ValueError: if the template cannot be read turn by turn, or the text holds another number of `<image>` than
+            the messages hold images.
+    """
+    tokenizer = processor.tokenizer
+    text, spans = _render(messages, processor, chat_template)
+    # transformers' processor does the same: one <s> in front, unless the template writes it.
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
+    input_ids: list[int] = []
+    is_answer: list[bool] = []
+    starts = [start for start, _ in spans]
+    num_found = 0
+    for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        place = bisect_left(starts, end) - 1  # the last span that begins before the token's end
+        answered = start < end and place >= 0 and start < spans[place][1]
+        is_image = token == processor.image_token_id
+        repeat = processor.num_image_tokens if is_image else 1
+        num_found += is_image
+        input_ids += [token] * repeat
+        is_answer += [answered and not is_image] * repeat
+    num_images = sum(item["type"] == "image" for message in messages for item in _items(message))
+    if num_found != num_images:
+        raise ValueError(
+            f"the text holds {num_found} {processor.image_token}, but the messages hold {num_images} images. Put one "
+            "image item for each, and do not write the placeholder in the text."
+        )
+    return ChatTokens(input_ids, is_answer)
+
+
+def num_chat_tokens(conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str) -> list[int]:
+    """How many tokens `tokenize_chat` gives for each conversation; no image is opened."""
+    tokenizer = processor.tokenizer
+    lengths: list[int] = []
+    for start in range(0, len(conversations), 1000):  # one call for many, so that the tokenizer can use its threads
+        texts, _ = _render_jinja(conversations[start : start + 1000], processor, chat_template)
+        has_bos = tokenizer.bos_token is not None and bool(texts) and texts[0].startswith(tokenizer.bos_token)
+        for ids in tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]:
+            num_images = ids.count(processor.image_token_id)
+            lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))
+    return lengths
+
+
+def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and the assistant's (start, end) in it, in characters."""
+    if _MARKS.search(chat_template):
+        texts, spans = _render_jinja([messages], processor, chat_template, return_assistant_tokens_mask=True)
+        return texts[0], [tuple(span) for span in spans[0]]
+    text = _render_jinja([messages], processor, chat_template)[0][0]
+    spans = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _render_jinja([messages[:index]], processor, chat_template, add_generation_prompt=True)[0][0]
+        answered = _render_jinja([messages[: index + 1]], processor, chat_template)[0][0].rstrip()
+        if not (text.startswith(answered) and answered.startswith(asked)):
+            raise ValueError(
+                "the chat template has no {% generation %} marks and writes earlier turns in another way once later "
+                "ones follow, so that the assistant's tokens cannot be told. Add the marks to processor.chat_template."
+            )
+        spans.append((len(asked), len(answered)))
+    return text, spans
+
+
+def _render_jinja(
+    conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str, **options: Any
+) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    special_tokens = processor.tokenizer.special_tokens_map
+    # An image item may hold the picture itself, which no template needs and Jinja would copy.
+    slim = [[{**message, "content": _slim(message)} for message in messages] for messages in conversations]
+    rendered: Any = render_jinja_template(slim, chat_template=chat_template, **special_tokens, **options)
+    return rendered
+
+
+def _slim(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
+    if isinstance(message["content"], str):
+        return message["content"]
+    return [{"type": "image"} if item["type"] == "image" else dict(item) for item in message["content"]]
+
+
+def _items(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return () if isinstance(message["content"], str) else message["content"]

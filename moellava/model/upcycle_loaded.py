@@ -1,0 +1,57 @@
+"""A multimodal model with a dense language model → the same with a mixture of experts; nothing else changes.
+
+Public name: `upcycle_loaded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from moellava.model.builder_enhanced import _load_weights
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.from_llava import LanguageModelOf
+from moellava.model.language_model.router_weights import RouterSource
+from moellava.model.language_model.upcycling import _upcycled_tensors, moe_config_from_dense
+from moellava.model.loaded_model import LoadedModel
+
+
+def upcycle_loaded(
+    loaded: LoadedModel,
+    moe_config: Mapping[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    noise: float = 0.0,
+    keep_function: bool = True,
+    router: RouterSource | None = None,
+) -> LoadedModel:
+    """The mixture that a trained dense model becomes, in the same dtype.
+
+    The new model shares the other weights' memory with `loaded`, which is of no further use.
+
+    Args:
+        loaded: with a dense Llama.
+        moe_config: fields of `LlamaMoeConfig`.
+        seed, noise, keep_function, router: as in `moellava.model.language_model.upcycled_state_dict`.
+
+    Raises:
+        ValueError: if the language model is no dense Llama, or for options that no mixture could be built from.
+    """
+    dense: Any = loaded.model
+    text_config = moe_config_from_dense(dense.config.text_config, **(moe_config or {}))
+    config = MoeLlavaConfig(**{**dense.config.to_dict(), "text_config": text_config})
+    state_dict = {
+        name: tensor
+        for name, tensor in dense.state_dict().items()
+        if not name.startswith(("model.language_model.", "lm_head."))
+    }
+    reader = LanguageModelOf("the dense language model", dense)
+    for name, tensor in _upcycled_tensors(
+        reader, text_config, dtype=dense.dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
+    ):
+        state_dict[f"model.language_{name}" if name.startswith("model.") else name] = tensor
+    model = _load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
+    model.generation_config = dense.generation_config
+    model.built_from = dense.built_from
+    model.eval()
+    return LoadedModel(model, loaded.processor)

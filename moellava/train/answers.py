@@ -1,0 +1,91 @@
+"""Held-out rows → the model's answers beside the truth.
+
+Public names: `answer_rows`, `share_exact`.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moellava.data.collate import ChatCollator, id_of, image_items, messages_of
+from moellava.model.loaded_model import LoadedModel
+
+
+@torch.inference_mode()
+def answer_rows(
+    loaded: LoadedModel, rows: Sequence[Any], collator: ChatCollator, *, max_new_tokens: int, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Ask what each row asks first, greedily, in the format that it was trained in.
+
+    Returns:
+        For each row `id`, `question`, `answer` and `truth`.
+    """
+    processor = copy.copy(loaded.processor)
+    processor.chat_template = collator.chat_template
+    was_training = loaded.model.training
+    loaded.model.eval()
+    answers: list[dict[str, Any]] = []
+    for start in range(0, len(rows), batch_size):
+        asked, truths = zip(
+            *(_first_question(messages_of(row)) for row in rows[start : start + batch_size]), strict=True
+        )
+        images = [collator.load_image(item["image"]) for messages in asked for item in image_items(messages)]
+        prompts = [
+            processor.apply_chat_template(_without_pictures(messages), tokenize=False, add_generation_prompt=True)
+            for messages in asked
+        ]
+        inputs = processor(
+            text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+        ).to(loaded.model.device)
+        generated = loaded.model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, max_length=None, use_cache=True
+        )
+        texts = processor.tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for index, (messages, truth, text) in enumerate(zip(asked, truths, texts, strict=True)):
+            row = rows[start + index]
+            answers.append(
+                {
+                    "id": id_of(row, start + index),
+                    "question": _words(messages[-1]),
+                    "answer": text.strip(),
+                    "truth": truth,
+                }
+            )
+    loaded.model.train(was_training)
+    return answers
+
+
+def share_exact(answers: Sequence[dict[str, Any]]) -> float:
+    """Share of the answers that are the truth word for word; case and a final period do not count."""
+
+    def plain(text: str) -> str:
+        return text.strip(" .\n").lower()
+
+    return sum(plain(answer["answer"]) == plain(answer["truth"]) for answer in answers) / len(answers)
+
+
+def _first_question(messages: Sequence[Any]) -> tuple[list[Any], str]:
+    """The messages before the first answer, and that answer."""
+    place = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    return list(messages[:place]), _words(messages[place])
+
+
+def _words(message: Any) -> str:
+    if isinstance(message["content"], str):
+        return message["content"]
+    return "".join(item["text"] for item in message["content"] if item["type"] == "text").strip()
+
+
+def _without_pictures(messages: Sequence[Any]) -> list[Any]:
+    """Pictures stand for themselves in a prompt by their item's type; a template must not copy their pixels."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [{"type": "image"} if item["type"] == "image" else item for item in message["content"]],
+        }
+        for message in messages
+    ]

@@ -1,0 +1,62 @@
+"""Folders that are whole or not there: written beside, moved in one step, found again after a kill.
+
+Public names: `publish`, `remove`, `staging_folder`, `clear_staging`, `newest_checkpoint`, `checkpoints`.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+STAGING = ".unfinished"  # in a run's folder: what is being written or deleted
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def staging_folder(run: Path) -> Path:
+    return run / STAGING
+
+
+def clear_staging(run: Path) -> None:
+    """Delete what a killed run left half written."""
+    shutil.rmtree(staging_folder(run), ignore_errors=True)
+
+
+def publish(written: Path, target: Path) -> None:
+    """Move a finished folder to its place, after its bytes have reached the disk.
+
+    A kill before the move leaves the old state, a kill after it the new one.
+    """
+    for path in sorted(written.rglob("*")):
+        if path.is_file():
+            _to_disk(path)
+    _to_disk(written)
+    if target.exists():  # an older run's; a kill between the two moves leaves neither, never half of one
+        remove(target, written.parent)
+    os.rename(written, target)
+    _to_disk(target.parent)
+
+
+def remove(folder: Path, staging: Path) -> None:
+    """Delete a folder so that no half of it is ever seen at its place."""
+    staging.mkdir(parents=True, exist_ok=True)
+    doomed = staging / f"deleted-{folder.name}-{os.getpid()}"
+    os.rename(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first; each is whole."""
+    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,111 @@
+"""What a frozen tower makes of each image, encoded once into a file and read from there in every epoch.
+
+Public names: `FeatureFile`, `encode_rows`, `image_key`.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+from moellava.data.images import load_image
+from moellava.encoders import VisionEncoder
+from moellava.encoders.features import encode_files
+
+logger = logging.getLogger(__name__)
+
+
+def image_key(image: Any) -> str:
+    """What an image is found by again: its path, or a hash of its bytes or pixels."""
+    if isinstance(image, str | os.PathLike):
+        return os.fspath(image)
+    if isinstance(image, bytes | bytearray):
+        return "sha256:" + hashlib.sha256(image).hexdigest()
+    pixels = np.asarray(image)
+    shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
+    return "sha256:" + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+class FeatureFile:
+    """Patch tokens (N, D) by image; may be sent to the worker processes of a data loader."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self.metadata = file.metadata()
+        names = json.loads(self.metadata["names"])
+        self._row_of = {name: row for row, name in enumerate(names)}
+        self._tokens: Any = None
+
+    def __call__(self, image: Any) -> Tensor:
+        key = image_key(image)
+        if key not in self._row_of:
+            raise ValueError(f"{self.path} has no features of the image {key}. Delete the file to have it made anew.")
+        if self._tokens is None:  # opened in the process that reads
+            self._tokens = safe_open(self.path, framework="pt").get_slice("patch_tokens")
+        tokens: Tensor = self._tokens[self._row_of[key]]
+        return tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokens": None}
+
+    def require(self, encoder: VisionEncoder, keys: Iterable[str]) -> None:
+        """Raise `ValueError` unless the file is of this tower and holds all these images."""
+        for name in ("tower", "revision", "image_size", "select_layer", "select_feature"):
+            found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
+            if found != wanted:
+                raise ValueError(
+                    f"{self.path} holds features of {name}={found!r}, but the model has {wanted!r}. Delete the file to "
+                    "have it made anew, or give data.features another name."
+                )
+        missing = [key for key in keys if key not in self._row_of]
+        if missing:
+            raise ValueError(
+                f"{self.path} lacks {len(missing)} images, such as {missing[0]}. Delete the file to have it made anew."
+            )
+
+
+def encode_rows(
+    encoder: VisionEncoder, rows: Iterable[Any], path: Path, *, dtype: torch.dtype, autocast: bool, progress: bool
+) -> FeatureFile:
+    """Write the features of all images of `rows`, or check those that are there.
+
+    Args:
+        rows: of `moellava.data`.
+        path: a killed run is continued from `<path>.partial`.
+        dtype: what is stored.
+        autocast: compute in bfloat16, as training does.
+
+    Raises:
+        ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
+    """
+    images = {image_key(image): image for row in rows for image in row.images}
+    if not images:
+        raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
+    if not path.exists():
+        logger.info("%s: encoding %d images once", path, len(images))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        context = torch.autocast(encoder.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
+        with context:
+            encode_files(
+                encoder,
+                list(images.values()),
+                list(images),
+                path,
+                dtype=dtype,
+                progress=progress,
+                load_image=load_image,
+            )
+    features = FeatureFile(path)
+    features.require(encoder, images)
+    return features

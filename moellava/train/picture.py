@@ -1,0 +1,98 @@
+"""A run's log → one PNG: losses, speed, and the load of each expert.
+
+Public name: `save_picture`.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moellava.train.router_load import KINDS
+
+
+def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
+    """Draw the log history of a run; mixtures also get their experts' load, for image and text tokens.
+
+    Args:
+        log: transformers' log history, as `log.json` holds it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in log if "loss" in entry]
+    loads = [entry for entry in steps if "load" in entry]
+    figure = Figure(figsize=(12, 9 if loads else 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(3 if loads else 1, 2, squeeze=False)
+    _draw_losses(axes[0, 0], log, steps)
+    _draw_speed(axes[0, 1], steps)
+    for column, kind in enumerate(KINDS if loads else ()):
+        shares = np.array([entry["load"][kind] for entry in loads])  # (steps, L, E)
+        _draw_last_load(figure, axes[1, column], shares, kind)
+        _draw_extremes(axes[2, column], [entry["step"] for entry in loads], shares, kind)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=80)
+
+
+def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> None:
+    axis.plot([entry["step"] for entry in steps], [entry["loss"] for entry in steps], label="training loss")
+    held_out = [entry for entry in log if "eval_loss" in entry]
+    if held_out:
+        axis.plot(
+            [entry["step"] for entry in held_out],
+            [entry["eval_loss"] for entry in held_out],
+            "o-",
+            label="held-out loss",
+        )
+    answered = [entry for entry in log if "eval_answers_exact" in entry]
+    if answered:
+        axis.plot(
+            [entry["step"] for entry in answered],
+            [entry["eval_answers_exact"] for entry in answered],
+            "s--",
+            color="tab:green",
+            label="share of exact answers",
+        )
+    balanced = [entry for entry in steps if "aux_loss" in entry]
+    if balanced:
+        axis.plot(
+            [entry["step"] for entry in balanced],
+            [entry["aux_loss"] for entry in balanced],
+            color="tab:gray",
+            label="balancing loss (1 is even)",
+        )
+    axis.set(xlabel="optimizer step", ylim=(0, None))
+    axis.legend()
+
+
+def _draw_speed(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
+    axis.plot([entry["step"] for entry in steps], [entry.get("tokens_per_second", np.nan) for entry in steps])
+    axis.set(xlabel="optimizer step", ylabel="tokens per second", ylim=(0, None))
+    peak = max((entry.get("memory_mib", 0) for entry in steps), default=0)
+    axis.set_title(f"peak memory {peak:,.0f} MiB", fontsize=10)
+
+
+def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, kind: str) -> None:
+    """Mean over the last tenth of the steps."""
+    last = shares[-max(1, len(shares) // 10) :].mean(0)
+    image = axis.imshow(last, vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    for layer, expert in np.ndindex(last.shape):
+        axis.text(expert, layer, f"{last[layer, expert]:.2f}", ha="center", va="center", color="white", fontsize=8)
+    axis.set(
+        title=f"{kind} tokens: share of each expert, end of the run",
+        xlabel="expert",
+        ylabel="sparse layer",
+        xticks=range(last.shape[1]),
+        yticks=range(last.shape[0]),
+    )
+    figure.colorbar(image, ax=axis)
+
+
+def _draw_extremes(axis: Any, steps: Sequence[int], shares: np.ndarray, kind: str) -> None:
+    axis.fill_between(steps, shares.min((1, 2)), shares.max((1, 2)), alpha=0.3, label="least to most loaded expert")
+    axis.plot(steps, shares.max(2).mean(1), label="most loaded, mean over layers")
+    axis.axhline(1 / shares.shape[2], color="black", linewidth=0.8, linestyle=":", label="even")
+    axis.set(xlabel="optimizer step", ylabel="share", title=f"{kind} tokens: load over time", ylim=(0, 1))
+    axis.legend(fontsize=8)

@@ -1,0 +1,57 @@
+"""Router logits of training steps → the load of each expert, apart for image and text tokens.
+
+L sparse layers, E experts, N tokens of a batch.
+
+Public name: `RouterLoad`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+KINDS = ("image", "text")
+
+
+class RouterLoad:
+    """Counts since the last `flush`; on the model's device, so that counting waits for nothing."""
+
+    def __init__(self, num_experts: int, top_k: int):
+        self.num_experts, self.top_k = num_experts, top_k
+        self._counts: Tensor | None = None
+
+    def add(self, router_logits: Sequence[Tensor], is_image: Tensor, attention_mask: Tensor | None) -> None:
+        """Count one batch.
+
+        Args:
+            router_logits: L tensors (N, E).
+            is_image: (B, T) bool, where the placeholders stand; B*T = N.
+            attention_mask: (B, T), 0 for padding, or None where there is none.
+        """
+        logits = torch.stack([layer.detach() for layer in router_logits])  # (L, N, E)
+        chosen = torch.zeros_like(logits).scatter_(2, logits.topk(self.top_k, dim=-1).indices, 1.0)
+        image = is_image.flatten().to(logits.dtype)
+        token = torch.ones_like(image) if attention_mask is None else attention_mask.flatten().to(logits.dtype)
+        kinds = torch.stack([image * token, (1 - image) * token])  # (2, N)
+        counts = torch.einsum("kn,lne->kle", kinds, chosen)
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[list[float]]]:
+        """The share of the assignments that each expert received, and begin anew.
+
+        Args:
+            reduce: sums a tensor over the processes.
+
+        Returns:
+            For `image` and `text`, L lists of E shares that sum to 1; zeros where there was no such token. Empty if
+            nothing was counted.
+        """
+        if self._counts is None:
+            return {}
+        counts = reduce(self._counts)
+        self._counts = None
+        shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        return {
+            kind: [[round(share, 4) for share in layer] for layer in layers]
+            for kind, layers in zip(KINDS, shares.tolist(), strict=True)
+        }

@@ -1,0 +1,74 @@
+import pytest
+import yaml
+
+from moellava.train.recipe import FOLDER, load_recipe, recipe_names, recipe_to_dict
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_can_be_read_and_names_its_sources(name):
+    recipe = load_recipe(name)
+    text = (FOLDER / f"{name}.yaml").read_text()
+    assert "arXiv" in text or "LLaVA-1.5" in text
+    assert load_recipe(recipe_to_dict(recipe)) == recipe
+
+
+# language_model.md: MoE-LLaVA's table 2; Med-MoE's scripts.
+@pytest.mark.parametrize(
+    ("name", "stage", "learning_rate", "batch_size", "epochs"),
+    [
+        ("stage1_align", "align", 1e-3, 256, 1),
+        ("stage2_tune", "tune", 2e-5, 128, 3),
+        ("stage3_experts", "experts", 2e-5, 128, 1),
+        ("med_moe_experts", "experts", 2e-5, 128, 9),
+        ("med_moe_router", "router", 1e-3, 32, 10),
+    ],
+)
+def test_the_recipes_hyper_parameters_are_the_papers(name, stage, learning_rate, batch_size, epochs):
+    recipe = load_recipe(name)
+    optim = recipe.optim
+    assert (recipe.stage, optim.learning_rate, optim.batch_size, optim.epochs) == (
+        stage, learning_rate, batch_size, epochs,
+    )  # fmt: skip
+    if stage != "router":
+        assert (optim.schedule, optim.warmup, optim.weight_decay, optim.precision) == ("cosine", 0.03, 0.0, "bf16")
+
+
+def test_settings_override_the_file_and_leave_the_rest():
+    recipe = load_recipe(
+        "stage1_align", ["optim.learning_rate=1e-4", "lora.rank=8", "logging.report_to=[wandb, mlflow]", "data.max_length=null"]
+    )  # fmt: skip
+    assert recipe.optim.learning_rate == 1e-4
+    assert recipe.optim.batch_size == 256
+    assert recipe.lora.rank == 8
+    assert recipe.logging.report_to == ("wandb", "mlflow")
+    assert recipe.data.max_length is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("optim.learning_rte=1", r"Unknown recipe key 'optim.learning_rte'. Did you mean 'optim.learning_rate'\?"),
+        ("learning_rate=1", r"Unknown recipe key 'learning_rate'. Did you mean 'optim.learning_rate'\?"),
+        ("outputdir=a", r"Did you mean 'output_dir'\?"),
+        ("moe.config.num_expert=2", r"Did you mean 'moe.config.num_experts'\?"),
+        ("stage=alig", r"Unknown stage 'alig'. Did you mean 'align'\?"),
+        ("optim.batch_size=many", r"optim.batch_size is 'many', a str; expected int"),
+        ("data.skip_bad=3", r"data.skip_bad is 3, a int; expected bool"),
+        ("data=x.json", r"data is 'x.json', but it is a section with the keys train"),
+        ("fast", r"'fast' is no setting. Type key=value"),
+    ],
+)
+def test_a_mistyped_setting_is_named_with_the_nearest(setting, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("stage3_experts", [setting])
+
+
+def test_an_unknown_recipe_suggests_the_nearest():
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'stage1_align'\?"):
+        load_recipe("stage1_aling")
+
+
+def test_a_recipe_without_stage_is_an_error(tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output_dir": "x"}))
+    with pytest.raises(ValueError, match="has no stage. Choose one of align, tune, router, experts"):
+        load_recipe(tmp_path / "r.yaml")
