@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moellava.model.builder_enhanced import _load_weights
+from moellava.model.checkpoints import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import LanguageModelOf
 from moellava.model.language_model.router_weights import RouterSource
-from moellava.model.language_model.upcycling import _upcycled_tensors, moe_config_from_dense
+from moellava.model.language_model.upcycling import moe_config_from_dense, upcycled_tensors
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -46,11 +46,11 @@ def upcycle_loaded(
         if not name.startswith(("model.language_model.", "lm_head."))
     }
     reader = LanguageModelOf("the dense language model", dense)
-    for name, tensor in _upcycled_tensors(
+    for name, tensor in upcycled_tensors(
         reader, text_config, dtype=dense.dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
     ):
         state_dict[f"model.language_{name}" if name.startswith("model.") else name] = tensor
-    model = _load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
+    model = load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
     model.generation_config = dense.generation_config
     model.built_from = dense.built_from
     model.eval()
