@@ -19,13 +19,30 @@ from moellava.images.view import View, montage, percentile_to_eight_bit, range_t
 
 Dataset = Any  # pydicom's, which is imported when the first DICOM file is read
 
-# Modality, SOP class, presentation LUT shape, functional groups (shared, per frame), extended offsets; group 0028.
-_TAGS = (0x00080016, 0x00080060, 0x20500020, 0x52009229, 0x52009230, 0x7FE00001, 0x7FE00002)
+# What is kept of a file besides its pixels. Fewer names also mean less time: pydicom converts each of them per file.
+_KEPT = (
+    *("SOPClassUID", "Modality", "PresentationLUTShape", "NumberOfFrames", "ExtendedOffsetTable"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTableLengths"),
+    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "PixelPresentation"),
+    *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
+    *(f"{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in ("Red", "Green", "Blue")),
+)
+# Of these, what decides how grey values are shown.
+_GREY_NAMES = (
+    *("BitsStored", "PixelRepresentation", "PresentationLUTShape", "Modality", "PixelPaddingValue"),
+    *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
+    *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
+)
 _PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
 _READ_WHOLE = 1 << 24  # bytes; larger files are read frame by frame
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _VALUES_OF_A_TABLE = 1 << 16
+_BLOCK = 1 << 14  # pixels looked up at a time
 
 # By the end of the transfer syntax's UID: which package decodes it, beyond Pillow.
 _DECODERS = {
@@ -82,7 +99,7 @@ def _read(source: Any) -> Dataset:
     else:
         is_large = not isinstance(source, bytes) and Path(source).stat().st_size > _READ_WHOLE
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-        tags = [*_group_0028(), *_TAGS, *(() if is_large else _PIXELS)]
+        tags = [*_kept_tags(), *(() if is_large else _PIXELS)]
         header = pydicom.dcmread(file, stop_before_pixels=is_large, specific_tags=tags, force=True)
     meta = getattr(header, "file_meta", None)
     if meta is None or "TransferSyntaxUID" not in meta:  # no header of the file format: pydicom has guessed by content
@@ -102,8 +119,9 @@ def _one_line(error: Exception) -> str:
 
 
 @functools.cache
-def _group_0028() -> tuple[int, ...]:
-    return tuple(tag for tag in _pydicom().datadict.DicomDictionary if tag >> 16 == 0x0028)
+def _kept_tags() -> tuple[int, ...]:
+    tag_for_keyword = _pydicom().datadict.tag_for_keyword
+    return tuple(tag_for_keyword(keyword) for keyword in _KEPT)
 
 
 def _refuse_what_is_no_picture(header: Dataset, name: str) -> None:
@@ -126,10 +144,10 @@ def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.nd
     has_pixels = any(tag in header for tag in _PIXELS)
     try:
         if has_pixels:
-            return pixel_array(header, index=frame)
+            return pixel_array(header, index=frame, view_only=True)  # not copied; nothing here writes into it
         if isinstance(source, (str, Path)) and syntax != pydicom.uid.DeflatedExplicitVRLittleEndian:
             return pixel_array(source, index=frame, transfer_syntax_uid=syntax)
-        return pixel_array(pydicom.dcmread(source, specific_tags=[*_group_0028(), *_PIXELS]), index=frame)
+        return pixel_array(pydicom.dcmread(source, specific_tags=[*_kept_tags(), *_PIXELS]), index=frame)
     except (RuntimeError, NotImplementedError) as error:
         package = _DECODERS.get(str(syntax))
         hint = f" Type: pip install {package}" if package else ""
@@ -169,9 +187,6 @@ def _grey_tags(header: Dataset, frame: int) -> Dataset:
     Enhanced multi-frame files keep them in functional groups, which pydicom's functions do not look into.
     """
     tags = _pydicom().Dataset()
-    names = ["PhotometricInterpretation", "BitsStored", "PixelRepresentation", "PresentationLUTShape", "Modality"]
-    names += ["RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence", "VOILUTSequence"]
-    names += ["WindowCenter", "WindowWidth", "VOILUTFunction", "PixelPaddingValue"]
     groups = [header]
     for sequence, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         items = header.get(sequence) or []
@@ -179,8 +194,8 @@ def _grey_tags(header: Dataset, frame: int) -> Dataset:
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 groups += items[item].get(macro) or []
     for group in groups:
-        for keyword in names:
-            if group.get(keyword) is not None and group.get(keyword) != "":
+        for keyword in _GREY_NAMES:
+            if keyword in group and group[keyword].value not in (None, ""):
                 tags[keyword] = group[keyword]
     tags.file_meta = header.file_meta
     tags.PhotometricInterpretation = str(header.PhotometricInterpretation)
@@ -244,7 +259,12 @@ def _grey_picture(stored: np.ndarray, tags: Dataset, *, full: bool) -> np.ndarra
         return _eight_bits(stored, tags)
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     table = _table(_Key(_key_of(tags), stored.dtype.str, tags))
-    return np.take(table, stored.view(f"u{stored.dtype.itemsize}"))
+    places, shown = stored.view(f"u{stored.dtype.itemsize}"), np.empty(stored.shape, np.uint8)
+    step = max(1, _BLOCK // stored.shape[1])
+    for top in range(0, len(places), step):
+        # By blocks that stay in the cache: numpy widens the places to 64 bits. "clip" spares a check that cannot fail.
+        np.take(table, places[top : top + step], out=shown[top : top + step], mode="clip")
+    return shown
 
 
 def _without_window(stored: np.ndarray, tags: Dataset) -> np.ndarray:

@@ -1,0 +1,142 @@
+"""Data: DICOM against pydicom's own decoding, the loader against the tower, JSON against reading it whole.
+
+    python -m tests.benchmarks.data [dicom loader json]
+
+Every number is a ratio to a rival measured in the same run, in turns with it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import torch
+from PIL import Image
+from pydicom.data import get_testdata_file
+from torch.utils.data import DataLoader
+
+from moellava.data import read_rows
+from moellava.data.images import load_image
+from moellava.encoders import create_encoder
+from moellava.images import read_image
+from moellava.testing import write_biomedclip
+from moellava.testing.datasets import picture
+
+
+def in_turns(ours: Callable[[], object], rival: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+    """Milliseconds of both, taken alternately after one call each that does not count."""
+    times: tuple[list[float], list[float]] = ([], [])
+    ours(), rival()
+    for _ in range(repeats):
+        for call, kept in zip((ours, rival), times, strict=True):
+            start = time.perf_counter()
+            call()
+            kept.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def row(name: str, ours: list[float], rival: list[float]) -> None:
+    def text(values: list[float]) -> str:
+        return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
+
+    print(f"| {name} | {text(ours)} | {text(rival)} | {statistics.median(ours) / statistics.median(rival):.2f} |")
+
+
+def large_file(folder: Path, side: int) -> str:
+    """A radiograph's size: 16 bits allocated, 12 stored, uncompressed, MONOCHROME1 with rescale and window."""
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    pixels = np.random.default_rng(0).integers(0, 4096, (side, side), dtype=np.uint16)
+    dataset.Rows = dataset.Columns = side
+    dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 12, 11, 0
+    dataset.PhotometricInterpretation, dataset.WindowCenter, dataset.WindowWidth = "MONOCHROME1", 1000, 2000
+    dataset.PixelData = pixels.tobytes()
+    path = folder / f"radiograph_{side}.dcm"
+    dataset.save_as(path)
+    return str(path)
+
+
+def decode_with_pydicom(path: str) -> np.ndarray:
+    return pydicom.dcmread(path).pixel_array
+
+
+def dicom(folder: Path) -> None:
+    print("| file to 8-bit picture, ms | moellava: median (range) | pydicom's pixel_array | ratio, asked <= 1.3 |")
+    print("|---|---|---|---|")
+    names = ("CT_small.dcm", "MR_small_RLE.dcm", "693_J2KI.dcm", "examples_rgb_color.dcm", "image_dfl.dcm")
+    files = [str(get_testdata_file(name, download=False)) for name in names]
+    files += [large_file(folder, side) for side in (512, 2048)]
+    for path in files:
+        ours, rival = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 30)
+        row(Path(path).name, ours, rival)
+    path = str(get_testdata_file("examples_ybr_color.dcm", download=False))
+    ours, rival = in_turns(partial(read_image, path, frame=7), partial(decode_with_pydicom, path), 10)
+    row("one of 30 frames, examples_ybr_color.dcm, against all", ours, rival)
+
+
+class Pictures(torch.utils.data.Dataset):
+    """The rows' images as pixel values, as a worker of the loader makes them."""
+
+    def __init__(self, rows, processor):
+        self.rows, self.processor = rows, processor
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.processor(load_image(self.rows[index].images[0]), return_tensors="pt")["pixel_values"][0]
+
+
+def loader(folder: Path) -> None:
+    """Images/s of one worker on one core, against BiomedCLIP's ViT-B/16 on the other."""
+    torch.set_num_threads(1)
+    rows = []
+    for number in range(64):
+        if number % 2:
+            picture(number, size=(800, 600)).save(folder / f"{number}.jpg", quality=90)
+        else:
+            Image.fromarray(np.asarray(picture(number, size=(512, 512), mode="L"))).save(folder / f"{number}.jpg")
+        turns = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "No."}]
+        rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
+    (folder / "train.json").write_text(json.dumps(rows * 4))
+    tower = create_encoder("biomedclip", write_biomedclip(folder / "tower"))
+    data = Pictures(read_rows(folder / "train.json", images=folder), tower.image_processor)
+    batches = iter(DataLoader(data, batch_size=16, num_workers=1))
+    first = next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch) for batch in batches)
+    loaded = count / (time.perf_counter() - start)
+    encoded = []
+    with torch.inference_mode():
+        for _ in range(3):
+            start = time.perf_counter()
+            tower(first)
+            encoded.append(len(first) / (time.perf_counter() - start))
+    rate = statistics.median(encoded)
+    print(f"loader, 1 worker: {loaded:.1f} images/s; tower, 1 thread: {rate:.2f}; ratio {loaded / rate:.1f}, asked 1.5")
+
+
+def json_rows(folder: Path) -> None:
+    turns = [{"from": "human", "value": "<image>\n" + "word " * 60}, {"from": "gpt", "value": "word " * 20}]
+    rows = [{"id": f"r{n}", "image": f"{n}.jpg", "conversations": turns} for n in range(100_000)]
+    path = folder / "big.json"
+    path.write_text(json.dumps(rows))
+    ours, rival = in_turns(lambda: read_rows(path), lambda: json.loads(path.read_text()), 3)
+    print(
+        f"\n100,000 rows, {path.stat().st_size / 1e6:.0f} MB: every row checked, against json.loads of the whole (ms)"
+    )
+    row("read_rows", ours, rival)
+
+
+if __name__ == "__main__":
+    parts = {"dicom": dicom, "loader": loader, "json": json_rows}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("parts", nargs="*", default=list(parts))
+    for part in parser.parse_args().parts:
+        with tempfile.TemporaryDirectory() as folder:
+            parts[part](Path(folder))
