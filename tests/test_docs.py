@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("biomedclip.md", "builder.md")
+GUIDES = ("biomedclip.md", "builder.md", "data.md")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_snippets_of_a_guide_run(guide, hub_cache, tmp_path):
+def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path):
     from PIL import Image
     from skimage import data
 
     Image.fromarray(data.immunohistochemistry()).save(tmp_path / "scan.png")
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL)
-    assert len(snippets) > 3
+    assert len(snippets) > 1
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", "\n".join(snippets)], check=True, cwd=tmp_path, env=environment)
 
