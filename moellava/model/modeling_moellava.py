@@ -21,7 +21,7 @@ from transformers.utils.generic import can_return_tuple
 from moellava.encoders import VisionEncoder
 from moellava.encoders.weights import first_five
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model.moe import add_router_losses, has_router_penalty
+from moellava.model.language_model import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
 
 

@@ -15,7 +15,14 @@ from moellava.model.language_model.modeling_llama_moe import (
     LlamaMoeModel,
     LlamaMoePreTrainedModel,
 )
-from moellava.model.language_model.moe import expert_load, load_balancing_loss, router_penalty, router_z_loss
+from moellava.model.language_model.moe import (
+    add_router_losses,
+    expert_load,
+    has_router_penalty,
+    load_balancing_loss,
+    router_penalty,
+    router_z_loss,
+)
 from moellava.model.language_model.quantization import quantization_config, weight_bytes
 from moellava.model.language_model.router_weights import load_router
 from moellava.model.language_model.upcycling import (
@@ -35,8 +42,10 @@ __all__ = [
     "LlamaMoeForCausalLM",
     "LlamaMoeModel",
     "LlamaMoePreTrainedModel",
+    "add_router_losses",
     "dense_state_dict",
     "expert_load",
+    "has_router_penalty",
     "import_mixture",
     "imported_state_dict",
     "layers_with_differing_experts",
