@@ -17,7 +17,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what would be trained, the steps and a memory estimate.")
     ] = False,
-    show_list: Annotated[bool, typer.Option("--list", help="List the packaged recipes and accelerate configs.")] = False,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="List the packaged recipes and accelerate configs.")
+    ] = False,
 ) -> None:
     """Train one stage: align the projector, tune the language model, train experts and router.
 
@@ -45,7 +47,7 @@ def train(
         return
     typer.echo(f"Model: {result.model_folder}")
     if result.log:
-        typer.echo(f"Log and picture: {result.model_folder.with_name('log.json')}, {result.model_folder.with_name('training.png')}")
+        typer.echo(f"Log and picture: {result.model_folder.parent}: log.json, training.png")
 
 
 def _print_list() -> None:

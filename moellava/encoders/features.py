@@ -110,9 +110,7 @@ def encode_files(
     header, num_bytes = _header(encoder, names, dtype)
     done = _prepare(partial, journal, header, num_bytes * len(paths))
     if done < len(paths):
-        batches = encode_batches(
-            encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load_image
-        )
+        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load_image)
         with partial.open("r+b") as file:
             file.seek(len(header) + done * num_bytes)
             count = done

@@ -28,7 +28,9 @@ def answer_rows(
     loaded.model.eval()
     answers: list[dict[str, Any]] = []
     for start in range(0, len(rows), batch_size):
-        asked, truths = zip(*(_first_question(messages_of(row)) for row in rows[start : start + batch_size]), strict=True)
+        asked, truths = zip(
+            *(_first_question(messages_of(row)) for row in rows[start : start + batch_size]), strict=True
+        )
         images = [collator.load_image(item["image"]) for messages in asked for item in image_items(messages)]
         prompts = [
             processor.apply_chat_template(_without_pictures(messages), tokenize=False, add_generation_prompt=True)
@@ -40,13 +42,16 @@ def answer_rows(
         generated = loaded.model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, max_length=None, use_cache=True
         )
-        texts = processor.tokenizer.batch_decode(
-            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = processor.tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for index, (messages, truth, text) in enumerate(zip(asked, truths, texts, strict=True)):
             row = rows[start + index]
             answers.append(
-                {"id": id_of(row, start + index), "question": _words(messages[-1]), "answer": text.strip(), "truth": truth}
+                {
+                    "id": id_of(row, start + index),
+                    "question": _words(messages[-1]),
+                    "answer": text.strip(),
+                    "truth": truth,
+                }
             )
     loaded.model.train(was_training)
     return answers

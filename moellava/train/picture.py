@@ -41,7 +41,10 @@ def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[
     held_out = [entry for entry in log if "eval_loss" in entry]
     if held_out:
         axis.plot(
-            [entry["step"] for entry in held_out], [entry["eval_loss"] for entry in held_out], "o-", label="held-out loss"
+            [entry["step"] for entry in held_out],
+            [entry["eval_loss"] for entry in held_out],
+            "o-",
+            label="held-out loss",
         )
     answered = [entry for entry in log if "eval_answers_exact" in entry]
     if answered:

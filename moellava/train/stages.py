@@ -127,7 +127,7 @@ def find_start(recipe: Recipe) -> str | None:
             f"start_from is {recipe.start_from!r}, a model whose parts are fixed, but the recipe has model="
             f"{dict(recipe.model)} too. Leave out one of them (model={{}})."
         )
-    if after not in (None, "any", *STAGES):
+    if after is not None and after not in ("any", *STAGES):
         raise unknown_name("stage in after:", after, ["any", *STAGES])
     folder = Path(recipe.start_from).expanduser()
     if not folder.is_dir():
@@ -140,7 +140,11 @@ def find_start(recipe: Recipe) -> str | None:
     model_folder = folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
     if not (model_folder / "config.json").is_file():
         checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
-        found = f"only {', '.join(checkpoints)}: that run has not finished; start it again, it goes on" if checkpoints else "none"
+        found = (
+            f"only {', '.join(checkpoints)}: that run has not finished; start it again, it goes on"
+            if checkpoints
+            else "none"
+        )
         raise FileNotFoundError(f"start_from is {recipe.start_from!r}, but there is no finished model in it ({found}).")
     _require_stage(recipe, after, model_folder)
     return str(model_folder)
@@ -180,7 +184,9 @@ def set_trainable(model: nn.Module, parts: Collection[str]) -> int:
         for part in parts:
             if re.search(PARTS[part], name):
                 if part == "router" and frozen_router:
-                    raise ValueError("trainable names 'router', but moe.config.router_frozen is true. Drop one of them.")
+                    raise ValueError(
+                        "trainable names 'router', but moe.config.router_frozen is true. Drop one of them."
+                    )
                 found[part] += parameter.numel()
                 parameter.requires_grad_(not (frozen_router and re.search(PARTS["router"], name)))
     for part, count in found.items():
@@ -215,13 +221,17 @@ def _with_adapters(loaded: LoadedModel, parts: Sequence[str], recipe: Recipe) ->
     lora = recipe.lora
     assert lora is not None
     set_trainable(loaded.model, parts)  # checks the names; PEFT decides what learns
-    linears = _ADAPTED_LINEARS if "language_model" in parts else _ADAPTED_META_EXPERTS if "meta_expert" in parts else None
+    linears = (
+        _ADAPTED_LINEARS if "language_model" in parts else _ADAPTED_META_EXPERTS if "meta_expert" in parts else None
+    )
     is_mixture = hasattr(loaded.model.config.text_config, "num_experts")
     experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
     if linears is None and experts is None:
         raise ValueError(f"lora adapts the language model or its experts, but trainable is {list(parts)}.")
     if experts and lora.dropout:
-        raise ValueError(f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set lora.dropout=0.")
+        raise ValueError(
+            f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set lora.dropout=0."
+        )
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,

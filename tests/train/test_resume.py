@@ -49,7 +49,9 @@ def test_a_run_killed_at_any_moment_ends_with_the_same_weights_and_data_order(ru
     assert all((ours[name] == theirs[name]).all() for name in ours)
     assert rows_of(runs, moment) == rows_of(runs, "uninterrupted")
     log, wanted = (json.loads((folder / "log.json").read_text()) for folder in (found, expected))
-    assert [(e["step"], e["loss"]) for e in log if "loss" in e] == [(e["step"], e["loss"]) for e in wanted if "loss" in e]
+    assert [(e["step"], e["loss"]) for e in log if "loss" in e] == [
+        (e["step"], e["loss"]) for e in wanted if "loss" in e
+    ]
 
 
 @pytest.mark.slow
