@@ -47,9 +47,7 @@ def train(
         return
     typer.echo(f"Model: {result.model_folder}")
     if result.log:
-        typer.echo(
-            f"Log and picture: {result.model_folder.with_name('log.json')}, {result.model_folder.with_name('training.png')}"
-        )
+        typer.echo(f"Log and picture: {result.model_folder.parent}: log.json, training.png")
 
 
 def _print_list() -> None:

@@ -78,9 +78,9 @@ def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str
     """The text, and the assistant's (start, end) in it, in characters."""
     if _MARKS.search(chat_template):
         texts, spans = _render_jinja([messages], processor, chat_template, return_assistant_tokens_mask=True)
-        return texts[0], [tuple(span) for span in spans[0]]
+        return texts[0], [(start, end) for start, end in spans[0]]
     text = _render_jinja([messages], processor, chat_template)[0][0]
-    spans = []
+    found: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -91,8 +91,8 @@ def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str
                 "the chat template has no {% generation %} marks and writes earlier turns in another way once later "
                 "ones follow, so that the assistant's tokens cannot be told. Add the marks to processor.chat_template."
             )
-        spans.append((len(asked), len(answered)))
-    return text, spans
+        found.append((len(asked), len(answered)))
+    return text, found
 
 
 def _render_jinja(

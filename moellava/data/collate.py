@@ -134,7 +134,8 @@ def resolve_chat_template(processor: MoeLlavaProcessor, chat_template: str | Non
         ValueError: for a name that no template has.
     """
     if chat_template is None:
-        return processor.chat_template
+        own: Any = processor.chat_template
+        return own["default"] if isinstance(own, Mapping) else str(own)
     if chat_template in TEMPLATES:
         return TEMPLATES[chat_template]
     if "{" not in chat_template:

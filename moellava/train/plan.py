@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import mean
 from typing import Any
 
@@ -88,13 +89,9 @@ def plan(recipe: Recipe) -> Plan:
         f"{recipe.optim.schedule}; {recipe.optim.optimizer}, {recipe.optim.precision}",
         "memory of one device, estimated for a batch of the longest rows, without sharding:",
         *(f"  {name:<14} {value:8.2f} GiB" for name, value in memory.items()),
-        f"work {flops:.3g} FLOP: {flops / 1e18:.3g} hours at 278 TFLOP/s, or "
-        f"{flops / (0.35 * 312e12) / 3600:.3g} hours on one A100 at 35 % of its 312 TFLOP/s",
-    ]
-    lines[-1] = (
         f"work {flops:.3g} FLOP, about {flops / (0.35 * 312e12) / 3600:.2g} hours on one A100 "
-        "(35 % of 312 TFLOP/s assumed)"
-    )
+        "(35 % of 312 TFLOP/s assumed)",
+    ]
     return Plan(trained, total, len(lengths), num_steps, memory, flops, "\n".join(lines))
 
 
@@ -115,7 +112,7 @@ def list_trained(model: nn.Module) -> list[str]:
 
 def _ranges(numbers: Sequence[int]) -> str:
     """Ascending whole numbers in few words: 0-21, or 0,2,...,20."""
-    if len(numbers) > 2 and len({b - a for a, b in zip(numbers, numbers[1:], strict=False)}) == 1:
+    if len(numbers) > 2 and len({b - a for a, b in pairwise(numbers)}) == 1:
         step = numbers[1] - numbers[0]
         return f"{numbers[0]}-{numbers[-1]}" if step == 1 else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}"
     return ",".join(map(str, numbers))
@@ -132,7 +129,7 @@ def estimate_memory(model: Any, recipe: Recipe, *, longest: int) -> dict[str, fl
         memory, some 1 to 2 GiB on a GPU, come on top.
     """
     optim = recipe.optim
-    weights = _num_bytes(model.parameters())
+    weights = float(_num_bytes(model.parameters()))
     gradients = _num_bytes(weight for weight in model.parameters() if weight.requires_grad)
     if optim.precision == "bf16":  # autocast keeps a bfloat16 copy of each matrix that it has used
         weights += _num_bytes(model.parameters()) / 2
@@ -179,8 +176,7 @@ def estimate_flops(model: Any, recipe: Recipe, *, length: float, images_per_row:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text, vision = base.config.text_config, base.config.vision_config
     language_model = base.model.language_model
-    embedding = text.vocab_size * text.hidden_size
-    active = count_active_parameters(language_model) - embedding + embedding  # the head costs what the table does not
+    active = count_active_parameters(language_model)  # the table, which costs nothing, stands for the head
     learning = sum(weight.numel() for weight in language_model.parameters() if weight.requires_grad)
     share = learning / sum(weight.numel() for weight in language_model.parameters())
     forward = 2 * active + 4 * length * text.hidden_size * text.num_hidden_layers / 2  # half: attention is causal

@@ -7,13 +7,14 @@ Public names: `Recipe` and its parts `DataOptions`, `Optim`, `Lora`, `Moe`, `Log
 import types
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
 from moellava.messages import unknown_name
+from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -148,10 +149,20 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     if "stage" not in settings:
         raise ValueError(f"The recipe has no stage. Choose one of {', '.join(typing.get_args(Stage))}.")
     recipe = _from_mapping(Recipe, settings, "")
-    for name in recipe.moe.config:
+    return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
+
+
+def _moe_config(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The mixture's fields in their own types; the rest of the checks is `LlamaMoeConfig`'s."""
+    floats = {item.name for item in fields(LlamaMoeConfig) if item.type is float}
+    known = [f"moe.config.{option}" for option in MOE_OPTIONS]
+    for name in settings:
         if name not in MOE_OPTIONS:
-            raise unknown_name("recipe key", f"moe.config.{name}", [f"moe.config.{option}" for option in MOE_OPTIONS])
-    return recipe
+            raise unknown_name("recipe key", f"moe.config.{name}", known)
+    return {
+        name: _convert(value, float, f"moe.config.{name}") if name in floats else value
+        for name, value in settings.items()
+    }
 
 
 def recipe_names() -> list[str]:

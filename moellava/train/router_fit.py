@@ -99,7 +99,7 @@ def fit_router(recipe: Recipe, *, show_progress: bool = True) -> Path:
 def mean_hidden_states(
     model: Any, rows: Sequence[Any], collator: ChatCollator, layers: Sequence[int], batch_size: int, progress: bool
 ) -> Tensor:
-    """What the routers of `layers` would see, averaged over each row's tokens and over the layers: (rows, H) float32."""
+    """What the routers of `layers` would see, averaged over a row's tokens and over layers: (rows, H) float32."""
     seen: list[Tensor] = []
     handles = [
         model.model.language_model.layers[layer].mlp.register_forward_pre_hook(

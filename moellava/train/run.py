@@ -241,6 +241,7 @@ def training_arguments(recipe: Recipe, *, show_progress: bool = True) -> Trainin
         "max_grad_norm": optim.max_grad_norm,
         "optim": optim.optimizer,
         "bf16": optim.precision != "fp32",
+        "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
         "activation_checkpointing": optim.activation_checkpointing,
         "torch_compile": optim.compile,
         "logging_steps": recipe.logging.every,
@@ -294,14 +295,14 @@ def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, loaded: Any, run: Path, nu
     """Write the model, last and in one step: a folder `model` means that the stage has finished."""
     start = find_start(recipe)
     history = read_history(Path(start)) if start is not None and Path(start).is_dir() else []
-    history.append(
-        {"stage": recipe.stage, "steps": trainer.state.global_step, "rows": num_rows, "seed": recipe.seed, "moellava": moellava.__version__}
-    )  # fmt: skip
+    entry = {"stage": recipe.stage, "steps": trainer.state.global_step, "rows": num_rows, "seed": recipe.seed}
+    history.append({**entry, "moellava": moellava.__version__})
     with trainer._writing(MODEL_FOLDER) as folder:
         if recipe.lora is not None:
+            adapted: Any = trainer.model
             if trainer.accelerator.is_main_process:
-                trainer.model.save_pretrained(str(staging_folder(run) / "adapter"))
-                trainer.model.merge_and_unload().save_pretrained(folder)
+                adapted.save_pretrained(str(staging_folder(run) / "adapter"))
+                adapted.merge_and_unload().save_pretrained(folder)
         else:
             trainer.save_model(str(folder))
         trainer.accelerator.wait_for_everyone()

@@ -36,8 +36,6 @@ def shard(model: Any, device: torch.device) -> None:
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    # The Trainer then leaves placing and gradients to FSDP2, as for a model that transformers has split.
-    model._is_distributed_loading_by_transformers = True
     model.config.distributed_config = DistributedConfig(fsdp_size=dist.get_world_size())
 
 
@@ -47,8 +45,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """All weights, on the CPU of the first process; the others get an empty dict. Every process has to call it."""
-    state: dict[str, Tensor] = get_model_state_dict(model, options=_FULL)
-    return state
+    state: Any = get_model_state_dict(model, options=_FULL)
+    return dict(state)
 
 
 def full_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def find_start(recipe: Recipe) -> str | None:
             f"start_from is {recipe.start_from!r}, a model whose parts are fixed, but the recipe has model="
             f"{dict(recipe.model)} too. Leave out one of them (model={{}})."
         )
-    if after not in (None, "any", *STAGES):
+    if after is not None and after not in ("any", *STAGES):
         raise unknown_name("stage in after:", after, ["any", *STAGES])
     folder = Path(recipe.start_from).expanduser()
     if not folder.is_dir():

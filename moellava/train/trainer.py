@@ -71,12 +71,16 @@ class MoeLlavaTrainer(Trainer):
         max_new_tokens: int = 32,
     ):
         super().__init__(
-            model=model,  # type: ignore[arg-type]
+            model=model,
             args=arguments,
             data_collator=collator,
             train_dataset=train_rows,
             eval_dataset=evaluation_rows,
         )
+        # Leaves placing and gradients to FSDP2, as for a model that transformers has split. Set behind the Trainer's
+        # own checks, which refuse to save such a model; here it is saved whole.
+        self.is_distributed_loading_by_transformers = is_sharded(loaded.model)
+        self.run = Path(str(arguments.output_dir))
         self.loaded, self.collator = loaded, collator
         self.lengths = lengths
         self.keep_checkpoints = keep_checkpoints
@@ -149,7 +153,7 @@ class MoeLlavaTrainer(Trainer):
                 inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
                 first = first_nonfinite_module(model, inputs)
                 where = f"The first output that is not finite is that of {first}" if first else "The outputs are finite"
-        good = newest_checkpoint(Path(self.args.output_dir))
+        good = newest_checkpoint(self.run)
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} is no finite number. {where}. Rows of the batch: "
             f"{self._row_ids}. The last good checkpoint is {good.name if good else 'none'}; nothing was written "
@@ -178,7 +182,7 @@ class MoeLlavaTrainer(Trainer):
         TensorBoard and its kin get one number for each.
         """
         load: dict[str, list[list[float]]] = {}
-        flat = {}
+        flat: dict[str, float] = {}
         if "loss" in logs:
             logs, load = {**logs, **self._step_numbers()}, self._flush_load()
             layers = self.loaded.model.config.text_config.moe_layer_indices if load else []
@@ -186,7 +190,7 @@ class MoeLlavaTrainer(Trainer):
                 for layer, row in zip(layers, shares, strict=True):
                     flat |= {f"load_{kind}/layer{layer}_expert{expert}": share for expert, share in enumerate(row)}
         super().log({**logs, **flat}, start_time)
-        entry = self.state.log_history[-1]
+        entry: dict[str, Any] = self.state.log_history[-1]
         for name in flat:
             entry.pop(name, None)
         if load:
@@ -226,7 +230,8 @@ class MoeLlavaTrainer(Trainer):
             )
             metrics["eval_answers_exact"] = share_exact(answers)
             self.log({"eval_answers_exact": metrics["eval_answers_exact"]})
-            self.state.log_history[-1]["answers"] = answers
+            entry: dict[str, Any] = self.state.log_history[-1]
+            entry["answers"] = answers
             for answer in answers:
                 logger.info("step %d, row %s: %r, expected %r", self.state.global_step, *list(answer.values())[::2])
         self._since += time.perf_counter() - began  # evaluating is no training time
@@ -242,7 +247,7 @@ class MoeLlavaTrainer(Trainer):
         began = time.perf_counter()
         if nonfinite_tensors(self.model.named_parameters()):  # type: ignore[union-attr]
             self._stop("state", {})
-        run, name = Path(self.args.output_dir), f"checkpoint-{self.state.global_step}"
+        run, name = self.run, f"checkpoint-{self.state.global_step}"
         with self._writing(name) as folder:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
@@ -297,7 +302,7 @@ class _Writing:
 
     def __init__(self, trainer: MoeLlavaTrainer, name: str):
         self.trainer, self.name = trainer, name
-        self.run = Path(trainer.args.output_dir)
+        self.run = trainer.run
 
     def __enter__(self) -> Path:
         self.trainer._staging = staging_folder(self.run)

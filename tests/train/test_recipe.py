@@ -34,9 +34,8 @@ def test_the_recipes_hyper_parameters_are_the_papers(name, stage, learning_rate,
 
 
 def test_settings_override_the_file_and_leave_the_rest():
-    recipe = load_recipe(
-        "stage1_align", ["optim.learning_rate=1e-4", "lora.rank=8", "logging.report_to=[wandb, mlflow]", "data.max_length=null"]
-    )  # fmt: skip
+    settings = ["optim.learning_rate=1e-4", "lora.rank=8", "logging.report_to=[wandb, mlflow]", "data.max_length=null"]
+    recipe = load_recipe("stage1_align", settings)
     assert recipe.optim.learning_rate == 1e-4
     assert recipe.optim.batch_size == 256
     assert recipe.lora.rank == 8
@@ -70,5 +69,5 @@ def test_an_unknown_recipe_suggests_the_nearest():
 
 def test_a_recipe_without_stage_is_an_error(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output_dir": "x"}))
-    with pytest.raises(ValueError, match="has no stage. Choose one of align, tune, router, experts"):
+    with pytest.raises(ValueError, match=r"has no stage. Choose one of align, tune, router, experts"):
         load_recipe(tmp_path / "r.yaml")

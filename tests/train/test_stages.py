@@ -121,7 +121,7 @@ def test_a_finished_run_is_not_trained_again(chain, tiny):
     ("stage", "start", "message"),
     [
         ("tune", None, r"Stage 'tune' starts from a finished 'align' stage: set start_from"),
-        ("experts", "align", r"starts from a model of stage 'tune', but .* is made by stage 'align'. What is missing: moellava train stage2_tune start_from="),
+        ("experts", "align", r"'tune', but .* made by stage 'align'. What is missing: moellava train stage2_tune"),
         ("tune", "tune", r"is made by stage 'tune'.*To start from it all the same: after=tune"),
         ("experts", "nowhere", r"is no folder. Stage 'experts' starts from the output_dir of a finished 'tune' stage"),
     ],
@@ -140,14 +140,11 @@ def test_a_start_that_has_not_finished_says_so(chain, tiny, tmp_path):
 
 
 def test_a_mixture_cannot_be_upcycled_again(chain, tiny):
-    recipe = tiny_recipe(
-        tiny, "experts", chain / "wrong", start_from=str(chain / "experts"), after="experts", moe={"config": {"num_experts": 2}}
-    )  # fmt: skip
+    more = {"start_from": str(chain / "experts"), "after": "experts"}
+    recipe = tiny_recipe(tiny, "experts", chain / "wrong", moe={"config": {"num_experts": 2}}, **more)
     with pytest.raises(ValueError, match=r"is a mixture of experts already.*set moe.config=\{\}"):
         prepare_model(recipe)
-    model, _ = prepare_model(
-        tiny_recipe(tiny, "experts", chain / "x", start_from=str(chain / "experts"), after="experts")
-    )
+    model, _ = prepare_model(tiny_recipe(tiny, "experts", chain / "x", **more))
     assert model.model.language_model.layers[1].mlp.experts.gate_up_proj.requires_grad
 
 

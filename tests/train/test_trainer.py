@@ -106,7 +106,7 @@ def test_accumulated_gradients_equal_the_large_batchs(tiny, tmp_path):
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match="optim.batch_size=4 is no multiple of optim.per_device_batch_size=3 times 1"):
+    with pytest.raises(ValueError, match=r"optim.batch_size=4 is no multiple of optim.per_device_batch_size=3 times 1"):
         train(tiny_recipe(tiny, "tune", tmp_path / "x", "optim.per_device_batch_size=3"), show_progress=False)
 
 
@@ -117,13 +117,36 @@ def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path):
         ["optim.precision=bf16_weights"],
         ["data.packing=true", "data.group_by_length=false"],
         ["data.num_workers=2"],
-        ["optim.compile=true", "trainer.torch_compile_backend=eager"],
     ],
-    ids=["bf16 and checkpointing", "bf16 weights", "packing", "workers", "compile"],
+    ids=["bf16 and checkpointing", "bf16 weights", "packing", "workers"],
 )
-def test_the_loss_falls_in_every_mode(settings, tiny, dense, tmp_path):
-    result = train(experts_recipe(tiny, dense, tmp_path / "out", *settings, "optim.max_steps=10"), show_progress=False)
-    assert losses(result)[-1] < losses(result)[0] - 0.5
+def test_the_first_losses_are_those_of_plain_training_in_every_mode(settings, tiny, dense, plain, tmp_path):
+    result = train(experts_recipe(tiny, dense, tmp_path / "out", *settings, *PLAIN), show_progress=False)
+    tolerance = 2e-2 if "precision" in settings[0] else 1e-4
+    assert losses(result) == pytest.approx(losses(plain), rel=tolerance)
+    assert losses(plain)[2] < losses(plain)[0] - 0.2
+
+
+@pytest.mark.slow
+def test_a_compiled_model_has_the_same_losses(tiny, dense, plain, tmp_path):
+    settings = ["optim.compile=true", "trainer.torch_compile_backend=eager", "optim.max_steps=3"]
+    result = train(experts_recipe(tiny, dense, tmp_path / "out", *settings, *PLAIN[1:]), show_progress=False)
+    assert losses(result) == pytest.approx(losses(plain), rel=1e-4)
+
+
+PLAIN = (
+    "optim.max_steps=3",
+    "data.group_by_length=false",
+    "moe.config.router_aux_loss_coef=0",
+    "optim.schedule=constant",
+    "optim.warmup=0",
+)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny, dense, tmp_path_factory):
+    recipe = experts_recipe(tiny, dense, tmp_path_factory.mktemp("plain") / "out", *PLAIN)
+    return train(recipe, show_progress=False)
 
 
 def test_an_unknown_trainer_argument_suggests_the_nearest(tiny, tmp_path):
@@ -206,7 +229,7 @@ def test_rows_that_are_too_long_are_named_before_a_step(tiny, tmp_path):
 
 
 def test_missing_data_is_asked_for(tiny, tmp_path):
-    with pytest.raises(ValueError, match="names no training data. Add data.train=FILE"):
+    with pytest.raises(ValueError, match=r"names no training data. Add data.train=FILE"):
         train(tiny_recipe(tiny, "tune", tmp_path / "x", "data.train=null"), show_progress=False)
 
 
@@ -338,11 +361,11 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(stage, tiny, dense
 
     lora = {"rank": 4, "alpha": 8}
     if stage == "tune":
-        recipe = tiny_recipe(tiny, "tune", tmp_path / "out", lora=lora)
+        recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.learning_rate=5e-2", lora=lora)
     else:
-        recipe = experts_recipe(tiny, dense, tmp_path / "out", lora=lora)
+        recipe = experts_recipe(tiny, dense, tmp_path / "out", "optim.learning_rate=5e-2", lora=lora)
     result = train(recipe, show_progress=False)
-    assert losses(result)[-1] < losses(result)[0] - 0.3
+    assert losses(result)[-1] < losses(result)[0] - 0.15
     merged = load_pretrained_model(result.model_folder, dtype="float32")
     rows = read_rows(str(tiny / "rows.json"), images=tiny / "images")
     batch = ChatCollator(merged.processor)([rows[1], rows[2]])

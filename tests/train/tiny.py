@@ -54,5 +54,5 @@ def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):
         **more,
     }  # fmt: skip
     if "start_from" not in more:
-        settings |= {"after": "any", "model": parts_of(tiny)}
+        settings |= {"after": "any", "model": more.get("model", parts_of(tiny))}
     return load_recipe(settings, overrides)
