@@ -43,7 +43,8 @@ def launch(recipe, folder, **environment):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     return subprocess.run(
-        [*command, "-m", "moellava.cli", "train", str(folder / "recipe.yaml")], capture_output=True, text=True, timeout=300,
+        [*command, "-m", "moellava.cli", "train", str(folder / "recipe.yaml")],
+        capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
 
