@@ -78,6 +78,7 @@ def test_a_broken_line_is_an_error_of_its_own(folder):
         records[1]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_rows_open_in_seconds_and_in_bounded_memory(tmp_path):
     """Measured in a fresh process: the peak of reading 50 MB stays below half of the file's size."""
     code = """
