@@ -150,7 +150,8 @@ class _Window:
                 if len(self._text) - self._at > _LONGEST or not self._read():  # cut off by the window, or broken
                     raise ValueError(error.msg) from error
                 continue
-            if end == len(self._text) and self._read():  # a number may go on
+            # A number may go on: of `1`, `1.`, `1e` and `1e-`, each cut off there, the decoder takes the `1`.
+            if len(self._text) - end <= 2 and self._read():
                 continue
             self._advance(end)
             return start, self.place
@@ -161,5 +162,7 @@ class _Window:
 
     def _read(self) -> bool:
         chunk = self.file.read(max(_CHUNK, len(self._text) - self._at))  # doubled, so that retries stay linear
+        if not chunk:
+            return False  # and every place in the text stays what it was
         self._text, self._at = self._text[self._at :] + self._decoder.decode(chunk), 0
-        return bool(chunk)
+        return True

@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moellava.data import json_records
@@ -26,6 +26,8 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=100, deadline=None)
+@example([None, [], -0.0], None, False, False)  # a window ends behind `-0.`
+@example([12, 1e-30, 1e30], None, False, False)  # ... behind `1e` and `1e+`
 @given(st.lists(VALUES, min_size=1, max_size=8), st.sampled_from([None, 1]), st.booleans(), st.booleans())
 def test_records_equal_those_of_the_whole_list(folder, values, indent, ascii_only, with_mark):
     """Whatever the layout, and wherever the window of text ends (here every 7 bytes)."""
