@@ -1,6 +1,6 @@
 """One conversation → its token ids, and which of them are the assistant's.
 
-Public names: `ChatTokens`, `tokenize_chat`, `num_chat_tokens`.
+Public names: `ChatTokens`, `tokenize_chat`, `num_chat_tokens`, `image_items`, `without_pictures`.
 """
 
 import re
@@ -52,7 +52,7 @@ def tokenize_chat(messages: Messages, processor: MoeLlavaProcessor, chat_templat
         num_found += is_image
         input_ids += [token] * repeat
         is_answer += [answered and not is_image] * repeat
-    num_images = sum(item["type"] == "image" for message in messages for item in _items(message))
+    num_images = len(image_items(messages))
     if num_found != num_images:
         raise ValueError(
             f"the text holds {num_found} {processor.image_token}, but the messages hold {num_images} images. Put one "
@@ -72,6 +72,30 @@ def num_chat_tokens(conversations: Sequence[Messages], processor: MoeLlavaProces
             num_images = ids.count(processor.image_token_id)
             lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))
     return lengths
+
+
+def image_items(messages: Messages) -> list[Mapping[str, Any]]:
+    """The image items of a conversation, in order."""
+    return [
+        item
+        for message in messages
+        if not isinstance(message["content"], str)
+        for item in message["content"]
+        if item["type"] == "image"
+    ]
+
+
+def without_pictures(messages: Messages) -> list[dict[str, Any]]:
+    """The messages for a template: an image item may hold the picture itself, which Jinja would copy for nothing."""
+    return [
+        dict(message)
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [{"type": "image"} if item["type"] == "image" else dict(item) for item in message["content"]],
+        }
+        for message in messages
+    ]
 
 
 def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
@@ -99,17 +123,6 @@ def _render_jinja(
     conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str, **options: Any
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
     special_tokens = processor.tokenizer.special_tokens_map
-    # An image item may hold the picture itself, which no template needs and Jinja would copy.
-    slim = [[{**message, "content": _slim(message)} for message in messages] for messages in conversations]
+    slim = [without_pictures(messages) for messages in conversations]
     rendered: Any = render_jinja_template(slim, chat_template=chat_template, **special_tokens, **options)
     return rendered
-
-
-def _slim(message: Mapping[str, Any]) -> str | list[dict[str, Any]]:
-    if isinstance(message["content"], str):
-        return message["content"]
-    return [{"type": "image"} if item["type"] == "image" else dict(item) for item in message["content"]]
-
-
-def _items(message: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return () if isinstance(message["content"], str) else message["content"]

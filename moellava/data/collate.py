@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from moellava.data.chat_labels import ChatTokens, tokenize_chat
+from moellava.data.chat_labels import ChatTokens, image_items, tokenize_chat
 from moellava.encoders.images import to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import TEMPLATES
@@ -151,14 +151,3 @@ def messages_of(row: Any) -> Sequence[Mapping[str, Any]]:
 def id_of(row: Any, index: int) -> Any:
     """A row's id; its place where it has none."""
     return row.get("id", index) if isinstance(row, Mapping) else row.id
-
-
-def image_items(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The image items of a conversation, in order."""
-    return [
-        item
-        for message in messages
-        if not isinstance(message["content"], str)
-        for item in message["content"]
-        if item["type"] == "image"
-    ]

@@ -3,8 +3,12 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 # TinyLlama's format: a role line, the text, </s>; the role tags are ordinary text, not special tokens.
 TINYLLAMA_CHAT_TEMPLATE = (
@@ -50,11 +54,10 @@ def write_tinyllama(
     Returns:
         The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
     """
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_tokenizer(folder, corpus, vocab_size)
-    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -66,11 +69,7 @@ def write_tinyllama(
         rms_norm_eps=1e-5,
         dtype=dtype,
     )
-    model = LlamaForCausalLM(config)
-    model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
-    model.save_pretrained(folder)
-    return folder
+    return _write_model(folder, config, seed, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
 
 
 def write_smollm2(
@@ -94,11 +93,10 @@ def write_smollm2(
     Returns:
         The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
     """
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     folder.mkdir(parents=True, exist_ok=True)
     _write_byte_level_tokenizer(folder, corpus, vocab_size)
-    torch.manual_seed(seed)
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -115,9 +113,17 @@ def write_smollm2(
         pad_token_id=2,
         dtype=dtype,
     )
+    return _write_model(folder, config, seed, bos_token_id=1, eos_token_id=2, pad_token_id=2)
+
+
+def _write_model(folder: Path, config: "LlamaConfig", seed: int, **generation: int) -> Path:
+    """Random weights in the config's dtype, and the generation config."""
+    from transformers import GenerationConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    model.to(dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
+    model.to(config.dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
+    model.generation_config = GenerationConfig(**generation)
     model.save_pretrained(folder)
     return folder
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from moellava.data.collate import ChatCollator, id_of, image_items, messages_of
+from moellava.data.chat_labels import image_items, without_pictures
+from moellava.data.collate import ChatCollator, id_of, messages_of
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -33,7 +34,7 @@ def answer_rows(
         )
         images = [collator.load_image(item["image"]) for messages in asked for item in image_items(messages)]
         prompts = [
-            processor.apply_chat_template(_without_pictures(messages), tokenize=False, add_generation_prompt=True)
+            processor.apply_chat_template(without_pictures(messages), tokenize=False, add_generation_prompt=True)
             for messages in asked
         ]
         inputs = processor(
@@ -76,16 +77,3 @@ def _words(message: Any) -> str:
     if isinstance(message["content"], str):
         return message["content"]
     return "".join(item["text"] for item in message["content"] if item["type"] == "text").strip()
-
-
-def _without_pictures(messages: Sequence[Any]) -> list[Any]:
-    """Pictures stand for themselves in a prompt by their item's type; a template must not copy their pixels."""
-    return [
-        message
-        if isinstance(message["content"], str)
-        else {
-            **message,
-            "content": [{"type": "image"} if item["type"] == "image" else item for item in message["content"]],
-        }
-        for message in messages
-    ]

@@ -37,32 +37,16 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
 
 
 def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> None:
-    axis.plot([entry["step"] for entry in steps], [entry["loss"] for entry in steps], label="training loss")
-    held_out = [entry for entry in log if "eval_loss" in entry]
-    if held_out:
-        axis.plot(
-            [entry["step"] for entry in held_out],
-            [entry["eval_loss"] for entry in held_out],
-            "o-",
-            label="held-out loss",
-        )
-    answered = [entry for entry in log if "eval_answers_exact" in entry]
-    if answered:
-        axis.plot(
-            [entry["step"] for entry in answered],
-            [entry["eval_answers_exact"] for entry in answered],
-            "s--",
-            color="tab:green",
-            label="share of exact answers",
-        )
-    balanced = [entry for entry in steps if "aux_loss" in entry]
-    if balanced:
-        axis.plot(
-            [entry["step"] for entry in balanced],
-            [entry["aux_loss"] for entry in balanced],
-            color="tab:gray",
-            label="balancing loss (1 is even)",
-        )
+    lines: tuple[tuple[Sequence[dict[str, Any]], str, str, dict[str, Any]], ...] = (
+        (steps, "loss", "training loss", {}),
+        (log, "eval_loss", "held-out loss", {"marker": "o"}),
+        (log, "eval_answers_exact", "share of exact answers", {"marker": "s", "linestyle": "--", "color": "tab:green"}),
+        (steps, "aux_loss", "balancing loss (1 is even)", {"color": "tab:gray"}),
+    )
+    for entries, key, label, style in lines:
+        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), label=label, **style)
     axis.set(xlabel="optimizer step", ylim=(0, None))
     axis.legend()
 

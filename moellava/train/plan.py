@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from moellava.data.collate import ChatCollator, image_items, messages_of
+from moellava.data.chat_labels import image_items
+from moellava.data.collate import messages_of
 from moellava.model.describe import count_active_parameters
 from moellava.train.recipe import Recipe
-from moellava.train.run import read_data, row_lengths, training_arguments
+from moellava.train.run import build_collator, read_data, row_lengths, training_arguments
 from moellava.train.stages import prepare_model
 
 GIB = 2**30
@@ -58,13 +59,7 @@ def plan(recipe: Recipe) -> Plan:
     data = read_data(recipe)
     model, loaded = prepare_model(recipe)
     options = recipe.data
-    collator = ChatCollator(
-        loaded.processor,
-        chat_template=options.chat_template,
-        max_length=options.max_length,
-        long_rows=options.long_rows,
-    )
-    lengths = row_lengths(data.train, collator)
+    lengths = row_lengths(data.train, build_collator(recipe, loaded))
     sample = [messages_of(data.train[index]) for index in range(min(len(data.train), 1000))]
     images_per_row = mean(len(image_items(messages)) for messages in sample)
     per_epoch = math.ceil(len(lengths) / recipe.optim.batch_size)

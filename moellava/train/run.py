@@ -1,6 +1,6 @@
 """A recipe → a trained model in a folder, with its log and picture; a killed run is gone on with.
 
-Public names: `train`, `TrainResult`, `read_data`, `build_trainer`.
+Public names: `train`, `TrainResult`, `read_data`, `build_trainer`, `build_collator`.
 """
 
 import json
@@ -49,7 +49,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class TrainData:
-    """Rows, and the token count of each training row."""
+    """The rows to learn from, and the held-out ones."""
 
     train: Sequence[Any]
     evaluation: Sequence[Any] | None
@@ -146,15 +146,7 @@ def build_trainer(
 ) -> MoeLlavaTrainer:
     """The trainer of a stage, ready to run."""
     options = recipe.data
-    collator = ChatCollator(
-        loaded.processor,
-        chat_template=options.chat_template,
-        max_length=options.max_length,
-        long_rows=options.long_rows,
-        packing=options.packing,
-        load_image=load_image,
-        return_row_ids=True,
-    )
+    collator = build_collator(recipe, loaded)
     lengths = row_lengths(data.train, collator) if options.group_by_length else None
     if options.features is not None:
         tower = loaded.model.model.vision_tower
@@ -180,6 +172,20 @@ def build_trainer(
         keep_checkpoints=recipe.saving.keep,
         num_answers=recipe.evaluation.num_answers if data.evaluation is not None else 0,
         max_new_tokens=recipe.evaluation.max_new_tokens,
+    )
+
+
+def build_collator(recipe: Recipe, loaded: Any) -> ChatCollator:
+    """The collator that the recipe's `data` describes."""
+    options = recipe.data
+    return ChatCollator(
+        loaded.processor,
+        chat_template=options.chat_template,
+        max_length=options.max_length,
+        long_rows=options.long_rows,
+        packing=options.packing,
+        load_image=load_image,
+        return_row_ids=True,
     )
 
 
