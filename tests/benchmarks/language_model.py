@@ -1,8 +1,8 @@
 """The mixture at TinyLlama's real sizes, as ratios to a bound or a rival measured in the same run.
 
-    python tests/benchmarks/language_model.py {block,decode,upcycle,training}
+    python tests/benchmarks/language_model.py {block,decode,upcycle,training,int8}
 
-Times are medians of interleaved rounds. `decode` and `upcycle` need about 6 GB of memory, the others 3.
+Times are medians of interleaved rounds. `decode`, `upcycle` and `int8` need about 7 GB of memory, the others 3.
 """
 
 import argparse
@@ -23,8 +23,15 @@ from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, moe_config_from_dense, upcycle
-from moellava.model.language_model.moe import LlamaMoeSparseBlock
+from moellava.model.language_model import (
+    LlamaMoeConfig,
+    LlamaMoeForCausalLM,
+    moe_config_from_dense,
+    quantization_config,
+    upcycle,
+)
+from moellava.model.language_model.moe import LlamaMoeRouter, LlamaMoeSparseBlock
+from moellava.model.language_model.quantization import weight_bytes
 
 TINYLLAMA = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -123,7 +130,7 @@ def bench_decode() -> None:
     """One token a step, batch 1, bfloat16, against the read bandwidth and against a Mixtral of the same size."""
     model = build(LlamaMoeForCausalLM, LlamaMoeConfig(**TINYLLAMA))
     num_bytes, reads = memory_reads()
-    seconds = medians({**reads, "ours": decode_step(model)}, 9)
+    seconds = medians({**reads, "ours": decode_step(model), "products": products(model)}, 9)
     bandwidth = num_bytes / min(seconds[name] for name in reads)
     bound = active_bytes(model) / bandwidth
     print(
@@ -132,6 +139,7 @@ def bench_decode() -> None:
     print(
         f"11 of 22 layers sparse: {1 / seconds['ours']:.2f} tokens/s, {bound / seconds['ours']:.2f} of {1 / bound:.2f}"
     )
+    print(f"{seconds['products'] / seconds['ours']:.2f} of the tokens/s of torch's products of the same weights alone")
     del model
 
     # Every layer sparse, as Mixtral's must be, and the width that gives the same number of weights.
@@ -174,6 +182,23 @@ def decode_step(model: LlamaForCausalLM) -> Callable[[], None]:
         model(ids, cache=cache, use_cache=True)
 
     return step
+
+
+def products(model: LlamaMoeForCausalLM) -> Callable[[], None]:
+    """One `F.linear` of one row with each matrix that a token uses: what decoding costs torch, were there no model."""
+    matrices: list[Tensor] = []
+    for name, weight in model.named_parameters():
+        if ".experts." in name:
+            matrices += weight.detach()[: model.config.num_experts_per_tok]
+        elif weight.dim() == 2 and "embed_tokens" not in name:
+            matrices.append(weight.detach())
+    rows = {(matrix.shape[1], matrix.dtype): torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices}
+
+    def run() -> None:
+        for matrix in matrices:
+            F.linear(rows[matrix.shape[1], matrix.dtype], matrix)
+
+    return run
 
 
 def active_bytes(model: LlamaMoeForCausalLM) -> float:
@@ -274,7 +299,52 @@ def train_once(kind: str) -> None:
     print(seconds, peak_rss() - base, held, active)
 
 
-SECTIONS = ("block", "decode", "upcycle", "training")
+# --- 8-bit weights ------------------------------------------------------------------------------------------------
+
+
+def bench_int8() -> None:
+    """Bytes before and after, and what happens to the logits of 64 tokens; random weights, all experts different."""
+    model = LlamaMoeForCausalLM(LlamaMoeConfig(**TINYLLAMA)).to(torch.bfloat16).eval()
+    ids = torch.randint(0, 32000, (1, 64))
+    before = logits_and_routes(model, ids)
+    held = weight_bytes(model)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        del model
+        quantized = LlamaMoeForCausalLM.from_pretrained(
+            folder, quantization_config=quantization_config(), dtype=torch.bfloat16
+        ).eval()
+    after = logits_and_routes(quantized, ids)
+    print(f"{held:,} bytes before, {weight_bytes(quantized):,} after: {weight_bytes(quantized) / held:.2f}")
+    for name in ("top-2", "all experts"):
+        difference = (after[name] - before[name]).norm() / before[name].norm()
+        print(f"{name}: logits differ by {difference:.1%} of their norm")
+    same = [(a == b).all(-1).float().mean().item() for a, b in zip(before["routes"], after["routes"], strict=True)]
+    print(f"tokens that keep both experts, by layer: {min(same):.0%} to {max(same):.0%}")
+
+
+@torch.no_grad()
+def logits_and_routes(model: LlamaMoeForCausalLM, ids: Tensor) -> dict[str, object]:
+    """Logits as routed and with every expert at work, and the experts chosen in each layer."""
+    output = model(ids, output_router_logits=True)
+    routers = [module for module in model.modules() if isinstance(module, LlamaMoeRouter)]
+    routes = [logits.topk(routers[0].top_k).indices.sort().values for logits in output.router_logits]
+    as_routed = routers[0].top_k
+    for router in routers:
+        router.top_k = model.config.num_experts
+    everything = model(ids).logits.float()
+    for router in routers:
+        router.top_k = as_routed
+    return {"top-2": output.logits.float(), "all experts": everything, "routes": routes}
+
+
+SECTIONS = {
+    "block": bench_block,
+    "decode": bench_decode,
+    "upcycle": bench_upcycle,
+    "training": bench_training,
+    "int8": bench_int8,
+}
 
 
 def main() -> None:
@@ -298,10 +368,7 @@ def main() -> None:
             f"{arguments.section}: torch {torch.__version__}, transformers {transformers.__version__}, "
             f"{torch.get_num_threads()} threads, {platform.machine()}"
         )
-        if arguments.section == "block":
-            bench_block(chosen)
-        else:
-            {"decode": bench_decode, "upcycle": bench_upcycle, "training": bench_training}[arguments.section]()
+        SECTIONS[arguments.section](*([chosen] if arguments.section == "block" else []))
 
 
 if __name__ == "__main__":
