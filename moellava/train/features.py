@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -61,7 +62,7 @@ class FeatureFile:
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str]) -> None:
         """Raise `ValueError` unless the file is of this tower and holds all these images."""
-        for name in ("tower", "revision", "image_size", "select_layer", "select_feature"):
+        for name in ("tower", "revision", "image_size", "grid", "select_layer", "select_feature", "final_norm"):
             found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
             if found != wanted:
                 raise ValueError(
@@ -76,7 +77,14 @@ class FeatureFile:
 
 
 def encode_rows(
-    encoder: VisionEncoder, rows: Iterable[Any], path: Path, *, dtype: torch.dtype, autocast: bool, progress: bool
+    encoder: VisionEncoder,
+    rows: Iterable[Any],
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    autocast: bool,
+    progress: bool,
+    encodes: bool = True,
 ) -> FeatureFile:
     """Write the features of all images of `rows`, or check those that are there.
 
@@ -85,6 +93,8 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
+        encodes: whether this process writes the file; another looks for it until it is there, however long that
+            takes. (Waiting in a process group would end with its timeout.)
 
     Raises:
         ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
@@ -92,6 +102,8 @@ def encode_rows(
     images = {image_key(image): image for row in rows for image in row.images}
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
+    while not encodes and not path.exists():
+        time.sleep(1)  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)

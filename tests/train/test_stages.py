@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
-from moellava.train.stages import prepare_model, set_trainable
+from moellava.train.stages import prepare_model
+from moellava.train.trainable import set_trainable
 from tests.train.tiny import parts_of, tiny_recipe
 
 
