@@ -1,6 +1,7 @@
 """A recipe's words → transformers' `TrainingArguments`: `training_arguments`, `run_folder`."""
 
 import os
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 
 from moellava.messages import unknown_name
 from moellava.train.recipe import Recipe
@@ -97,6 +99,7 @@ def training_arguments(recipe: Recipe, *, show_progress: bool = True, resumes: b
         if name in _REFUSED:
             raise ValueError(f"trainer.{name} would break whole checkpoints or exact resuming. Leave it out.")
     _require_engine(recipe)
+    _require_reporters(recipe.logging.report_to)
     return TrainingArguments(**{**defaults, **settings, **trainer})
 
 
@@ -123,6 +126,14 @@ def _require_engine(recipe: Recipe) -> None:
             "Adapters under DeepSpeed's ZeRO-3 could not be merged whole at the end. Use ZeRO-2 or less, DDP, or "
             "parallel=fsdp2."
         )
+
+
+def _require_reporters(names: Iterable[str]) -> None:
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise unknown_name("name in logging.report_to:", name, INTEGRATION_TO_CALLBACK)
+        if name not in get_available_reporting_integrations():
+            raise ImportError(f"logging.report_to names {name!r}, which is not installed. pip install {name}")
 
 
 def _is_set(variable: str) -> bool:
