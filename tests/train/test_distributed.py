@@ -84,37 +84,43 @@ def test_nan_on_one_of_two_sharded_processes_stops_both_and_names_its_rows(runs)
     assert "The last good checkpoint is checkpoint-2" in said
 
 
-def commands():
-    """Those of docs/training.md that start several processes."""
-    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
-    return [line.strip() for line in lines if line.startswith(("    accelerate launch", "    torchrun"))]
+COMMANDS = [
+    line.strip()
+    for line in (ROOT / "docs" / "training.md").read_text().splitlines()
+    if line.startswith(("    accelerate launch", "    torchrun"))
+]
+LAUNCHERS = {
+    "accelerate launch": "accelerate.commands.launch --main_process_port 0",
+    "torchrun": "torch.distributed.run --standalone",
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [line for line in commands() if "nproc_per_node 2" in line or "--cpu" in line])
-def test_the_documented_commands_run_on_two_processes(command, tiny, tmp_path):
-    """As written, but for the recipe's folders and sizes."""
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_documented_commands_run_on_two_processes(launcher, tiny, tmp_path):
+    """As written, but for the recipe, which names tiny parts and data, and a free port."""
+    (command,) = (line for line in COMMANDS if line.startswith(launcher) and " 2 " in line)
+    options, _, settings = command.removeprefix(launcher).partition(" stage1_align ")
     out = tmp_path / "out"
-    settings = tiny_recipe(tiny, "align", out, "optim.max_steps=1", "optim.per_device_batch_size=2")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(settings)))
-    words = [word for word in shlex.split(command) if not word.startswith(("output_dir=", "data.", "start_from="))]
-    words = [str(tmp_path / "recipe.yaml") if word.startswith("stage") else word for word in words]
-    program = {"accelerate": "accelerate.commands.accelerate_cli", "torchrun": "torch.distributed.run"}[words[0]]
-    port = {"accelerate": ["--main_process_port", "0"], "torchrun": ["--standalone"]}[words[0]]
-    first = [program, "launch", *port] if words[0] == "accelerate" else [program, *port]
+    more = [word for word in settings.split() if word.startswith("parallel=")]
+    recipe = tiny_recipe(
+        tiny, "align", out, "optim.max_steps=1", "saving.every=1", "optim.per_device_batch_size=2", *more
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     done = subprocess.run(
-        [sys.executable, "-m", *first, *words[len(first) - len(port) :]],
+        [sys.executable, "-m", *shlex.split(f"{LAUNCHERS[launcher]} {options}"), str(tmp_path / "recipe.yaml")],
         capture_output=True, text=True, timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    assert f"Model: {out / 'model'}" in done.stdout
+    assert done.stdout.count(f"Model: {out / 'model'}") == 1
     assert load_file(out / "model" / "model.safetensors")
-    assert done.stdout.count("Model:") == 1  # two processes of one run
+    assert (out / "checkpoint-1" / "rng_state_1.pth").is_file()  # the second's random numbers
 
 
 def test_the_documented_recipes_and_configs_exist():
-    for command in commands():
+    assert len(COMMANDS) == 5
+    for command in COMMANDS:
         for word in shlex.split(command):
             if word.startswith("stage"):
                 load_recipe(word)
@@ -145,7 +151,7 @@ def test_fsdp2_in_one_process_is_refused(tiny, tmp_path):
 def test_engines_that_cannot_keep_the_promise_are_refused(environment, settings, error, message, tiny, tmp_path):
     from unittest import mock
 
-    available = mock.patch("moellava.train.arguments.is_deepspeed_available", lambda: error is not ImportError)
+    available = mock.patch("moellava.train.arguments.is_deepspeed_available", return_value=error is not ImportError)
     with mock.patch.dict(os.environ, environment), available, pytest.raises(error, match=message):
         training_arguments(tiny_recipe(tiny, "tune", tmp_path / "out", *settings))
 
@@ -153,7 +159,7 @@ def test_engines_that_cannot_keep_the_promise_are_refused(environment, settings,
 def test_the_router_is_fitted_in_one_process(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe = tiny_recipe(tiny, "router", tmp_path / "out", "optim.max_steps=null")
-    with pytest.raises(ValueError, match="in one process. Start it by moellava train alone"):
+    with pytest.raises(ValueError, match=r"in one process. Start it by moellava train alone"):
         train(recipe, show_progress=False)
 
 

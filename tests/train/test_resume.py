@@ -15,6 +15,7 @@ OTHERS = {
     "adapters in the second epoch": "adapters",
     "ddp killed": "ddp adapters",
     "fsdp2 killed": "fsdp2 adapters",
+    "fsdp2 killed at the end": "fsdp2 adapters",
 }
 
 

@@ -1,7 +1,8 @@
 """Trains tiny models in forked children: alone, two by two, killed in the middle and gone on with.
 
-python worker.py FOLDER: writes FOLDER/<run>/ for each run, FOLDER/statuses.json and FOLDER/seconds.json. Started once by
-conftest.py: a fork has what takes seconds to import, and its parent has no threads that a fork would lose.
+python worker.py FOLDER [RUN ...]: writes FOLDER/<run>/ for each run, or for those named, FOLDER/statuses.json and
+FOLDER/seconds.json. Started once by conftest.py: a fork has what takes seconds to import, and its parent has no threads
+that a fork would lose.
 """
 
 import gc
@@ -166,12 +167,14 @@ TWO_ROWS = "optim.per_device_batch_size=2"
 
 
 class Runs:
-    def __init__(self, folder):
-        self.folder, self.statuses, self.seconds = folder, {}, {}
+    def __init__(self, folder, chosen=()):
+        self.folder, self.chosen, self.statuses, self.seconds = folder, chosen, {}, {}
         self.tiny = write_tiny(folder / "tiny", num_rows=NUM_ROWS)
 
     def __call__(self, name, stage="tune", *overrides, num_processes=1, killed=None, **more):
         """Train `name`; with `killed`, once until that moment and once more."""
+        if self.chosen and name not in self.chosen:
+            return
         began = time.perf_counter()
         if stage == "experts":
             more |= {"start_from": str(self.folder / "dense"), "moe": {"config": {"num_experts": 4}}}
@@ -186,10 +189,10 @@ class Runs:
         self.seconds[name] = time.perf_counter() - began
 
 
-def main(folder):
+def main(folder, *chosen):
     torch.set_num_threads(1)
     gc.freeze()  # the children's collections need not look at, and so copy, all that is imported
-    runs = Runs(folder)
+    runs = Runs(folder, chosen)
     runs("dense", "tune", "optim.max_steps=1")
     # One process, killed at every moment.
     runs("alone", "experts")
@@ -204,7 +207,9 @@ def main(folder):
     even = ("data.group_by_length=false", "moe.config.router_aux_loss_coef=0")  # that loss is not linear in the rows
     runs("one", "experts", *even)
     for parallel in ("ddp", "fsdp2"):
-        runs(parallel, "experts", *even, TWO_ROWS, f"parallel={parallel}", **two)
+        # As the packaged recipes have it: with checkpointed activations.
+        checkpointed = "optim.activation_checkpointing=true"
+        runs(parallel, "experts", *even, TWO_ROWS, checkpointed, f"parallel={parallel}", **two)
     runs("ddp killed", "tune", *ACCUMULATED, lora=ADAPTERS, killed="in the second epoch", **two)
     runs("ddp adapters", "tune", *ACCUMULATED, lora=ADAPTERS, **two)
     plain = {**ADAPTERS, "dropout": 0.0}
@@ -212,9 +217,11 @@ def main(folder):
     for killed in (None, "in the second epoch"):
         name = "fsdp2 killed" if killed else "fsdp2 adapters"
         runs(name, "tune", TWO_ROWS, "parallel=fsdp2", lora=plain, killed=killed, **two)
+    finished = {**two, "killed": "while the model is written"}
+    runs("fsdp2 killed at the end", "tune", TWO_ROWS, "parallel=fsdp2", lora=plain, **finished)
     runs(SPOILT, "tune", TWO_ROWS, "parallel=fsdp2", killed=SPOILT, **two)
     runs("one experts adapters", "experts", *even, lora=plain)
-    runs("fsdp2 experts adapters", "experts", *even, TWO_ROWS, "parallel=fsdp2", lora=plain, **two)
+    runs("fsdp2 experts adapters", "experts", *even, TWO_ROWS, "parallel=fsdp2", checkpointed, lora=plain, **two)
     features = f"data.features={folder / 'features.safetensors'}"
     runs("one aligned", "align")
     runs("two with features", "align", features, TWO_ROWS, **two)
@@ -223,4 +230,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
