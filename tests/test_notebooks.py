@@ -1,5 +1,6 @@
 """Every notebook of docs/notebooks runs from its first cell to its last, on stand-ins under the real ids."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,15 @@ def test_a_notebook_runs(path, hub_cache, dataset_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_every_link_of_a_notebook_has_its_file(path):
+    import nbformat
+
+    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
+        assert (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

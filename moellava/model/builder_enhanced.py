@@ -10,7 +10,7 @@ from moellava.encoders import VisionEncoder
 from moellava.model.assembly import assemble
 from moellava.model.build_request import CustomVisionConfig, is_description_file, read_build_request
 from moellava.model.checkpoints import open_saved
-from moellava.model.describe import describe, log_summary
+from moellava.model.describe import describe, log_language_model, log_vision
 from moellava.model.language_model import quantization_config
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.parts import as_dtype, load_encoder, load_model_config, load_tokenizer
@@ -105,10 +105,11 @@ def load_pretrained_model(
         if is_saved:
             _require_no_parts(str(model), **parts, fallback_to_default=fallback_to_default or None)
             loaded = open_saved(str(model), device_map=device_map, **options)
+            log_vision(loaded.model)
         else:
             request = read_build_request(model, **parts)
             loaded = assemble(request, fallback_to_default=fallback_to_default, **options)
-    log_summary(loaded.model)
+    log_language_model(loaded.model)
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
     loaded.model.eval()

@@ -1,6 +1,6 @@
 """What a model is made of, as a table or in log lines, and how many of its parameters a token meets.
 
-Public names: `describe`, `log_summary`, `count_active_parameters`.
+Public names: `describe`, `log_vision`, `log_language_model`, `count_active_parameters`.
 """
 
 import logging
@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.quantization import held_bytes, held_dtype
+from moellava.model.origin import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +55,17 @@ def describe(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
-def log_summary(model: PreTrainedModel) -> None:
-    """One INFO line each for tower, projector, language model and size."""
-    vision, text = model.config.vision_config, model.config.text_config
-    num_patches, width = vision.num_patches, vision.hidden_size
-    logger.info("tower %s@%s: %d patch tokens of width %d", vision.tower, vision.revision, num_patches, width)
+def log_vision(model: PreTrainedModel) -> None:
+    """One INFO line each for tower and projector of an opened model; a built one has told them on the way."""
+    vision = model.config.vision_config
+    tower = Origin(vision.tower, vision.revision)
+    logger.info("tower %s: %d patch tokens of width %d", tower, vision.num_patches, vision.hidden_size)
     logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
+
+
+def log_language_model(model: PreTrainedModel) -> None:
+    """One INFO line each for the language model and for the size of the whole."""
+    text = model.config.text_config
     if layers := getattr(text, "moe_layer_indices", []):
         logger.info(
             "language model %s: %d of %d layers are mixtures of %d experts, top-%d",

@@ -19,10 +19,19 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
-from moellava.encoders.weights import first_five
+from moellava.encoders.weights import require_loaded
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
+
+# Beginnings of the weights' names.
+TOWER_PREFIX = "model.vision_tower."
+PROJECTOR_PREFIX = "model.multi_modal_projector."
+
+
+def joined_name(name: str) -> str:
+    """A weight of a language model's `ForCausalLM`, by the name that it has in the joined model."""
+    return f"model.language_{name}" if name.startswith("model.") else name
 
 
 class MoeLlavaPreTrainedModel(PreTrainedModel):
@@ -52,11 +61,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        if missing := sorted(map(str, info["missing_keys"])):
-            raise ValueError(
-                f"The weights of {(args and args[0]) or 'the state dict'!r} do not fit its configuration. "
-                f"missing keys: {first_five(missing)}. Save or download the checkpoint again."
-            )
+        require_loaded((args and args[0]) or "the state dict", info, ("missing_keys",))
         return (model, info) if output_loading_info else model
 
     def activation_checkpointing_enable(

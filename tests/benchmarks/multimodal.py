@@ -52,6 +52,7 @@ import json, resource, sys, time
 import torch
 from moellava.model.builder_enhanced import load_pretrained_model
 import open_clip, timm
+from PIL import Image
 from safetensors import safe_open
 
 def peak():
@@ -69,6 +70,7 @@ bytes_ = sum(w.numel() * w.element_size() for w in loaded.model.parameters()) / 
 result = {{"bytes": bytes_, "parameters": loaded.model.num_parameters()}}
 if {save!r}:
     loaded.model.save_pretrained({save!r}); loaded.processor.save_pretrained({save!r})
+    result["answer"] = loaded.answer(Image.open({image!r}), "What is this?", max_new_tokens=8)
 """
 
 # Every weight is read, not only mapped: a file that is mapped costs nothing until somebody looks.
@@ -76,6 +78,11 @@ REOPEN = """
 loaded = load_pretrained_model({saved!r})
 checksum = sum(float(w.detach().view(-1)[:: 1024].float().sum()) for w in loaded.model.parameters())
 result = {{"bytes": sum(w.numel() * w.element_size() for w in loaded.model.parameters()) / 2**20}}
+"""
+
+ANSWER = """
+loaded = load_pretrained_model({saved!r})
+result = {{"answer": loaded.answer(Image.open({image!r}), "What is this?", max_new_tokens=8)}}
 """
 
 READ = """
@@ -90,7 +97,7 @@ result = {{}}
 """
 
 
-def measure(statement: str, **names: object) -> dict[str, float]:
+def measure(statement: str, **names: object) -> dict[str, Any]:
     code = MEASURED.format(statement=statement.format(**names))
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
@@ -109,8 +116,11 @@ def bench_build(folder: Path) -> None:
         num_key_value_heads=4,
     )
     parts = {"language_model": str(language_model), "tower": str(tower)}
-    measure(BUILD, **parts, save=str(saved))  # warms the disk cache as well
-    build = measure(BUILD, **parts, save="")
+    image = str(folder / "image.png")
+    random_images(1)[0].save(image)
+    first = measure(BUILD, **parts, save=str(saved), image=image)  # warms the disk cache as well
+    assert measure(ANSWER, saved=str(saved), image=image)["answer"] == first["answer"]
+    build = measure(BUILD, **parts, save="", image=image)
     reopen, read = measure(REOPEN, saved=str(saved)), measure(READ, saved=str(saved))
     print(f"parameters {build['parameters']:,}; the model's own bytes {build['bytes']:,.0f} MiB")
     print("| step | seconds | peak MiB | ratio | bound |")
@@ -301,7 +311,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="for the files of `build`; default: a temporary one")
     parser.add_argument("--batch", type=int, default=1, help="images, one question each")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, help="default: 5, and 1 for more than one image")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -315,7 +325,8 @@ def main() -> None:
             bench_build(arguments.folder or Path(name))
         return
     print("| what | unit | moellava | rival | ratio | asked |\n|---|---|---|---|---|---|")
-    GENERATION[arguments.section](arguments.batch, getattr(torch, arguments.dtype), arguments.rounds)
+    rounds = arguments.rounds or (5 if arguments.batch == 1 else 1)
+    GENERATION[arguments.section](arguments.batch, getattr(torch, arguments.dtype), rounds)
 
 
 if __name__ == "__main__":

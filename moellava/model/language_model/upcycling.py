@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,13 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) ->
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
     return LlamaMoeConfig(**dense, **moe_options)
+
+
+def split_moe_options(moe_config: Mapping[str, Any] | Literal[True]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`moe_config` of `load_pretrained_model` → options of `moe_config_from_dense`, and of `upcycled_state_dict`."""
+    options = {} if moe_config is True else dict(moe_config)
+    upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
+    return options, upcycling
 
 
 def upcycle(
