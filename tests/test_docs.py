@@ -1,10 +1,8 @@
 """The snippets of the guides run, in order, on stand-ins under the real ids."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,19 +11,12 @@ from moellava.testing import BIOMEDCLIP
 
 ROOT = Path(__file__).parent.parent
 GUIDES = ("biomedclip.md", "builder.md", "data.md", "from_llava.md", "saving.md")
-# A hub that takes uploads and keeps nothing.
-TAKE_UPLOADS = """
-from huggingface_hub import HfApi
-
-HfApi.create_repo = lambda self, repo_id, **options: type("Url", (), {"repo_id": repo_id})
-HfApi.file_exists = lambda self, *args, **options: False
-HfApi.upload_folder = lambda self, **options: "https://hub/commit/1"
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path):
+def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
     from PIL import Image
     from skimage import data
 
@@ -35,9 +26,12 @@ def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path):
     write_mm_projector(tmp_path / "checkpoints" / "llava-pretrain")
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL)
     assert len(snippets) > 1
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    code = "\n".join([TAKE_UPLOADS, *snippets])
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env=environment)
+    monkeypatch.chdir(tmp_path)
+    # A hub that takes uploads and keeps nothing.
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **options: False)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: "https://hub/commit/1")
+    exec(compile("\n".join(snippets), guide, "exec"), {"__name__": guide})
 
 
 def write_mm_projector(folder):

@@ -124,15 +124,16 @@ with blocked_network():
 """
 
 
-def test_a_saved_model_reloads_in_a_new_process_bit_for_bit(loaded, images, tmp_path):
+def test_a_saved_and_moved_model_reloads_in_a_new_process_bit_for_bit(loaded, images, tmp_path):
     inputs = dict(chat_inputs(loaded, images, ["What is this?", "Is this a CT image?", "Why?"]))
     with torch.no_grad():
         logits = loaded.model(**inputs).logits
     text = loaded.tokenizer.batch_decode(
         loaded.model.generate(**inputs, max_new_tokens=8, max_length=None, do_sample=False)
     )
-    loaded.model.save_pretrained(tmp_path / "saved")
-    loaded.processor.save_pretrained(tmp_path / "saved")
+    loaded.model.save_pretrained(tmp_path / "first", max_shard_size="5MB")
+    loaded.processor.save_pretrained(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "saved")
     torch.save(inputs, tmp_path / "inputs.pt")
 
     empty_cache = {"HF_HUB_CACHE": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
