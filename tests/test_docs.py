@@ -1,28 +1,45 @@
 """The snippets of the guides run, in order, on stand-ins under the real ids."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from moellava.testing import BIOMEDCLIP
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("biomedclip.md", "builder.md", "data.md")
+GUIDES = ("biomedclip.md", "builder.md", "data.md", "from_llava.md", "saving.md")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path):
+def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path, monkeypatch):
+    from huggingface_hub import HfApi
     from PIL import Image
     from skimage import data
 
     Image.fromarray(data.immunohistochemistry()).save(tmp_path / "scan.png")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "biomedclip").symlink_to(hub_cache[BIOMEDCLIP])
+    write_mm_projector(tmp_path / "checkpoints" / "llava-pretrain")
     snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL)
     assert len(snippets) > 1
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", "\n".join(snippets)], check=True, cwd=tmp_path, env=environment)
+    monkeypatch.chdir(tmp_path)
+    # A hub that takes uploads and keeps nothing.
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **options: False)
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: "https://hub/commit/1")
+    exec(compile("\n".join(snippets), guide, "exec"), {"__name__": guide})
+
+
+def write_mm_projector(folder):
+    """LLaVA's `mm_projector.bin` between the stand-ins of CLIP and Vicuna, both of width 64."""
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    folder.mkdir(parents=True)
+    state = {f"model.mm_projector.{name}": value for name, value in layers.state_dict().items()}
+    torch.save(state, folder / "mm_projector.bin")
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

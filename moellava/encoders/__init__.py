@@ -35,8 +35,11 @@ for _config_class, _encoder_class in (
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModel.register(_config_class, _encoder_class, exist_ok=True)
+# Under both names: it is the one there is, and without the second each load would warn that torchvision is missing.
 AutoImageProcessor.register(
-    BiomedClipVisionConfig, image_processor_classes={"pil": BiomedClipImageProcessorPil}, exist_ok=True
+    BiomedClipVisionConfig,
+    image_processor_classes={"pil": BiomedClipImageProcessorPil, "torchvision": BiomedClipImageProcessorPil},
+    exist_ok=True,
 )
 
 __all__ = [

@@ -1,11 +1,11 @@
 """Weights on disk to weights in a module: safetensors first, then pickles, opened with `weights_only=True`.
 
-`read_weights`, `assign_weights`.
+`read_weights`, `assign_weights`, `require_loaded`.
 """
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,23 @@ def assign_weights(module: nn.Module, state: dict[str, Tensor], *, where: str) -
     ]
     if problems:
         raise ValueError(f"{where} does not fit its config; {'; '.join(problems)}.")
+
+
+def require_loaded(
+    source: object,
+    info: Mapping[str, Collection[Any]],
+    kinds: Collection[str] = ("missing_keys", "unexpected_keys", "mismatched_keys"),
+) -> None:
+    """Raise `ValueError` for weights that did not fit; transformers only logs them, and draws missing ones at random.
+
+    Args:
+        source: what was loaded, for the message.
+        info: of `from_pretrained(..., output_loading_info=True)`.
+        kinds: keys of `info`.
+    """
+    problems = [f"{kind.replace('_', ' ')}: {first_five(sorted(map(str, info[kind])))}" for kind in kinds if info[kind]]
+    if problems:
+        raise ValueError(f"The weights of {source!r} do not fit its configuration. {'; '.join(problems)}.")
 
 
 def first_five(names: list[str]) -> str:

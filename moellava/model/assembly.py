@@ -28,8 +28,9 @@ from moellava.model.language_model import (
     upcycled_state_dict,
 )
 from moellava.model.language_model.mixtures import LAYOUTS
-from moellava.model.language_model.upcycling import UPCYCLING_OPTIONS
+from moellava.model.language_model.upcycling import split_moe_options
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.origin import origin_of
 from moellava.model.parts import (
     IMAGE_TOKEN,
@@ -82,7 +83,7 @@ def assemble(
     _log_projector(config, projector, parts.tower)
     state_dict = _join_state_dicts(parts.language_model.read(), parts.encoder, config)
     for key, tensor in _projector_weights(config, projector, seed).items():
-        state_dict[f"model.multi_modal_projector.{key}"] = tensor
+        state_dict[f"{PROJECTOR_PREFIX}{key}"] = tensor
     model = load_weights(None, name, config=config, state_dict=state_dict, **{**build, "dtype": dtype})
     model.generation_config = load_generation_config(name, parts.processor.tokenizer, **hub)
     # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
@@ -181,8 +182,7 @@ def find_language_model(
     if is_mixture or moe_config is False:
         read = read_state_dict if is_mixture else dense_state_dict
         return LanguageModel(config, dtype, partial(read, name, dtype=dtype, **hub))
-    options = {} if moe_config is True else dict(moe_config)
-    upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
+    options, upcycling = split_moe_options(moe_config)
     mixture = moe_config_from_dense(config, **options)
     read = partial(upcycled_state_dict, name, copy.deepcopy(mixture), dtype=dtype, seed=seed, **upcycling, **hub)
     return LanguageModel(mixture, dtype, read)
@@ -218,14 +218,10 @@ def _projector_weights(config: MoeLlavaConfig, trained: TrainedProjector | None,
 
 def _log_projector(config: MoeLlavaConfig, trained: TrainedProjector | None, tower: TowerIdentity) -> None:
     if trained is None:
-        logger.info("projector %s: fresh, to be trained for %s", config.projector_type, tower)
+        source = f"fresh, to be trained for {tower}"
     else:
-        logger.info(
-            "projector %s: loaded from %s, trained for %s",
-            config.projector_type,
-            trained.path,
-            trained.tower or "a tower that it does not name",
-        )
+        source = f"loaded from {trained.path}, trained for {trained.tower or 'a tower that it does not name'}"
+    logger.info("projector %s: %d image tokens per image, %s", config.projector_type, config.num_image_tokens, source)
 
 
 def _join_state_dicts(
@@ -237,9 +233,9 @@ def _join_state_dicts(
         tensor = language_model.pop(key)
         if key in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = _with_rows(tensor, config.text_config.vocab_size)
-        joined[f"model.language_{key}" if key.startswith("model.") else key] = tensor
+        joined[joined_name(key)] = tensor
     for key, tensor in encoder.state_dict().items():
-        joined[f"model.vision_tower.{key}"] = tensor
+        joined[f"{TOWER_PREFIX}{key}"] = tensor
     return joined
 
 

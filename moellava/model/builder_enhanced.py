@@ -1,24 +1,20 @@
 """The front door: `load_pretrained_model` joins an image encoder and a language model, or opens a saved model."""
 
-import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from transformers.utils import logging as transformers_logging
 
 from moellava.encoders import VisionEncoder
 from moellava.model.assembly import assemble
 from moellava.model.build_request import CustomVisionConfig, is_description_file, read_build_request
 from moellava.model.checkpoints import open_saved
-from moellava.model.describe import count_active_parameters, describe
+from moellava.model.describe import describe, log_language_model, log_vision
 from moellava.model.language_model import quantization_config
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.parts import as_dtype, load_encoder, load_model_config, load_tokenizer
+from moellava.model.progress import progress_bars
 from moellava.model.projector import build_projector
 
 __all__ = [
@@ -31,8 +27,6 @@ __all__ = [
     "load_tokenizer",
     "load_vision_encoder",
 ]
-
-logger = logging.getLogger(__name__)
 
 
 def load_pretrained_model(
@@ -97,40 +91,25 @@ def load_pretrained_model(
         ValueError: settings that are unknown, missing, contradictory or do not fit the parts.
         OSError: parts that cannot be found or read.
     """
-    if device is not None and device_map is not None:
-        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
-    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    hub |= {} if token is None else {"token": token}
-    build: dict[str, Any] = {"dtype": as_dtype(dtype)}
-    build |= {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    if load_in_8bit or load_in_4bit:
-        build["quantization_config"] = quantization_config(4 if load_in_4bit else 8)
-    with _progress_bars(progress):
-        if isinstance(model, str | Path) and not is_description_file(model):
-            _require_no_parts(
-                str(model),
-                encoder_type=encoder_type,
-                custom_vision_config=custom_vision_config,
-                projector_config=projector_config,
-                fallback_to_default=fallback_to_default or None,
-            )
-            loaded = open_saved(
-                str(model), moe_config=moe_config, seed=seed, device_map=device_map, build=build, hub=hub
-            )
+    parts = {
+        "encoder_type": encoder_type,
+        "custom_vision_config": custom_vision_config,
+        "projector_config": projector_config,
+    }
+    is_saved = isinstance(model, str | Path) and not is_description_file(model)
+    _require_one_place(device, device_map, is_saved)
+    options: dict[str, Any] = {"moe_config": moe_config, "seed": seed}
+    options["build"] = _build_options(dtype, attn_implementation, load_in_8bit, load_in_4bit)
+    options["hub"] = _hub_options(revision, cache_dir, local_files_only, token)
+    with progress_bars(progress):
+        if is_saved:
+            _require_no_parts(str(model), **parts, fallback_to_default=fallback_to_default or None)
+            loaded = open_saved(str(model), device_map=device_map, **options)
+            log_vision(loaded.model)
         else:
-            if device_map is not None:
-                raise ValueError(
-                    "device_map is for a saved model: build, save_pretrained, and open the folder with it."
-                )
-            request = read_build_request(
-                model,
-                encoder_type=encoder_type,
-                custom_vision_config=custom_vision_config,
-                projector_config=projector_config,
-            )
-            options: dict[str, Any] = {"fallback_to_default": fallback_to_default, "build": build, "hub": hub}
-            loaded = assemble(request, moe_config=moe_config, seed=seed, **options)
-    _log_summary(loaded.model)
+            request = read_build_request(model, **parts)
+            loaded = assemble(request, fallback_to_default=fallback_to_default, **options)
+    log_language_model(loaded.model)
     if device is not None:
         loaded.model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
     loaded.model.eval()
@@ -162,6 +141,32 @@ def load_vision_encoder(
     return encoder, encoder.image_processor
 
 
+def _require_one_place(device: Any, device_map: Any, is_saved: bool) -> None:
+    if device is not None and device_map is not None:
+        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
+    if device_map is not None and not is_saved:
+        raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
+
+
+def _build_options(
+    dtype: torch.dtype | str | None, attn_implementation: str | None, load_in_8bit: bool, load_in_4bit: bool
+) -> dict[str, Any]:
+    """Those of transformers' `from_pretrained`; what is not given is left out, except for the dtype."""
+    options: dict[str, Any] = {"dtype": as_dtype(dtype)}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+    if load_in_8bit or load_in_4bit:
+        options["quantization_config"] = quantization_config(4 if load_in_4bit else 8)
+    return options
+
+
+def _hub_options(
+    revision: str | None, cache_dir: str | Path | None, local_files_only: bool, token: str | bool | None
+) -> dict[str, Any]:
+    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    return options if token is None else options | {"token": token}
+
+
 def _require_no_parts(name: str, **given: Any) -> None:
     """The parts of a saved model are in it: settings of parts are for a new one."""
     if settings := [setting for setting, value in given.items() if value is not None]:
@@ -169,44 +174,3 @@ def _require_no_parts(name: str, **given: Any) -> None:
             f"{name!r} is a saved model, whose parts are fixed: leave out {' and '.join(settings)}, or give a mapping "
             "to build a new model."
         )
-
-
-@contextmanager
-def _progress_bars(shown: bool) -> Iterator[None]:
-    """transformers' switch, set for a while; it turns huggingface_hub's download bars too, so those are set back."""
-    was_shown, downloads_shown = transformers_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    _switch_progress_bars(shown, downloads_shown)
-    try:
-        yield
-    finally:
-        _switch_progress_bars(was_shown, downloads_shown)
-
-
-def _switch_progress_bars(shown: bool, downloads_shown: bool) -> None:
-    (transformers_logging.enable_progress_bar if shown else transformers_logging.disable_progress_bar)()
-    (enable_progress_bars if downloads_shown else disable_progress_bars)()
-
-
-def _log_summary(model: MoeLlavaForConditionalGeneration) -> None:
-    vision, text = model.config.vision_config, model.config.text_config
-    logger.info(
-        "tower %s@%s: %d patch tokens of width %d",
-        vision.tower,
-        vision.revision,
-        vision.num_patches,
-        vision.hidden_size,
-    )
-    logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
-    layers = getattr(text, "moe_layer_indices", [])
-    if layers:
-        logger.info(
-            "language model %s: %d of %d layers are mixtures of %d experts, top-%d",
-            text.model_type,
-            len(layers),
-            text.num_hidden_layers,
-            text.num_experts,
-            text.num_experts_per_tok,
-        )
-    else:
-        logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
-    logger.info("%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model))

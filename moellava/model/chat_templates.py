@@ -43,18 +43,6 @@ VICUNA_V1 = _CONTENT + (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
-# ChatML, the format of SmolLM2 and many others; without their default system turns.
-CHATML = _CONTENT + (
-    "{%- for message in messages -%}"
-    "{{ '<|im_start|>' + message['role'] + '\n' }}"
-    "{%- if message['role'] == 'assistant' -%}"
-    "{%- generation -%}{{ text_of(message['content']) + '<|im_end|>' }}{%- endgeneration -%}"
-    "{%- else -%}{{ text_of(message['content']) + '<|im_end|>' }}{%- endif -%}"
-    "{{ '\n' }}"
-    "{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
-)
-
 # LLaVA's first stage: the image, the caption, a line feed. Roles and questions are left out, as LLaVA leaves them out.
 PLAIN = _CONTENT + (
     "{%- for message in messages -%}"
@@ -66,7 +54,7 @@ PLAIN = _CONTENT + (
     "{%- endfor -%}"
 )
 
-TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "chatml": CHATML, "plain": PLAIN}
+TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "plain": PLAIN}
 
 # Flattens the messages, then hands them to the language model's own template, which stands between the two halves.
 _FLATTEN = _CONTENT + (

@@ -6,7 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from moellava.encoders.weights import first_five
+from moellava.encoders.weights import require_loaded
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_llava
 from moellava.model.loaded_model import LoadedModel
@@ -70,14 +70,7 @@ def load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForCond
             "it again."
         ) from error
     model, info = loaded
-    problems = {
-        kind: sorted(map(str, info[kind]))
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    }
-    if problems:
-        listed = "; ".join(f"{kind.replace('_', ' ')}: {first_five(keys)}" for kind, keys in problems.items())
-        raise ValueError(f"The weights of {name!r} do not fit its configuration. {listed}.")
+    require_loaded(name, info)
     return model
 
 

@@ -1,10 +1,18 @@
-"""What a model is made of, as a table, and how many of its parameters a token meets."""
+"""What a model is made of, as a table or in log lines, and how many of its parameters a token meets.
+
+Public names: `describe`, `log_vision`, `log_language_model`, `count_active_parameters`.
+"""
+
+import logging
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.quantization import held_bytes, held_dtype
+from moellava.model.origin import Origin
+
+logger = logging.getLogger(__name__)
 
 
 def describe(model: PreTrainedModel) -> str:
@@ -45,6 +53,31 @@ def describe(model: PreTrainedModel) -> str:
     if config.tie_word_embeddings:
         lines.append("lm_head shares the token embeddings and is counted once in all")
     return "\n".join(lines)
+
+
+def log_vision(model: PreTrainedModel) -> None:
+    """One INFO line each for tower and projector of an opened model; a built one has told them on the way."""
+    vision = model.config.vision_config
+    tower = Origin(vision.tower, vision.revision)
+    logger.info("tower %s: %d patch tokens of width %d", tower, vision.num_patches, vision.hidden_size)
+    logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
+
+
+def log_language_model(model: PreTrainedModel) -> None:
+    """One INFO line each for the language model and for the size of the whole."""
+    text = model.config.text_config
+    if layers := getattr(text, "moe_layer_indices", []):
+        logger.info(
+            "language model %s: %d of %d layers are mixtures of %d experts, top-%d",
+            text.model_type,
+            len(layers),
+            text.num_hidden_layers,
+            text.num_experts,
+            text.num_experts_per_tok,
+        )
+    else:
+        logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
+    logger.info("%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model))
 
 
 def count_active_parameters(module: nn.Module) -> int:

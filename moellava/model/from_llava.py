@@ -16,11 +16,12 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from moellava.encoders._transformers import plain_config
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
-from moellava.encoders.weights import first_five, read_weights
+from moellava.encoders.weights import first_five, read_weights, require_loaded
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
-from moellava.model.language_model.upcycling import UPCYCLING_OPTIONS, moe_config_from_dense, upcycled_tensors
+from moellava.model.language_model.upcycling import moe_config_from_dense, split_moe_options, upcycled_tensors
+from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.origin import Origin, origin_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.tower_identity import tower_identity
@@ -73,17 +74,16 @@ def read_llava(
     if moe_config is False:
         tensors = {key: reader.read(key, dtype) for key in causal_lm_shapes(text_config)}
     else:
-        options = {} if moe_config is True else dict(moe_config)
-        upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
+        options, upcycling = split_moe_options(moe_config)
         text_config = moe_config_from_dense(text_config, **options)
         tensors = dict(upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **upcycling))
 
-    state_dict = {f"model.language_{key}" if key.startswith("model.") else key: value for key, value in tensors.items()}
+    state_dict = {joined_name(key): value for key, value in tensors.items()}
     tower = {f"tower.{key}": value for key, value in llava.model.vision_tower.state_dict().items()}
     for key, value in tower.items():
-        state_dict[f"model.vision_tower.{key}"] = value.to(dtype)
+        state_dict[f"{TOWER_PREFIX}{key}"] = value.to(dtype)
     for key, value in _projector_of(llava).items():
-        state_dict[f"model.multi_modal_projector.{key}"] = value.to(dtype)
+        state_dict[f"{PROJECTOR_PREFIX}{key}"] = value.to(dtype)
     config = MoeLlavaConfig(
         vision_config=encoder.config,
         text_config=text_config,
@@ -177,13 +177,7 @@ def _load_llava(name: str, **hub: Any) -> Any:
         name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
     )
     llava, info = loaded
-    problems = [
-        f"{kind.replace('_', ' ')}: {first_five(sorted(str(key) for key in info[kind]))}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[kind]
-    ]
-    if problems:
-        raise ValueError(f"The weights of {name!r} do not fit its configuration. {'; '.join(problems)}.")
+    require_loaded(name, info)
     return llava
 
 

@@ -19,10 +19,19 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
-from moellava.encoders.weights import first_five
+from moellava.encoders.weights import require_loaded
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
+
+# Beginnings of the weights' names.
+TOWER_PREFIX = "model.vision_tower."
+PROJECTOR_PREFIX = "model.multi_modal_projector."
+
+
+def joined_name(name: str) -> str:
+    """A weight of a language model's `ForCausalLM`, by the name that it has in the joined model."""
+    return f"model.language_{name}" if name.startswith("model.") else name
 
 
 class MoeLlavaPreTrainedModel(PreTrainedModel):
@@ -52,11 +61,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        if missing := sorted(map(str, info["missing_keys"])):
-            raise ValueError(
-                f"The weights of {(args and args[0]) or 'the state dict'!r} do not fit its configuration. "
-                f"missing keys: {first_five(missing)}. Save or download the checkpoint again."
-            )
+        require_loaded((args and args[0]) or "the state dict", info, ("missing_keys",))
         return (model, info) if output_loading_info else model
 
     def activation_checkpointing_enable(
@@ -91,12 +96,6 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
 
     def get_vision_tower(self) -> VisionEncoder:
         return self.vision_tower
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.language_model.set_input_embeddings(value)
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -185,15 +184,6 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         self.model = MoeLlavaModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, **kwargs)

@@ -112,9 +112,10 @@ def load_generation_config(name: str, tokenizer: PreTrainedTokenizerBase, **hub:
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) and dtype != "auto" else dtype
-    if found in (None, "auto") and dtype in (None, "auto"):
+    """A dtype by itself or by its name; None for None and "auto", which leave the stored one."""
+    if dtype in (None, "auto"):
         return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise ValueError(f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their names.")
     return found

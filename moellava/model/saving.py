@@ -30,11 +30,10 @@ from moellava.model.from_llava import read_llava
 from moellava.model.language_model import imported_state_dict, read_state_dict
 from moellava.model.language_model.mixtures import LAYOUTS
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.modeling_moellava import TOWER_PREFIX, MoeLlavaForConditionalGeneration, joined_name
 from moellava.model.origin import Origin
 from moellava.model.parts import model_type_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.trained_projector import TOWER_PREFIX
 
 logger = logging.getLogger(__name__)
 
@@ -256,7 +255,7 @@ def _read_base(config: MoeLlavaConfig, base: Mapping[str, Any], **hub: Any) -> d
             f"{origins['mm_vision_tower']}. Where they are local folders, say where: base={{'model_name_or_path': ..., "
             f"'mm_vision_tower': ...}}. {error}"
         ) from error
-    state = {f"model.language_{name}" if name.startswith("model.") else name: value for name, value in state.items()}
+    state = {joined_name(name): value for name, value in state.items()}
     return state | {f"{TOWER_PREFIX}{name}": value for name, value in encoder.state_dict().items()}
 
 

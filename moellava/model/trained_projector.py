@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from moellava.encoders.weights import first_five, read_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.from_llava import read_mm_projector
+from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX
 from moellava.model.projector import ProjectorShape, build_projector
 from moellava.model.tower_identity import TowerIdentity, tower_identity
 
@@ -27,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "projector.safetensors"
 HEADER = "moellava_projector"  # the key of our description in the file's own header
-PROJECTOR_PREFIX = "model.multi_modal_projector."
-TOWER_PREFIX = "model.vision_tower."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +133,10 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
 def _from_saved_model(folder: Path) -> TrainedProjector:
     config: Any = MoeLlavaConfig.from_pretrained(folder)
     state = _saved_tensors(folder, (PROJECTOR_PREFIX, TOWER_PREFIX))
-    projector = {
-        name.removeprefix(PROJECTOR_PREFIX): value for name, value in state.items() if PROJECTOR_PREFIX in name
-    }
+    projector = _without_prefix(state, PROJECTOR_PREFIX)
     if not projector and config.projector_type != "identity":
         raise ValueError(f"{folder} holds no weights of a projector. Is the checkpoint complete?")
-    tower = {name.removeprefix(TOWER_PREFIX): value for name, value in state.items() if TOWER_PREFIX in name}
+    tower = _without_prefix(state, TOWER_PREFIX)
     identity = tower_identity(config.vision_config, tower)
     if (folder / "base.json").is_file():  # by save_trainable: of the tower there is only what was trained
         if tower:
@@ -158,6 +155,10 @@ def _from_saved_model(folder: Path) -> TrainedProjector:
         tower=identity,
         state_dict=projector,
     )
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _saved_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from moellava.model.from_llava import LanguageModelOf
 from moellava.model.language_model.router_weights import RouterSource
 from moellava.model.language_model.upcycling import moe_config_from_dense, upcycled_tensors
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.modeling_moellava import joined_name
 
 
 def upcycle_loaded(
@@ -49,7 +50,7 @@ def upcycle_loaded(
     for name, tensor in upcycled_tensors(
         reader, text_config, dtype=dense.dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
     ):
-        state_dict[f"model.language_{name}" if name.startswith("model.") else name] = tensor
+        state_dict[joined_name(name)] = tensor
     model = load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
     model.generation_config = dense.generation_config
     model.built_from = dense.built_from

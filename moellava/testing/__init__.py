@@ -15,32 +15,40 @@ from moellava.testing.datasets import (
 )
 from moellava.testing.hub import (
     BIOMEDCLIP,
+    LLAVA,
     OPENAI_CLIP,
+    OPENAI_CLIP_336,
     REVISION,
     SMOLLM2,
     STAND_INS,
     TINYLLAMA,
+    VICUNA,
     blocked_network,
     fill_dataset_cache,
     fill_hub_cache,
 )
 from moellava.testing.language_models import write_smollm2, write_tinyllama
+from moellava.testing.llava import write_llava
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
 __all__ = [
     "BIOMEDBERT",
     "BIOMEDCLIP",
     "DATASETS",
+    "LLAVA",
     "OPENAI_CLIP",
+    "OPENAI_CLIP_336",
     "REVISION",
     "SMOLLM2",
     "STAND_INS",
     "TINYLLAMA",
+    "VICUNA",
     "blocked_network",
     "fill_dataset_cache",
     "fill_hub_cache",
     "write_biomedbert",
     "write_biomedclip",
+    "write_llava",
     "write_medmnist",
     "write_openai_clip",
     "write_path_vqa",

@@ -3,18 +3,24 @@
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from moellava.testing.datasets import DATASETS
 from moellava.testing.language_models import write_smollm2, write_tinyllama
+from moellava.testing.llava import write_llava
 from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 OPENAI_CLIP = "openai/clip-vit-base-patch32"
+LLAVA = "llava-hf/llava-1.5-7b-hf"
+# What LLaVA-1.5 was made of.
+VICUNA = "lmsys/vicuna-7b-v1.5"
+OPENAI_CLIP_336 = "openai/clip-vit-large-patch14-336"
 
 STAND_INS: dict[str, Callable[..., Path]] = {
     BIOMEDCLIP: write_biomedclip,
@@ -22,6 +28,9 @@ STAND_INS: dict[str, Callable[..., Path]] = {
     TINYLLAMA: write_tinyllama,
     SMOLLM2: write_smollm2,
     OPENAI_CLIP: write_openai_clip,
+    LLAVA: write_llava,
+    VICUNA: write_tinyllama,
+    OPENAI_CLIP_336: partial(write_openai_clip, image_size=336, patch_size=14),
 }
 
 # A snapshot is named by its commit; the hub accepts any 40 hex digits.

@@ -57,7 +57,7 @@ def write_tinyllama(
     from transformers import LlamaConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(folder, corpus, vocab_size)
+    write_llama_tokenizer(folder, corpus, vocab_size)
     config = LlamaConfig(
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
@@ -151,7 +151,8 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
     tokenizer.save_pretrained(folder)
 
 
-def _write_tokenizer(folder: Path, corpus: Iterable[str], vocab_size: int) -> None:
+def write_llama_tokenizer(folder: Path, corpus: Iterable[str] = _CORPUS, vocab_size: int = 32000) -> None:
+    """Write the tokenizer files of TinyLlama, which are Llama 2's, with merges learned from `corpus`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 

@@ -76,14 +76,15 @@ BY_HAND = {
         "<|user|>\n@What is it?</s>\n<|assistant|>\n«A CT.</s>»\n<|user|>\nSure?</s>\n<|assistant|>\n«yes</s>»\n"
     ),
     "vicuna_v1": f"{SYSTEM} USER: @What is it? ASSISTANT: «A CT.</s>»USER: Sure? ASSISTANT: «yes</s>»",
-    "chatml": (
-        "<|im_start|>user\n@What is it?<|im_end|>\n<|im_start|>assistant\n«A CT.<|im_end|>»\n"
-        "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
-    ),
     "plain": "@«A CT.\n»«yes\n»",
 }
 # ChatML as models carry it: no marks, and a system turn of its own.
-SMOLLM = (
+CHATML_BY_HAND = (
+    "<|im_start|>system\nBe helpful.<|im_end|>\n"
+    "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n«A CT.<|im_end|>»\n"
+    "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n«yes<|im_end|>»\n"
+)
+CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}{% endif %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -123,15 +124,16 @@ def test_labels_of_each_template_equal_a_mask_written_by_hand(template, collator
     assert batch["labels"][0].tolist() == labels
 
 
-def test_a_template_without_marks_is_read_turn_by_turn(collator, grey):
-    from moellava.model.chat_templates import _FLATTEN
+@pytest.mark.parametrize("marked", [True, False])
+def test_chatml_is_read_by_our_marks_and_without_marks_turn_by_turn(collator, grey, monkeypatch, marked):
+    from moellava.model.chat_templates import _FLATTEN, multimodal_chat_template
 
     processor = collator.processor
-    template = _FLATTEN.replace("TEXT", "text") + SMOLLM
-    assert "generation -%}" not in template
+    monkeypatch.setattr(processor.tokenizer, "chat_template", CHATML)
+    template = multimodal_chat_template(processor.tokenizer) if marked else _FLATTEN.replace("TEXT", "text") + CHATML
+    assert ("generation -%}" in template) == marked
     batch = ChatCollator(processor, chat_template=template)([{"messages": conversation(grey)}])
-    system = "<|im_start|>system\nBe helpful.<|im_end|>\n"
-    ids, labels = ids_and_labels_by_hand(system + BY_HAND["chatml"].replace("@", "<image>\n"), processor)
+    ids, labels = ids_and_labels_by_hand(CHATML_BY_HAND, processor)
     assert batch["input_ids"][0].tolist() == ids
     assert batch["labels"][0].tolist() == labels
 

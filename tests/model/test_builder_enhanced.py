@@ -13,7 +13,8 @@ from moellava.model.builder_enhanced import (
     load_tokenizer,
     load_vision_encoder,
 )
-from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, TINYLLAMA
+from moellava.model.describe import count_active_parameters
+from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, REVISION, TINYLLAMA
 
 MISSION = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP, "mm_hidden_size": 768}
 
@@ -123,15 +124,16 @@ with blocked_network():
 """
 
 
-def test_a_saved_model_reloads_in_a_new_process_bit_for_bit(loaded, images, tmp_path):
+def test_a_saved_and_moved_model_reloads_in_a_new_process_bit_for_bit(loaded, images, tmp_path):
     inputs = dict(chat_inputs(loaded, images, ["What is this?", "Is this a CT image?", "Why?"]))
     with torch.no_grad():
         logits = loaded.model(**inputs).logits
     text = loaded.tokenizer.batch_decode(
         loaded.model.generate(**inputs, max_new_tokens=8, max_length=None, do_sample=False)
     )
-    loaded.model.save_pretrained(tmp_path / "saved")
-    loaded.processor.save_pretrained(tmp_path / "saved")
+    loaded.model.save_pretrained(tmp_path / "first", max_shard_size="5MB")
+    loaded.processor.save_pretrained(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "saved")
     torch.save(inputs, tmp_path / "inputs.pt")
 
     empty_cache = {"HF_HUB_CACHE": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
@@ -198,6 +200,50 @@ def test_the_attention_implementation_reaches_the_language_model(parts, loaded, 
     inputs = chat_inputs(loaded, images[:1], ["Why?"])
     with torch.no_grad():
         torch.testing.assert_close(eager.model(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4)
+
+
+def test_a_saved_model_opens_by_its_hub_id_and_revision(loaded, tmp_path, no_network):
+    commit, repo = "f" * 40, tmp_path / "models--me--chest-xray"
+    loaded.model.save_pretrained(repo / "snapshots" / commit)
+    loaded.processor.save_pretrained(repo / "snapshots" / commit)
+    hub = {"cache_dir": tmp_path, "local_files_only": True}
+    again = load_pretrained_model("me/chest-xray", revision=commit, **hub)
+    assert torch.equal(again.model.lm_head.weight, loaded.model.lm_head.weight)
+    for options in ({"revision": "e" * 40}, {}):  # there is no "main" in this cache
+        with pytest.raises(OSError, match="me/chest-xray"):
+            load_pretrained_model("me/chest-xray", **options, **hub)
+
+
+def test_the_revision_of_the_language_model_is_looked_for_and_recorded(parts):
+    assert load_pretrained_model(parts, revision=REVISION).model.config.language_model_revision == REVISION
+    with pytest.raises(OSError, match=TINYLLAMA):
+        load_pretrained_model(parts, revision="e" * 40)
+
+
+def test_the_device_is_where_the_model_goes(parts):
+    assert load_pretrained_model(parts, device="meta").model.device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    ("moe_config", "language_model"),
+    [(True, "llama_moe: 2 of 4 layers are mixtures of 4 experts, top-2"), (False, "llama: dense, 4 layers")],
+)
+def test_one_line_each_tells_tower_projector_language_model_and_size(
+    parts, caplog, tmp_path, moe_config, language_model
+):
+    caplog.set_level("INFO", logger="moellava")
+    loaded = load_pretrained_model(parts, moe_config=moe_config)
+    told = [list(caplog.messages)]
+    loaded.model.save_pretrained(tmp_path)
+    loaded.processor.save_pretrained(tmp_path)
+    caplog.clear()
+    load_pretrained_model(tmp_path)
+    told.append(list(caplog.messages))
+    size = f"{loaded.model.num_parameters()} parameters, {count_active_parameters(loaded.model)} active per token"
+    beginnings = ("tower biomedclip_small", "projector mlp2x_gelu: 196 image tokens", "language model ", size)
+    for messages in told:
+        assert [sum(message.startswith(start) for message in messages) for start in beginnings] == [1] * 4, messages
+        assert f"language model {language_model}" in messages
 
 
 def test_device_map_opens_a_saved_model(loaded, tmp_path):

@@ -3,70 +3,17 @@ import shutil
 
 import pytest
 import torch
-from transformers import (
-    AddedToken,
-    AutoTokenizer,
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.from_llava import read_mm_projector
 from moellava.model.projector import ProjectorShape, build_projector
-from moellava.testing import TINYLLAMA
-
-# llava-hf's own template: content items, images first, Vicuna's roles without its system prompt.
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
-
-
-def write_llava(folder, hub_cache, *, dtype=torch.float32, text=None, **options):
-    """A `LlavaForConditionalGeneration` repo: random weights, 16 image tokens, TinyLlama's stand-in vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(hub_cache[TINYLLAMA])
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False), "<pad>"], special_tokens=True)
-    vision_config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14
-    )
-    text_config = LlamaConfig(
-        vocab_size=32064,  # LLaVA-1.5's: padded to a multiple of 64
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **(text or {}),
-    )
-    config = LlavaConfig(
-        vision_config=vision_config, text_config=text_config, image_token_index=32000, image_seq_length=16, **options
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config)
-    for name, weight in model.named_parameters():
-        if "projector" in name or "class_embedding" in name:
-            torch.nn.init.normal_(weight, std=0.3)  # so that images matter to the logits
-    model.to(dtype).save_pretrained(folder)
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
-        chat_template=LLAVA_TEMPLATE,
-    ).save_pretrained(folder)
-    return folder
+from moellava.testing import write_llava
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory, hub_cache):
-    return write_llava(tmp_path_factory.mktemp("llava") / "llava-tiny", hub_cache)
+def llava(tmp_path_factory):
+    return write_llava(tmp_path_factory.mktemp("llava") / "llava-tiny")
 
 
 PROMPTS = [
@@ -129,8 +76,8 @@ class TestLogits:
             {"text": {"tie_word_embeddings": True}},
         ],
     )
-    def test_other_settings_of_llava_keep_their_meaning(self, tmp_path, hub_cache, images, options):
-        folder = write_llava(tmp_path, hub_cache, **options)
+    def test_other_settings_of_llava_keep_their_meaning(self, tmp_path, images, options):
+        folder = write_llava(tmp_path, **options)
         theirs = LlavaForConditionalGeneration.from_pretrained(folder).eval()
         for moe_config in (False, True):
             ours = load_pretrained_model(folder, moe_config=moe_config)
@@ -151,10 +98,10 @@ class TestLogits:
         assert ours.answer(images[0], "What is this?", max_new_tokens=8) == [expected[0].strip()]
 
 
-def test_a_hub_id_works_offline_and_is_recorded_as_the_tower(tmp_path, hub_cache, monkeypatch, no_network):
+def test_a_hub_id_works_offline_and_is_recorded_as_the_tower(tmp_path, monkeypatch, no_network):
     commit = "f" * 40
     repo = tmp_path / "models--llava-hf--llava-tiny"
-    write_llava(repo / "snapshots" / commit, hub_cache)
+    write_llava(repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     vision = load_pretrained_model("llava-hf/llava-tiny", cache_dir=tmp_path).model.config.vision_config
@@ -171,8 +118,8 @@ def test_the_result_saves_and_reloads_as_any_other_model(llava, images, tmp_path
     assert str(llava.parent) not in (tmp_path / "config.json").read_text()
 
 
-def test_bfloat16_stays_bfloat16_with_float32_routers(tmp_path, hub_cache):
-    model = load_pretrained_model(write_llava(tmp_path, hub_cache, dtype=torch.bfloat16)).model
+def test_bfloat16_stays_bfloat16_with_float32_routers(tmp_path):
+    model = load_pretrained_model(write_llava(tmp_path, dtype=torch.bfloat16)).model
     dtypes = {name.rsplit(".", 2)[-2]: weight.dtype for name, weight in model.named_parameters()}
     assert model.dtype == torch.bfloat16
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {"gate"}

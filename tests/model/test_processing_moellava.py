@@ -109,6 +109,19 @@ def test_token_types_tell_image_from_text(loaded, images):
     assert torch.equal(inputs["mm_token_type_ids"].bool(), inputs["input_ids"] == 32000)
 
 
+def test_images_of_any_size_take_the_placeholders_that_a_prompt_gets(loaded, images):
+    sizes = [(image.height, image.width) for image in images]
+    counts = loaded.processor._get_num_multimodal_tokens(image_sizes=sizes)  # what vLLM asks
+    prompts = loaded.processor(text=["<image>"] * 3, images=images)["input_ids"]
+    assert counts["num_image_tokens"] == [ids.count(32000) for ids in prompts] == [196] * 3
+    assert counts["num_image_patches"] == [1] * 3
+
+
+def test_ids_are_decoded_by_the_processor(loaded):
+    ids = loaded.tokenizer(["Is this a CT image?", "Why?"]).input_ids
+    assert loaded.processor.batch_decode(ids, skip_special_tokens=True) == ["Is this a CT image?", "Why?"]
+
+
 def test_a_tokenizer_without_the_image_token_is_refused(loaded, hub_cache):
     from transformers import AutoTokenizer
 

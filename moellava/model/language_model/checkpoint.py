@@ -152,20 +152,14 @@ class CheckpointReader:
 
 
 def read_state_dict(
-    source: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """The state dict of a causal language model, dense or a mixture, as it is stored.
 
     Args:
         source: folder or hub id.
         dtype: to convert floating-point weights to; `None` keeps the file's, and then they stay mapped to it.
-        revision, cache_dir, local_files_only, token: as in transformers' `from_pretrained`.
+        **hub: as `CheckpointReader`.
 
     Returns:
         name to tensor, the names those of the architecture's `ForCausalLM`; without `lm_head.weight` where it is tied.
@@ -174,22 +168,14 @@ def read_state_dict(
         OSError: if there is no such checkpoint.
         ValueError: if a tensor is missing, unexpected or of another shape than the config says.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    return _read_all(CheckpointReader(source, **hub), dtype)  # type: ignore[arg-type]
+    return _read_all(CheckpointReader(source, **hub), dtype)
 
 
 def dense_state_dict(
-    source: str | os.PathLike[str],
-    *,
-    dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    source: str | os.PathLike[str], *, dtype: torch.dtype | None = None, **hub: Any
 ) -> dict[str, Tensor]:
     """As `read_state_dict`, but a mixture of experts is refused with a `ValueError`."""
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    reader = CheckpointReader(source, **hub)  # type: ignore[arg-type]
+    reader = CheckpointReader(source, **hub)
     if is_mixture(reader):
         raise ValueError(
             f"{reader.source} is a mixture of experts ({reader.model_type!r}), not a dense model. "

@@ -46,27 +46,17 @@ def import_mixture(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    **hub: Any,
 ) -> LlamaMoeForCausalLM:
     """The language model of a published mixture, in evaluation mode.
 
     Args:
         device: where the model goes; `None` leaves it on the CPU.
-        source, dtype, revision, cache_dir, local_files_only, token: as `imported_state_dict`.
+        source, dtype, **hub: as `imported_state_dict`.
 
     Raises: as `imported_state_dict`.
     """
-    config, state_dict = imported_state_dict(
-        source,
-        dtype=dtype,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-    )
+    config, state_dict = imported_state_dict(source, dtype=dtype, **hub)
     dtype = dtype or state_dict["model.embed_tokens.weight"].dtype
     loaded: Any = LlamaMoeForCausalLM.from_pretrained(
         None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
@@ -80,10 +70,7 @@ def imported_state_dict(
     source: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    **hub: Any,
 ) -> tuple[LlamaMoeConfig, dict[str, Tensor]]:
     """The config and the weights of a published mixture as `LlamaMoeForCausalLM` has them.
 
@@ -94,14 +81,13 @@ def imported_state_dict(
     Args:
         source: folder or hub id.
         dtype: of the weights but the router's, which is float32; `None` keeps the file's.
-        revision, cache_dir, local_files_only, token: as in transformers' `from_pretrained`.
+        **hub: `revision`, `cache_dir`, `local_files_only`, `token`, as in transformers' `from_pretrained`.
 
     Raises:
         OSError: if there is no such checkpoint.
         ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that do not fit.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    reader = CheckpointReader(source, **hub)  # type: ignore[arg-type]
+    reader = CheckpointReader(source, **hub)
     if reader.model_type not in LAYOUTS:
         raise _unreadable(reader)
     layout = LAYOUTS[reader.model_type]

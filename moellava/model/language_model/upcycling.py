@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.utils.logging import tqdm
 
+from moellava.encoders.sources import HUB_OPTIONS
 from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
@@ -56,6 +57,13 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) ->
     return LlamaMoeConfig(**dense, **moe_options)
 
 
+def split_moe_options(moe_config: Mapping[str, Any] | Literal[True]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`moe_config` of `load_pretrained_model` → options of `moe_config_from_dense`, and of `upcycled_state_dict`."""
+    options = {} if moe_config is True else dict(moe_config)
+    upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
+    return options, upcycling
+
+
 def upcycle(
     source: str | os.PathLike[str],
     *,
@@ -65,29 +73,25 @@ def upcycle(
     noise: float = 0.0,
     keep_function: bool = True,
     router: RouterSource | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-    **moe_options: Any,
+    **options: Any,
 ) -> LlamaMoeForCausalLM:
     """A mixture whose logits equal the dense checkpoint's.
 
     Args:
-        source, dtype, seed, noise, keep_function, router, revision, cache_dir, local_files_only, token: as
-            `upcycled_state_dict`.
+        source, dtype, seed, noise, keep_function, router: as `upcycled_state_dict`.
         device: where the model goes; `None` leaves it on the CPU.
-        moe_options: fields of `LlamaMoeConfig`, such as `moe_layers` or `num_experts`.
+        **options: fields of `LlamaMoeConfig`, such as `moe_layers` or `num_experts`; `revision`, `cache_dir`, ... as
+            `upcycled_state_dict` has them.
 
     Returns:
         The model in evaluation mode.
 
     Raises: as `upcycled_state_dict` and `moe_config_from_dense`.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    reader = CheckpointReader(source, **hub)  # type: ignore[arg-type]
+    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    reader = CheckpointReader(source, **hub)
     require_dense_llama(reader)
-    config = moe_config_from_dense(reader.config(), **moe_options)
+    config = moe_config_from_dense(reader.config(), **options)
     dtype = dtype or reader.dtype()
     state_dict = dict(
         upcycled_tensors(
@@ -110,10 +114,7 @@ def upcycled_state_dict(
     noise: float = 0.0,
     keep_function: bool = True,
     router: RouterSource | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
+    **hub: Any,
 ) -> dict[str, Tensor]:
     """The weights of `LlamaMoeForCausalLM(config)`, every expert a copy of the dense MLP, or of a piece of it.
 
@@ -133,7 +134,7 @@ def upcycled_state_dict(
         noise: standard deviation of the noise added to every expert's weights, relative to theirs.
         keep_function: False copies the MLP into every expert whatever that does to the logits, as Med-MoE does.
         router: weights of one trained router for every sparse layer, in place of random ones; see `read_router`.
-        revision, cache_dir, local_files_only, token: as in transformers' `from_pretrained`.
+        **hub: `revision`, `cache_dir`, `local_files_only`, `token`, as in transformers' `from_pretrained`.
 
     Returns:
         name to tensor; without `lm_head.weight` where it is tied.
@@ -143,8 +144,7 @@ def upcycled_state_dict(
         ValueError: if the source is no dense Llama, its tensors do not fit, `config` describes another Llama, or the
             options cannot keep the function.
     """
-    hub = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-    reader = CheckpointReader(source, **hub)  # type: ignore[arg-type]
+    reader = CheckpointReader(source, **hub)
     require_dense_llama(reader)
     _require_same_llama(reader, config)
     return dict(
