@@ -21,7 +21,7 @@ from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConf
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
 from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
 from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
-from moellava.encoders.images import BiomedClipImageProcessorPil
+from moellava.encoders.images import BiomedClipImageProcessor
 from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
 from moellava.encoders.siglip2 import Siglip2Encoder, Siglip2VisionConfig
 from moellava.encoders.sources import parse_source, resolve
@@ -38,13 +38,13 @@ for _config_class, _encoder_class in (
 # Under both names: it is the one there is, and without the second each load would warn that torchvision is missing.
 AutoImageProcessor.register(
     BiomedClipVisionConfig,
-    image_processor_classes={"pil": BiomedClipImageProcessorPil, "torchvision": BiomedClipImageProcessorPil},
+    image_processor_classes={"pil": BiomedClipImageProcessor, "torchvision": BiomedClipImageProcessor},
     exist_ok=True,
 )
 
 __all__ = [
     "BiomedClipEncoder",
-    "BiomedClipImageProcessorPil",
+    "BiomedClipImageProcessor",
     "BiomedClipVisionConfig",
     "ClipEncoder",
     "ClipVisionConfig",

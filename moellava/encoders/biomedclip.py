@@ -29,7 +29,7 @@ from moellava.encoders.base import (
     check_overrides,
 )
 from moellava.encoders.features import pixel_batches
-from moellava.encoders.images import BiomedClipImageProcessorPil, as_image_list
+from moellava.encoders.images import BiomedClipImageProcessor, as_image_list
 from moellava.encoders.sources import (
     HUB_OPTIONS,
     Source,
@@ -159,9 +159,9 @@ class BiomedClipEncoder(VisionEncoder):
         tokens = [_as_tokens(maps[i], prefixes[i] if prefixes and has_class_token else None) for i in order]
         return TrunkOutput(tokens, vector)
 
-    def build_image_processor(self) -> BiomedClipImageProcessorPil:
+    def build_image_processor(self) -> BiomedClipImageProcessor:
         """open_clip's transform for this tower, at the encoder's image size."""
-        return BiomedClipImageProcessorPil.from_open_clip(self.config.preprocess_cfg or {}, self.config.image_hw)
+        return BiomedClipImageProcessor.from_open_clip(self.config.preprocess_cfg or {}, self.config.image_hw)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -1,6 +1,6 @@
 """Images of any kind in, normalised pixels out, equal to open_clip's own transform.
 
-`BiomedClipImageProcessorPil` (a Hugging Face image processor: resize, crop, rescale, normalise), over
+`BiomedClipImageProcessor` (a Hugging Face image processor: resize, crop, rescale, normalise), over
 `moellava.images`, which reads the files.
 """
 
@@ -44,7 +44,7 @@ class BiomedClipImageProcessorKwargs(ImagesKwargs, total=False):
     fill_color: int
 
 
-class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
+class BiomedClipImageProcessor(CLIPImageProcessorPil):
     """open_clip's inference transform as a Hugging Face image processor, bit-equal for 8-bit images.
 
     Images of a batch are resized in parallel threads (Pillow releases the lock), one per core.
@@ -66,7 +66,7 @@ class BiomedClipImageProcessorPil(CLIPImageProcessorPil):
     @classmethod
     def from_open_clip(
         cls, preprocess_cfg: dict[str, Any], image_size: int | Sequence[int]
-    ) -> "BiomedClipImageProcessorPil":
+    ) -> "BiomedClipImageProcessor":
         """The processor that open_clip's `preprocess_cfg` describes, for another image size where asked."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         interpolation = preprocess_cfg.get("interpolation") or "bicubic"

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.quantization import held_bytes, held_dtype
-from moellava.model.origin import Origin
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,9 @@ def describe(model: PreTrainedModel) -> str:
     return "\n".join(lines)
 
 
-def log_vision(model: PreTrainedModel) -> None:
+def log_vision(model: MoeLlavaForConditionalGeneration) -> None:
     """One INFO line each for tower and projector of an opened model; a built one has told them on the way."""
-    vision = model.config.vision_config
-    tower = Origin(vision.tower, vision.revision)
-    logger.info("tower %s: %d patch tokens of width %d", tower, vision.num_patches, vision.hidden_size)
+    model.get_vision_tower().log_tower()
     logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
 
 

@@ -160,11 +160,11 @@ def preprocess(repo: Path) -> None:
     """64 mixed images against open_clip's transform, with equal results."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
 
-    from moellava.encoders import BiomedClipImageProcessorPil
+    from moellava.encoders import BiomedClipImageProcessor
 
     images = random_images(64)
     transform = image_transform_v2(PreprocessCfg(), is_train=False)
-    processor = BiomedClipImageProcessorPil.from_open_clip({}, 224)
+    processor = BiomedClipImageProcessor.from_open_clip({}, 224)
 
     def ours() -> torch.Tensor:
         return processor(images, return_tensors="pt")["pixel_values"]

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from moellava.encoders import BiomedClipImageProcessorPil, BiomedClipVisionConfig
+from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
 from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor
 from moellava.model.builder_enhanced import LoadedModel, load_tokenizer
 from moellava.model.chat_templates import multimodal_chat_template
@@ -162,7 +162,7 @@ def ready(model: MoeLlavaForConditionalGeneration) -> LoadedModel:
     with tempfile.TemporaryDirectory() as name:
         tokenizer = load_tokenizer(write_tinyllama(Path(name)))
     processor = MoeLlavaProcessor(
-        BiomedClipImageProcessorPil.from_open_clip({}, 224),
+        BiomedClipImageProcessor.from_open_clip({}, 224),
         tokenizer,
         num_image_tokens=model.config.num_image_tokens,
         chat_template=multimodal_chat_template(tokenizer),

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
-from moellava.encoders import BiomedClipImageProcessorPil, BiomedClipVisionConfig
+from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
 from moellava.images import read_image, to_eight_bit, to_pil
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
@@ -27,8 +27,8 @@ def open_clip_transform(image_size=224, **cfg):
     return image_transform_v2(PreprocessCfg(size=image_size, **cfg), is_train=False)
 
 
-def processor(image_size=224, **cfg) -> BiomedClipImageProcessorPil:
-    return BiomedClipImageProcessorPil.from_open_clip(cfg, image_size)
+def processor(image_size=224, **cfg) -> BiomedClipImageProcessor:
+    return BiomedClipImageProcessor.from_open_clip(cfg, image_size)
 
 
 def pixel_values(images, of=None, **options) -> torch.Tensor:
@@ -216,7 +216,7 @@ def test_saved_processor_reloads_as_itself_through_auto_class(tmp_path):
     of.save_pretrained(tmp_path)
     BiomedClipVisionConfig().save_pretrained(tmp_path)
     again = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(again) is BiomedClipImageProcessorPil
+    assert type(again) is BiomedClipImageProcessor
     assert again.to_dict() == of.to_dict()
     assert torch.equal(pixel_values(image, again), pixel_values(image, of))
 
@@ -226,3 +226,14 @@ def test_unknown_settings_list_the_known_ones():
         processor(resize_mode="stretch")
     with pytest.raises(ValueError, match=r"interpolation 'cubic'; known: \['bicubic', 'bilinear'\]"):
         processor(interpolation="cubic")
+
+
+def test_a_saved_processor_opens_by_its_auto_class_without_a_word_about_torchvision(tmp_path, caplog, monkeypatch):
+    from transformers.utils import logging
+
+    BiomedClipImageProcessor.from_open_clip({}, 224).save_pretrained(tmp_path)
+    logger = logging.get_logger("transformers")
+    logger.warning_once.cache_clear()  # what was said once in this process is not said again
+    monkeypatch.setattr(logger, "propagate", True)
+    assert type(AutoImageProcessor.from_pretrained(tmp_path)) is BiomedClipImageProcessor
+    assert caplog.messages == []
