@@ -91,13 +91,14 @@ def encode_files(
     dtype: torch.dtype | None = None,
     load_image: Callable[[Any], Image.Image] = to_pil,
     view: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
     Work in progress lies in `<out>.partial`, which a later call with the same images and tower continues.
     Names, the tower and the `view`, options of `moellava.images.View` such as `window`, stand in the file's metadata.
     Memory is that of a batch, however many images. `paths` may hold whatever `load_image` takes. `dtype` is what is
-    stored; None is the encoder's.
+    stored; None is the encoder's. `metadata` is kept in the file as it is.
 
     Returns:
         How many images an earlier, interrupted call had done.
@@ -111,7 +112,7 @@ def encode_files(
         raise ValueError("There are no images to encode.")
     partial, journal = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.done")
     dtype = dtype or encoder.dtype
-    header, num_bytes = _header(encoder, names, dtype, view or {})
+    header, num_bytes = _header(encoder, names, dtype, view or {}, metadata or {})
     done = _prepare(partial, journal, header, num_bytes * len(paths))
     if done < len(paths):
         load = functools.partial(load_image, **(view or {}))
@@ -130,14 +131,19 @@ def encode_files(
 
 
 def _header(
-    encoder: "VisionEncoder", names: Sequence[str], dtype: torch.dtype, view: Mapping[str, Any]
+    encoder: "VisionEncoder",
+    names: Sequence[str],
+    dtype: torch.dtype,
+    view: Mapping[str, Any],
+    given: Mapping[str, str],
 ) -> tuple[bytes, int]:
     """safetensors' header for all images, and the bytes of one image; rows can then be appended in order."""
     config = encoder.config
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
     num_bytes = encoder.num_patches * encoder.hidden_size * dtype.itemsize
     settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
-    metadata = {name: json.dumps(getattr(config, name)) for name in settings} | {"names": json.dumps(list(names))}
+    metadata = {**given, **{name: json.dumps(getattr(config, name)) for name in settings}}
+    metadata["names"] = json.dumps(list(names))
     metadata["synthesized"] = json.dumps(encoder.synthesized)
     if chosen := {name: value for name, value in view.items() if value is not None}:
         metadata["view"] = json.dumps(chosen)

@@ -1,6 +1,6 @@
 """Parts in, one model out: image encoder, projector and language model joined in a single state dict.
 
-Public names: `assemble`, `find_language_model`.
+Public names: `assemble`, `configure`, `find_language_model`.
 """
 
 import copy
@@ -67,14 +67,65 @@ def assemble(
 
     Other arguments and errors: as `load_pretrained_model`.
     """
+    parts = _find_parts(
+        request,
+        moe_config=moe_config,
+        dtype=build["dtype"],
+        seed=seed,
+        hub=hub,
+        fallback_to_default=fallback_to_default,
+    )
+    config, projector = parts.config, parts.projector
+    name, dtype = request.model_name_or_path, parts.language_model.dtype
+    if projector is not None:
+        projector.require_fit(config.projector_shape, parts.tower)
+    _log_projector(config, projector, parts.tower)
+    state_dict = _join_state_dicts(parts.language_model.read(), parts.encoder, config)
+    for key, tensor in _projector_weights(config, projector, seed).items():
+        state_dict[f"model.multi_modal_projector.{key}"] = tensor
+    model = load_weights(None, name, config=config, state_dict=state_dict, **{**build, "dtype": dtype})
+    model.generation_config = load_generation_config(name, parts.processor.tokenizer, **hub)
+    # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
+    model.built_from = {"model_name_or_path": name, "mm_vision_tower": request.mm_vision_tower}
+    return LoadedModel(model, parts.processor)
+
+
+def configure(
+    request: BuildRequest, *, moe_config: Mapping[str, Any] | bool, dtype: torch.dtype | None
+) -> tuple[MoeLlavaConfig, MoeLlavaProcessor]:
+    """Config and processor of the model that a request describes; of the weights, only the tower's are opened."""
+    parts = _find_parts(request, moe_config=moe_config, dtype=dtype, seed=0, hub={}, fallback_to_default=False)
+    return parts.config, parts.processor
+
+
+class _Parts(NamedTuple):
+    """All that a request names, found; of the weights, only the tower's are read."""
+
+    config: MoeLlavaConfig
+    processor: MoeLlavaProcessor
+    language_model: "LanguageModel"
+    encoder: VisionEncoder
+    tower: TowerIdentity
+    projector: TrainedProjector | None
+
+
+def _find_parts(
+    request: BuildRequest,
+    *,
+    moe_config: Mapping[str, Any] | bool,
+    dtype: torch.dtype | None,
+    seed: int,
+    hub: Mapping[str, Any],
+    fallback_to_default: bool,
+) -> _Parts:
     name = request.model_name_or_path
     projector = None if request.projector_path is None else read_projector(request.projector_path)
     projector_type, options = _choose_projector(request, projector)
-    language_model = find_language_model(name, moe_config=moe_config, dtype=build["dtype"], seed=seed, hub=hub)
+    language_model = find_language_model(name, moe_config=moe_config, dtype=dtype, seed=seed, hub=hub)
     tower_hub = {**hub, "revision": request.mm_vision_tower_revision}
     encoder = load_encoder(request, fallback_to_default=fallback_to_default, **tower_hub)
     tokenizer = load_tokenizer(name, **hub)
-    text_config, dtype = language_model.config, language_model.dtype
+    text_config = language_model.config
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     origin = origin_of(name, **hub)
     tower = tower_identity(encoder.config, encoder.state_dict())
@@ -87,25 +138,15 @@ def assemble(
         language_model=origin.name,
         language_model_revision=origin.revision,
         projector_tower=asdict(tower),
-        dtype=dtype,
+        dtype=language_model.dtype,
     )
-    if projector is not None:
-        projector.require_fit(config.projector_shape, tower)
-    _log_projector(config, projector, tower)
-    state_dict = _join_state_dicts(language_model.read(), encoder, config)
-    for key, tensor in _projector_weights(config, projector, seed).items():
-        state_dict[f"model.multi_modal_projector.{key}"] = tensor
-    model = load_weights(None, name, config=config, state_dict=state_dict, **{**build, "dtype": dtype})
-    model.generation_config = load_generation_config(name, tokenizer, **hub)
-    # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
-    model.built_from = {"model_name_or_path": name, "mm_vision_tower": request.mm_vision_tower}
     processor = MoeLlavaProcessor(
         encoder.image_processor,
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         chat_template=multimodal_chat_template(tokenizer),
     )
-    return LoadedModel(model, processor)
+    return _Parts(config, processor, language_model, encoder, tower, projector)
 
 
 class LanguageModel(NamedTuple):

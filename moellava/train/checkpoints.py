@@ -1,12 +1,16 @@
 """Folders that are whole or not there: written beside, moved in one step, found again after a kill.
 
-Public names: `publish`, `remove`, `staging_folder`, `clear_staging`, `newest_checkpoint`, `checkpoints`.
+Public names: `writing`, `publish`, `remove`, `staging_folder`, `clear_staging`, `newest_checkpoint`, `checkpoints`.
 """
 
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 STAGING = ".unfinished"  # in a run's folder: what is being written or deleted
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -19,6 +23,26 @@ def staging_folder(run: Path) -> Path:
 def clear_staging(run: Path) -> None:
     """Delete what a killed run left half written."""
     shutil.rmtree(staging_folder(run), ignore_errors=True)
+
+
+@contextmanager
+def writing(run: Path, name: str) -> Iterator[Path]:
+    """A folder to write `name` in, not yet at its place; what cannot be written whole is deleted again.
+
+    Raises:
+        OSError: naming the last good checkpoint.
+    """
+    folder = staging_folder(run) / name
+    try:
+        yield folder
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a full disk
+        shutil.rmtree(folder, ignore_errors=True)
+        good = newest_checkpoint(run)
+        raise OSError(
+            f"{name} could not be written: {error}. The last good checkpoint is {good.name if good else 'none'}, and "
+            f"it is untouched. If the disk is full, make room in {run}; start the recipe again, and it goes on from "
+            "there."
+        ) from error
 
 
 def publish(written: Path, target: Path) -> None:

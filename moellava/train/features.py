@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 from moellava.data.images import load_image
 from moellava.encoders import VisionEncoder
 from moellava.encoders.features import encode_files
+from moellava.model.tower_identity import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +61,27 @@ class FeatureFile:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_tokens": None}
 
-    def require(self, encoder: VisionEncoder, keys: Iterable[str]) -> None:
-        """Raise `ValueError` unless the file is of this tower and holds all these images."""
-        for name in ("tower", "revision", "image_size", "select_layer", "select_feature"):
+    def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:
+        """Raise `ValueError` unless the file is of this tower, as exact as `dtype`, and holds all these images."""
+        for name in ("tower", "revision", "image_size", "grid", "select_layer", "select_feature", "final_norm"):
             found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
             if found != wanted:
                 raise ValueError(
                     f"{self.path} holds features of {name}={found!r}, but the model has {wanted!r}. Delete the file to "
                     "have it made anew, or give data.features another name."
                 )
+        with safe_open(self.path, framework="pt") as file:
+            stored = file.get_slice("patch_tokens").get_dtype()
+        if dtype == torch.float32 and stored != "F32":
+            raise ValueError(
+                f"{self.path} holds features as {stored}, but optim.precision is fp32. Delete the file to have it made "
+                "anew, or give data.features another name."
+            )
+        if self.metadata.get("weights") != str(weights_fingerprint(encoder.state_dict())):
+            raise ValueError(
+                f"{self.path} holds features of a tower with other weights than the model's. Delete the file to have "
+                "it made anew, or give data.features another name."
+            )
         missing = [key for key in keys if key not in self._row_of]
         if missing:
             raise ValueError(
@@ -76,7 +90,14 @@ class FeatureFile:
 
 
 def encode_rows(
-    encoder: VisionEncoder, rows: Iterable[Any], path: Path, *, dtype: torch.dtype, autocast: bool, progress: bool
+    encoder: VisionEncoder,
+    rows: Iterable[Any],
+    path: Path,
+    *,
+    dtype: torch.dtype,
+    autocast: bool,
+    progress: bool,
+    encodes: bool = True,
 ) -> FeatureFile:
     """Write the features of all images of `rows`, or check those that are there.
 
@@ -85,6 +106,8 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
+        encodes: whether this process writes the file; another looks for it until it is there, however long that
+            takes. (Waiting in a process group would end with its timeout.) Several machines need a shared folder.
 
     Raises:
         ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
@@ -92,6 +115,8 @@ def encode_rows(
     images = {image_key(image): image for row in rows for image in row.images}
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
+    while not encodes and not path.exists():
+        time.sleep(0.2)  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +130,8 @@ def encode_rows(
                 dtype=dtype,
                 progress=progress,
                 load_image=load_image,
+                metadata={"weights": str(weights_fingerprint(encoder.state_dict()))},
             )
     features = FeatureFile(path)
-    features.require(encoder, images)
+    features.require(encoder, images, dtype)
     return features

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 
@@ -35,9 +36,14 @@ def first_nonfinite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str |
 
 
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor | None]], limit: int = 3) -> list[str]:
-    """The names of the first few tensors that hold NaN or infinity."""
+    """The names of the first few tensors that hold NaN or infinity.
+
+    Of a sharded tensor, this process looks at its part: the whole would wait for processes that see nothing wrong.
+    """
     found = []
     for name, tensor in named:
+        if isinstance(tensor, DTensor):
+            tensor = tensor.to_local()
         if tensor is not None and tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             found.append(name)
             if len(found) == limit:

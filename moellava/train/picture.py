@@ -22,16 +22,16 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     from matplotlib.figure import Figure
 
     steps = [entry for entry in log if "loss" in entry]
-    loads = [entry for entry in steps if "load" in entry]
+    loads = [entry["load"] for entry in steps if "load" in entry]
     figure = Figure(figsize=(12, 9 if loads else 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(3 if loads else 1, 2, squeeze=False)
     _draw_losses(axes[0, 0], log, steps)
     _draw_speed(axes[0, 1], steps)
     for column, kind in enumerate(KINDS if loads else ()):
-        shares = np.array([entry["load"][kind] for entry in loads])  # (steps, L, E)
-        _draw_last_load(figure, axes[1, column], shares, kind)
-        _draw_extremes(axes[2, column], [entry["step"] for entry in loads], shares, kind)
+        shares = np.array([load[kind] for load in loads])  # (steps, L, E)
+        _draw_last_load(figure, axes[1, column], shares, loads[0]["layers"], kind)
+        _draw_extremes(axes[2, column], [entry["step"] for entry in steps if "load" in entry], shares, kind)
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
@@ -58,18 +58,19 @@ def _draw_speed(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
     axis.set_title(f"peak memory {peak:,.0f} MiB", fontsize=10)
 
 
-def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, kind: str) -> None:
+def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, layers: Sequence[int], kind: str) -> None:
     """Mean over the last tenth of the steps."""
     last = shares[-max(1, len(shares) // 10) :].mean(0)
     image = axis.imshow(last, vmin=0, vmax=1, aspect="auto", cmap="viridis")
-    for layer, expert in np.ndindex(last.shape):
-        axis.text(expert, layer, f"{last[layer, expert]:.2f}", ha="center", va="center", color="white", fontsize=8)
+    for row, expert in np.ndindex(last.shape):
+        axis.text(expert, row, f"{last[row, expert]:.2f}", ha="center", va="center", color="white", fontsize=8)
     axis.set(
         title=f"{kind} tokens: share of each expert, end of the run",
         xlabel="expert",
-        ylabel="sparse layer",
+        ylabel="layer",
         xticks=range(last.shape[1]),
         yticks=range(last.shape[0]),
+        yticklabels=layers,
     )
     figure.colorbar(image, ax=axis)
 

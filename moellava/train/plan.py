@@ -19,9 +19,11 @@ from torch import nn
 from moellava.data.chat_labels import image_items
 from moellava.data.collate import messages_of
 from moellava.model.describe import count_active_parameters
+from moellava.model.language_model import moe_config_from_dense
+from moellava.train.arguments import run_folder, training_arguments
 from moellava.train.recipe import Recipe
-from moellava.train.run import build_collator, read_data, row_lengths, training_arguments
-from moellava.train.stages import prepare_model
+from moellava.train.rows import TrainData, build_collator, read_data, row_lengths
+from moellava.train.stages import outline_model, prepare_model
 
 GIB = 2**30
 # Bytes that an optimizer keeps per byte of a trained weight; transformers' names.
@@ -51,43 +53,84 @@ class Plan:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Load the parts and the rows, count, and estimate.
+    """Read the rows and the model's config, count, and estimate; the model is built on torch's meta device.
 
     Raises: as `moellava.train.train` before its first step.
     """
+    if recipe.stage == "router":
+        return _plan_router(recipe)
     arguments = training_arguments(recipe, show_progress=False)
     data = read_data(recipe)
-    model, loaded = prepare_model(recipe)
-    options = recipe.data
-    lengths = row_lengths(data.train, build_collator(recipe, loaded))
-    sample = [messages_of(data.train[index]) for index in range(min(len(data.train), 1000))]
-    images_per_row = mean(len(image_items(messages)) for messages in sample)
-    per_epoch = math.ceil(len(lengths) / recipe.optim.batch_size)
-    num_steps = recipe.optim.max_steps or math.ceil(per_epoch * recipe.optim.epochs)
-    num_rows = min(num_steps * recipe.optim.batch_size, math.ceil(recipe.optim.epochs * len(lengths)))
-    if recipe.optim.max_steps:
-        num_rows = num_steps * recipe.optim.batch_size
-    longest = max(lengths)
-    memory = estimate_memory(model, recipe, longest=longest)
-    images = 0.0 if options.features else images_per_row
+    model, loaded = prepare_model(recipe, on_meta=True)
+    optim, lengths = recipe.optim, row_lengths(data.train, build_collator(recipe, loaded.processor))
+    per_epoch = math.ceil(len(lengths) / optim.batch_size)
+    num_steps = optim.max_steps or math.ceil(per_epoch * optim.epochs)
+    num_rows = num_steps * optim.batch_size if optim.max_steps else math.ceil(optim.epochs * len(lengths))
+    memory = estimate_memory(model, recipe, longest=max(lengths))
+    images = 0.0 if recipe.data.features else _images_per_row(data)
     flops = num_rows * estimate_flops(model, recipe, length=mean(lengths), images_per_row=images)
     total = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     lines = [
         f"stage {recipe.stage}: trains {trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)",
         *(f"  {line}" for line in list_trained(model)),
-        f"rows {len(lengths):,}, tokens of a row {min(lengths)} to {longest}, mean {mean(lengths):.0f}; "
-        f"held-out rows {len(data.evaluation) if data.evaluation is not None else 0:,}",
-        f"steps {num_steps:,} of {recipe.optim.batch_size} rows: {recipe.optim.per_device_batch_size} at once, "
+        _describe_rows(data, lengths),
+        f"steps {num_steps:,} of {optim.batch_size} rows: {optim.per_device_batch_size} at once, "
         f"{arguments.gradient_accumulation_steps} accumulated, {arguments.world_size} processes; {per_epoch:,} a pass",
-        f"warm-up {arguments.get_warmup_steps(num_steps)} steps to {recipe.optim.learning_rate:g}, then "
-        f"{recipe.optim.schedule}; {recipe.optim.optimizer}, {recipe.optim.precision}",
+        f"warm-up {arguments.get_warmup_steps(num_steps)} steps to {optim.learning_rate:g}, then "
+        f"{optim.schedule}; {optim.optimizer}, {optim.precision}",
+        *_describe_costs(memory, flops),
+    ]
+    return Plan(trained, total, len(lengths), num_steps, memory, flops, "\n".join(lines))
+
+
+def _plan_router(recipe: Recipe) -> Plan:
+    """One forward pass over the rows, then a linear layer is fitted to what it gave."""
+    run_folder(recipe)
+    data = read_data(recipe)
+    loaded = outline_model(recipe)
+    optim, lengths = recipe.optim, row_lengths(data.train, build_collator(recipe, loaded.processor))
+    mixture = moe_config_from_dense(loaded.model.config.text_config, **recipe.moe.config)
+    total = sum(weight.numel() for weight in loaded.model.parameters())
+    trained = mixture.num_experts * (mixture.hidden_size + 1)
+    epochs = math.ceil(optim.epochs)
+    num_steps = epochs * math.ceil(len(lengths) / optim.batch_size)
+    loaded.model.requires_grad_(False)
+    memory = estimate_memory(loaded.model, recipe, longest=max(lengths))
+    images = _images_per_row(data)
+    flops = len(lengths) * estimate_flops(loaded.model, recipe, length=mean(lengths), images_per_row=images)
+    lines = [
+        f"stage router: trains {trained:,} parameters; the model's {total:,} stay as they are",
+        f"  router.weight ({mixture.num_experts}, {mixture.hidden_size}), router.bias ({mixture.num_experts},), for "
+        f"layers {_ranges(mixture.moe_layer_indices)}",
+        _describe_rows(data, lengths),
+        f"one pass of the model, then {num_steps:,} steps of {optim.batch_size} rows by Adam, rate "
+        f"{optim.learning_rate:g}, {epochs} passes over its hidden states",
+        *_describe_costs(memory, flops),
+    ]
+    return Plan(trained, total, len(lengths), num_steps, memory, flops, "\n".join(lines))
+
+
+def _images_per_row(data: TrainData) -> float:
+    """Of the first thousand rows."""
+    rows = (data.train[index] for index in range(min(len(data.train), 1000)))
+    return mean(len(image_items(messages_of(row))) for row in rows)
+
+
+def _describe_rows(data: TrainData, lengths: Sequence[int]) -> str:
+    return (
+        f"rows {len(lengths):,}, tokens of a row {min(lengths)} to {max(lengths)}, mean {mean(lengths):.0f}; "
+        f"held-out rows {len(data.evaluation) if data.evaluation is not None else 0:,}"
+    )
+
+
+def _describe_costs(memory: dict[str, float], flops: float) -> list[str]:
+    return [
         "memory of one device, estimated for a batch of the longest rows, without sharding:",
         *(f"  {name:<14} {value:8.2f} GiB" for name, value in memory.items()),
         f"work {flops:.3g} FLOP, about {flops / (0.35 * 312e12) / 3600:.2g} hours on one A100 "
         "(35 % of 312 TFLOP/s assumed)",
     ]
-    return Plan(trained, total, len(lengths), num_steps, memory, flops, "\n".join(lines))
 
 
 def list_trained(model: nn.Module) -> list[str]:
@@ -143,7 +186,10 @@ def _num_bytes(weights: Iterable[Any]) -> int:
 
 
 def _activation_bytes(model: Any, recipe: Recipe, longest: int) -> float:
-    """What autograd keeps of the language model for the backward pass; the frozen tower keeps nothing."""
+    """What autograd keeps of the language model for the backward pass; the frozen tower keeps nothing.
+
+    Where nothing learns, what one layer and the logits take.
+    """
     text = model.config.text_config
     tokens = recipe.optim.per_device_batch_size * longest
     wide = 4  # norms and the sum of all layers stay float32 under autocast
@@ -153,13 +199,22 @@ def _activation_bytes(model: Any, recipe: Recipe, longest: int) -> float:
     hidden, inner = text.hidden_size, text.intermediate_size
     kv = hidden * text.num_key_value_heads / text.num_attention_heads
     # Per token of a layer: norms (input, its float32 twin, output), q k v and their rotations, attention's output;
-    # gate, up, their activation and product, each for the k experts that a token meets.
-    k = getattr(text, "num_experts_per_tok", 1) / (2 if hasattr(text, "num_experts") else 1)
-    one_layer = 2 * hidden * (2 * wide + narrow) + narrow * (3 * hidden + 4 * kv) + max(k, 1.0) * 4 * inner * narrow
-    layers = text.num_hidden_layers
+    # gate, up, their activation and product, each for the MLPs that a token meets.
+    layers, num_mlps = text.num_hidden_layers, _mlps_per_layer(text)
+    one_layer = 2 * hidden * (2 * wide + narrow) + narrow * (3 * hidden + 4 * kv) + num_mlps * 4 * inner * narrow
+    if not any(weight.requires_grad for weight in model.parameters()):
+        return tokens * (one_layer + text.vocab_size * narrow)
     kept = layers * hidden * wide + one_layer if recipe.optim.activation_checkpointing else layers * one_layer
     logits = text.vocab_size * (narrow + 2 * 4)  # float32 for the loss, and their gradient
     return tokens * (kept + logits)
+
+
+def _mlps_per_layer(text: Any) -> float:
+    """MLPs that a token passes in a layer, mean over layers."""
+    if not hasattr(text, "num_experts"):
+        return 1.0
+    sparse = len(text.moe_layer_indices) / text.num_hidden_layers
+    return 1 - sparse + sparse * (text.num_experts_per_tok + text.meta_expert)
 
 
 def estimate_flops(model: Any, recipe: Recipe, *, length: float, images_per_row: float) -> float:
@@ -175,6 +230,7 @@ def estimate_flops(model: Any, recipe: Recipe, *, length: float, images_per_row:
     learning = sum(weight.numel() for weight in language_model.parameters() if weight.requires_grad)
     share = learning / sum(weight.numel() for weight in language_model.parameters())
     forward = 2 * active + 4 * length * text.hidden_size * text.num_hidden_layers / 2  # half: attention is causal
-    passes = 1 + 1 + share + (1 if recipe.optim.activation_checkpointing else 0)
+    is_trained = any(weight.requires_grad for weight in model.parameters())
+    passes = 1 + is_trained * (1 + share + recipe.optim.activation_checkpointing)
     tower = sum(weight.numel() for weight in base.model.vision_tower.parameters())
     return length * forward * passes + images_per_row * 2 * tower * (vision.num_patches or 1)

@@ -35,10 +35,12 @@ class DataOptions:
     chat_template: str | None = None  # `plain`, `tinyllama`, ...; None is the model's own
     max_length: int | None = 2048  # tokens of a row, image placeholders included
     long_rows: Literal["error", "truncate"] = "error"
-    packing: bool = False  # rows of a batch behind each other instead of padded
+    packing: bool = False  # rows of a device's batch in one sequence instead of padded; none attends to another
     group_by_length: bool = True
     num_workers: int = 4  # processes that open images and tokenize
-    features: str | None = None  # file that keeps what the frozen tower makes of each image, so that it runs once
+    # A file that keeps what the frozen tower makes of each image, so that it runs once. Images in files are known by
+    # their paths: delete it where they have changed.
+    features: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +110,8 @@ class Recipe:
     `start_from` is the folder of the stage before, or any saved model; without it, `model` names the parts, with the
     keys of `load_pretrained_model`. `after` is the stage that the start has to come from (`any` takes every model);
     left out, it is the stage's usual one. `trainable` are names of `moellava.train.stages.PARTS`; left out, the
-    stage's usual ones. `trainer` goes to transformers' `TrainingArguments` as it is.
+    stage's usual ones. `trainer` goes to transformers' `TrainingArguments` as it is. Stage `router` uses of `optim`
+    the learning rate, the batch sizes, `epochs` and `precision`.
     """
 
     stage: Stage
@@ -149,7 +152,26 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     if "stage" not in settings:
         raise ValueError(f"The recipe has no stage. Choose one of {', '.join(typing.get_args(Stage))}.")
     recipe = _from_mapping(Recipe, settings, "")
+    _require_used(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
+
+
+def _require_used(recipe: Recipe) -> None:
+    """A setting that its stage would not look at is a mistake."""
+    if recipe.stage == "router":
+        unused = {
+            "lora": recipe.lora,
+            "trainable": recipe.trainable,
+            "trainer": recipe.trainer,
+            "data.packing": recipe.data.packing,
+            "data.features": recipe.data.features,
+            "optim.max_steps": recipe.optim.max_steps,
+        }
+    else:
+        unused = {"moe": recipe.moe != Moe() and recipe.stage != "experts"}
+    for name, value in unused.items():
+        if value:
+            raise ValueError(f"{name} does nothing in stage {recipe.stage!r}. Leave it out.")
 
 
 def _moe_config(settings: Mapping[str, Any]) -> dict[str, Any]:

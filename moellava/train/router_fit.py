@@ -3,29 +3,28 @@
 The router's logits are averaged over a row's tokens and the sparse layers (arXiv 2404.10237, section 3.2). A linear
 layer of a mean is the mean of the linear layer, so each row's hidden states are averaged once and the fit is cheap.
 
-Public name: `fit_router`.
+Public names: `fit_router`, `save_router`.
 """
 
 import json
 import logging
-from collections.abc import Sequence
+import math
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-import moellava
-from moellava.data.collate import ChatCollator
-from moellava.data.images import load_image
 from moellava.model.language_model import moe_config_from_dense
-from moellava.train.checkpoints import clear_staging, publish, staging_folder
-from moellava.train.recipe import Recipe, recipe_to_dict
-from moellava.train.stages import MODEL_FOLDER, ROUTER_FILE, build_model, read_history, write_history
+from moellava.train.recipe import Recipe
+from moellava.train.rows import TrainData, build_collator
+from moellava.train.stages import ROUTER_FILE, build_model
 
 logger = logging.getLogger(__name__)
 
@@ -33,18 +32,19 @@ LABEL_KEY = "modality"
 LABELS_FILE = "labels.json"  # expert number to label
 
 
-def fit_router(recipe: Recipe, *, show_progress: bool = True) -> Path:
-    """Fit the router and write it to `output_dir/model`.
+def fit_router(
+    recipe: Recipe, data: TrainData, *, show_progress: bool = True
+) -> tuple[nn.Linear, list[str], list[dict[str, Any]]]:
+    """Fit the router in one process, without checkpoints: it takes one forward pass over the rows.
 
     Returns:
-        That folder: `router.safetensors` with `weight` (E, H) and `bias` (E,), and `labels.json`.
+        The router, H to E; the label of each expert; a log with the held-out accuracy, if there are held-out rows.
 
     Raises:
-        ValueError: if a row has no `modality`, or there are not as many modalities as experts.
+        ValueError: if a row has no `modality`, there are not as many modalities as experts, or several processes.
     """
-    from moellava.train.run import LOG_FILE, RECIPE_FILE, read_data, run_folder
-
-    data = read_data(recipe)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("Stage 'router' fits one linear layer, in one process. Start it by moellava train alone.")
     names = [_label(row) for row in data.train]
     labels = sorted(set(names))
     loaded = build_model(recipe)
@@ -54,20 +54,20 @@ def fit_router(recipe: Recipe, *, show_progress: bool = True) -> Path:
             f"The rows have {len(labels)} modalities ({', '.join(labels)}), but moe.config.num_experts is "
             f"{mixture.num_experts}. Each expert serves one: set moe.config.num_experts={len(labels)}."
         )
-    collator = ChatCollator(
-        loaded.processor,
-        chat_template=recipe.data.chat_template,
-        max_length=recipe.data.max_length,
-        long_rows=recipe.data.long_rows,
-        load_image=load_image,
-    )
+    collator = build_collator(recipe, loaded.processor, return_row_ids=False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded.model.to(device)  # type: ignore[arg-type]
 
-    def features(rows: Sequence[Any]) -> Tensor:
-        return mean_hidden_states(
-            loaded.model, rows, collator, mixture.moe_layer_indices, recipe.optim.per_device_batch_size, show_progress
+    def features(rows: Any) -> Tensor:
+        batches: Any = DataLoader(
+            rows,
+            batch_size=recipe.optim.per_device_batch_size,
+            collate_fn=collator,
+            num_workers=recipe.data.num_workers,
         )
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.optim.precision == "bf16"):
+            shown = tqdm(batches, disable=not show_progress, unit="batch")
+            return mean_hidden_states(loaded.model, shown, mixture.moe_layer_indices)
 
     targets = torch.tensor([labels.index(name) for name in names])
     router = fit_linear(features(data.train), targets, len(labels), recipe)
@@ -77,28 +77,17 @@ def fit_router(recipe: Recipe, *, show_progress: bool = True) -> Path:
         accuracy = (router(features(data.evaluation)).argmax(-1) == expected).float().mean().item()
         log.append({"eval_router_accuracy": accuracy})
         logger.info("the router is right for %.1f %% of the held-out rows", 100 * accuracy)
+    return router, labels, log
 
-    run = run_folder(recipe)
-    clear_staging(run)
-    folder = staging_folder(run) / MODEL_FOLDER
-    folder.mkdir(parents=True)
+
+def save_router(router: nn.Linear, labels: Sequence[str], folder: Path) -> None:
+    """`router.safetensors` with `weight` (E, H) and `bias` (E,), and `labels.json`, in the experts' order."""
     save_file({"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()}, folder / ROUTER_FILE)
     (folder / LABELS_FILE).write_text(json.dumps(labels) + "\n")
-    start = Path(recipe.start_from or "")
-    history = read_history(start / MODEL_FOLDER if (start / MODEL_FOLDER).is_dir() else start)
-    entry = {"stage": "router", "rows": len(data.train), "seed": recipe.seed, "moellava": moellava.__version__}
-    write_history(folder, [*history, entry])
-    (run / RECIPE_FILE).write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
-    (run / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
-    publish(folder, run / MODEL_FOLDER)
-    clear_staging(run)
-    return run / MODEL_FOLDER
 
 
 @torch.no_grad()
-def mean_hidden_states(
-    model: Any, rows: Sequence[Any], collator: ChatCollator, layers: Sequence[int], batch_size: int, progress: bool
-) -> Tensor:
+def mean_hidden_states(model: Any, batches: Iterable[dict[str, Tensor]], layers: Sequence[int]) -> Tensor:
     """What the routers of `layers` would see, averaged over a row's tokens and over layers: (rows, H) float32."""
     seen: list[Tensor] = []
     handles = [
@@ -109,10 +98,8 @@ def mean_hidden_states(
     ]
     means = []
     try:
-        for start in tqdm(range(0, len(rows), batch_size), disable=not progress, unit="batch"):
-            batch = collator([rows[index] for index in range(start, min(start + batch_size, len(rows)))])
-            batch.pop("labels")
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for labelled in batches:
+            batch = {name: tensor.to(model.device) for name, tensor in labelled.items() if name != "labels"}
             seen.clear()
             model(**batch, use_cache=False)
             mask = batch["attention_mask"][..., None].float()  # (B, T, 1)
@@ -131,7 +118,7 @@ def fit_linear(features: Tensor, targets: Tensor, num_labels: int, recipe: Recip
         torch.manual_seed(recipe.seed)
         router = nn.Linear(features.shape[1], num_labels)
     optimizer = torch.optim.Adam(router.parameters(), lr=recipe.optim.learning_rate)
-    for _ in range(int(recipe.optim.epochs)):
+    for _ in range(math.ceil(recipe.optim.epochs)):
         for batch in torch.randperm(len(features), generator=generator).split(recipe.optim.batch_size):
             optimizer.zero_grad()
             F.cross_entropy(router(features[batch]), targets[batch]).backward()

@@ -2,10 +2,11 @@
 
 L sparse layers, E experts, N tokens of a batch.
 
-Public name: `RouterLoad`.
+Public names: `RouterLoad`, `load_by_name`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,10 +15,15 @@ KINDS = ("image", "text")
 
 
 class RouterLoad:
-    """Counts since the last `flush`; on the model's device, so that counting waits for nothing."""
+    """Counts since the last `flush`; on the model's device, so that counting waits for nothing.
 
-    def __init__(self, num_experts: int, top_k: int):
-        self.num_experts, self.top_k = num_experts, top_k
+    Args:
+        top_k: experts that each token goes to.
+        layers: indices of the L sparse layers in the model.
+    """
+
+    def __init__(self, top_k: int, layers: Sequence[int]):
+        self.top_k, self.layers = top_k, list(layers)
         self._counts: Tensor | None = None
 
     def add(self, router_logits: Sequence[Tensor], is_image: Tensor, attention_mask: Tensor | None) -> None:
@@ -36,22 +42,33 @@ class RouterLoad:
         counts = torch.einsum("kn,lne->kle", kinds, chosen)
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, list[list[float]]]:
+    def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """The share of the assignments that each expert received, and begin anew.
 
         Args:
             reduce: sums a tensor over the processes.
 
         Returns:
-            For `image` and `text`, L lists of E shares that sum to 1; zeros where there was no such token. Empty if
-            nothing was counted.
+            `layers`, and for `image` and `text` L lists of E shares that sum to 1; zeros where there was no such
+            token. Empty if nothing was counted.
         """
         if self._counts is None:
             return {}
         counts = reduce(self._counts)
         self._counts = None
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        return {
+        rounded = {
             kind: [[round(share, 4) for share in layer] for layer in layers]
             for kind, layers in zip(KINDS, shares.tolist(), strict=True)
         }
+        return {"layers": self.layers, **rounded}
+
+
+def load_by_name(load: Mapping[str, Any]) -> dict[str, float]:
+    """`flush`'s shares as one number for each expert, named as TensorBoard and its kin group them."""
+    return {
+        f"load_{kind}/layer{layer}_expert{expert}": share
+        for kind in (KINDS if load else ())
+        for layer, shares in zip(load["layers"], load[kind], strict=True)
+        for expert, share in enumerate(shares)
+    }

@@ -1,13 +1,15 @@
 """FSDP2 by torch's own `fully_shard`, on GPUs and on CPUs; accelerate has none on CPUs.
 
-Public names: `shard`, `is_sharded`, `full_state_dict`, `full_optimizer_state`, `load_optimizer_state`.
+Public names: `shard`, `is_sharded`, `load_checkpoint`, `save_model`, `full_optimizer_state`, `load_optimizer_state`.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from safetensors.torch import load_file, load_model
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -43,21 +45,47 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """All weights, on the CPU of the first process; the others get an empty dict. Every process has to call it."""
-    state: Any = get_model_state_dict(model, options=_FULL)
-    return dict(state)
+def load_checkpoint(model: Any, checkpoint: Path) -> None:
+    """Read what `save_model` wrote, before the model is split.
+
+    Args:
+        model: what is trained; a PEFT model reads its adapters alone.
+    """
+    if not _has_adapters(model):
+        load_model(model, checkpoint / "model.safetensors")
+        return
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
-def full_optimizer_state(model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """As `full_state_dict`, of the optimizer."""
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=_FULL)
+def save_model(model: Any, base: Any, folder: Path, *, should_save: bool) -> None:
+    """Write whole weights, or those of the adapters. Every process has to call it.
+
+    Args:
+        model: what is trained; `base` itself, or a PEFT model around it.
+        base: what was given to `shard`.
+        should_save: whether this process writes; the weights are gathered on the CPU of the first.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=_has_adapters(model))
+    state_dict = get_model_state_dict(model, options=options)
+    if should_save:
+        distributed, base.config.distributed_config = base.config.distributed_config, None
+        model.save_pretrained(str(folder), state_dict=state_dict)
+        base.config.distributed_config = distributed
+
+
+def full_optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
+    """The whole state, on the CPU of the first process. Every process has to call it."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
     return state
 
 
-def load_optimizer_state(model: nn.Module, optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
     """Split what `full_optimizer_state` gave, the same on every process."""
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def _has_adapters(model: Any) -> bool:
+    return hasattr(model, "peft_config")

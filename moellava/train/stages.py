@@ -1,29 +1,30 @@
 """The stages of training: what each starts from, which model it builds of that, and which weights it trains.
 
-Public names: `STAGES`, `PARTS`, `prepare_model`, `set_trainable`, `find_start`, `write_history`, `read_history`.
+Public names: `STAGES`, `prepare_model`, `build_model`, `outline_model`, `find_start`.
 """
 
-import json
-import logging
-import re
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from moellava.messages import unknown_name
+from moellava.model.assembly import configure
+from moellava.model.build_request import read_build_request
 from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.language_model import moe_config_from_dense
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.parts import load_model_config
+from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.upcycle_loaded import upcycle_loaded
+from moellava.train.history import HISTORY_FILE, read_history
 from moellava.train.recipe import Recipe
-
-logger = logging.getLogger(__name__)
+from moellava.train.trainable import set_trainable, with_adapters
 
 MODEL_FOLDER = "model"  # in a run's folder, once the stage has finished
-HISTORY_FILE = "training.json"  # in a model's folder: the stages that made it
 ROUTER_FILE = "router.safetensors"
 
 
@@ -43,24 +44,12 @@ STAGES = {
     "experts": Stage(after="tune", trainable=("experts", "router"), advice="moellava train stage3_experts"),
 }
 
-# What `trainable` may name, as patterns of parameter names.
-PARTS = {
-    "vision_tower": r"^model\.vision_tower\.",
-    "projector": r"^model\.multi_modal_projector\.",
-    "language_model": r"^(model\.language_model|lm_head)\.",
-    "experts": r"\.mlp\.experts\.",
-    "meta_expert": r"\.mlp\.meta_expert\.",
-    "router": r"\.mlp\.gate\.",
-}
-# With adapters: the parts whose linear layers or experts get one, and the modules of others that are trained whole.
-_ADAPTED_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-_ADAPTED_META_EXPERTS = r".*\.meta_expert\.(gate_proj|up_proj|down_proj)"
-_EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-_WHOLE = {"projector": "multi_modal_projector", "router": "gate", "vision_tower": "vision_tower"}
 
-
-def prepare_model(recipe: Recipe) -> tuple[Any, LoadedModel]:
+def prepare_model(recipe: Recipe, *, on_meta: bool = False) -> tuple[Any, LoadedModel]:
     """The model that a stage trains, with `requires_grad` set.
+
+    Args:
+        on_meta: without weights, on torch's meta device, to count and not to compute.
 
     Returns:
         The model to train, a PEFT model where the recipe has `lora`; and the `LoadedModel` inside.
@@ -69,31 +58,23 @@ def prepare_model(recipe: Recipe) -> tuple[Any, LoadedModel]:
         OSError: if there is nothing to start from.
         ValueError: if the start is not what the stage needs; the message says what is missing.
     """
-    loaded = build_model(recipe)
+    loaded = outline_model(recipe) if on_meta else build_model(recipe)
     parts = recipe.trainable or STAGES[recipe.stage].trainable
-    if recipe.lora is not None:
-        return _with_adapters(loaded, parts, recipe), loaded
     set_trainable(loaded.model, parts)
-    return loaded.model, loaded
+    if recipe.lora is None:
+        return loaded.model, loaded
+    return with_adapters(loaded.model, parts, recipe.lora, seed=recipe.seed), loaded
 
 
 def build_model(recipe: Recipe) -> LoadedModel:
     """As `prepare_model`, before anything is chosen to be trained."""
-    dtype = torch.bfloat16 if recipe.optim.precision == "bf16_weights" else torch.float32
     start = find_start(recipe)
     if start is None:
-        return load_pretrained_model(recipe.model, moe_config=False, dtype=dtype, seed=recipe.seed)
-    loaded = load_pretrained_model(start, dtype=dtype)
-    is_mixture = hasattr(loaded.model.config.text_config, "num_experts")
-    if recipe.stage != "experts":
+        loaded = load_pretrained_model(recipe.model, moe_config=False, dtype=_dtype(recipe), seed=recipe.seed)
+    else:
+        loaded = load_pretrained_model(start, dtype=_dtype(recipe))
+    if not _is_upcycled(recipe, loaded.model.config):
         return loaded
-    if is_mixture and not recipe.moe.config:
-        return loaded  # a mixture is trained further
-    if is_mixture:
-        raise ValueError(
-            f"{start} is a mixture of experts already, so moe.config cannot choose its experts. Start from the dense "
-            "model of stage 'tune', or set moe.config={} to train this mixture further."
-        )
     moe = recipe.moe
     return upcycle_loaded(
         loaded,
@@ -103,6 +84,42 @@ def build_model(recipe: Recipe) -> LoadedModel:
         keep_function=moe.keep_function,
         router=None if moe.router is None else _router_file(moe.router),
     )
+
+
+def outline_model(recipe: Recipe) -> LoadedModel:
+    """As `build_model`, but on the meta device: of the weights, only those of a separate tower are read."""
+    start = find_start(recipe)
+    config: Any
+    if start is None:
+        config, processor = configure(read_build_request(recipe.model), moe_config=False, dtype=_dtype(recipe))
+    else:
+        config = load_model_config(start)
+        if not isinstance(config, MoeLlavaConfig):  # a LLaVA, whose sizes are known once it has been read
+            return build_model(recipe)
+        processor = MoeLlavaProcessor.from_pretrained(start)
+    if _is_upcycled(recipe, config):
+        mixture = moe_config_from_dense(config.text_config, **recipe.moe.config)
+        config = MoeLlavaConfig(**{**config.to_dict(), "text_config": mixture})
+    with torch.device("meta"):
+        model: Any = MoeLlavaForConditionalGeneration(config)
+    return LoadedModel(model.to(_dtype(recipe)), processor)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.optim.precision == "bf16_weights" else torch.float32
+
+
+def _is_upcycled(recipe: Recipe, config: Any) -> bool:
+    """Whether the stage makes a mixture of the model that it starts from, or trains one further."""
+    if recipe.stage != "experts":
+        return False
+    is_mixture = hasattr(config.text_config, "num_experts")
+    if is_mixture and recipe.moe.config:
+        raise ValueError(
+            f"{recipe.start_from} is a mixture of experts already, so moe.config cannot choose its experts. Start from "
+            "the dense model of stage 'tune', or set moe.config={} to train this mixture further."
+        )
+    return not is_mixture
 
 
 def find_start(recipe: Recipe) -> str | None:
@@ -165,84 +182,6 @@ def _require_stage(recipe: Recipe, after: str | None, model_folder: Path) -> Non
     )
 
 
-def set_trainable(model: nn.Module, parts: Collection[str]) -> int:
-    """Let the named parts learn and freeze all else.
-
-    Returns:
-        How many parameters learn.
-
-    Raises:
-        ValueError: for a part that is unknown, that the model does not have, or that its config freezes.
-    """
-    for part in parts:
-        if part not in PARTS:
-            raise unknown_name("part in trainable:", part, PARTS)
-    model.requires_grad_(False)
-    found = dict.fromkeys(parts, 0)
-    frozen_router = getattr(model.config.text_config, "router_frozen", False)  # type: ignore[union-attr]
-    for name, parameter in model.named_parameters():
-        for part in parts:
-            if re.search(PARTS[part], name):
-                if part == "router" and frozen_router:
-                    raise ValueError(
-                        "trainable names 'router', but moe.config.router_frozen is true. Drop one of them."
-                    )
-                found[part] += parameter.numel()
-                parameter.requires_grad_(not (frozen_router and re.search(PARTS["router"], name)))
-    for part, count in found.items():
-        if count == 0:
-            raise ValueError(
-                f"trainable names {part!r}, but the model has no such weights. It has: "
-                f"{', '.join(name for name, pattern in PARTS.items() if _has(model, pattern))}."
-            )
-    if "vision_tower" in parts:
-        _freeze_unused_blocks(model)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def _has(model: nn.Module, pattern: str) -> bool:
-    return any(re.search(pattern, name) for name, _ in model.named_parameters())
-
-
-def _freeze_unused_blocks(model: Any) -> None:
-    """Blocks behind the selected layer do not run, and DDP waits for every weight that could learn."""
-    tower = model.model.vision_tower
-    height, width = model.config.vision_config.image_hw
-    pixels = torch.zeros(1, 3, height, width, dtype=tower.dtype, device=tower.device)
-    tower(pixels).patch_tokens.float().sum().backward()
-    for parameter in tower.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    tower.zero_grad(set_to_none=True)
-
-
-def _with_adapters(loaded: LoadedModel, parts: Sequence[str], recipe: Recipe) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    lora = recipe.lora
-    assert lora is not None
-    set_trainable(loaded.model, parts)  # checks the names; PEFT decides what learns
-    linears = (
-        _ADAPTED_LINEARS if "language_model" in parts else _ADAPTED_META_EXPERTS if "meta_expert" in parts else None
-    )
-    is_mixture = hasattr(loaded.model.config.text_config, "num_experts")
-    experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
-    if linears is None and experts is None:
-        raise ValueError(f"lora adapts the language model or its experts, but trainable is {list(parts)}.")
-    if experts and lora.dropout:
-        raise ValueError(
-            f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set lora.dropout=0."
-        )
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=linears,
-        target_parameters=experts,
-        modules_to_save=[_WHOLE[part] for part in parts if part in _WHOLE] or None,
-    )
-    return get_peft_model(loaded.model, config)
-
-
 def _router_file(source: str) -> Path:
     path = Path(source).expanduser()
     for candidate in (path / MODEL_FOLDER / ROUTER_FILE, path / ROUTER_FILE):
@@ -254,15 +193,3 @@ def _router_file(source: str) -> Path:
             f"'router' ({STAGES['router'].advice}), or a file with one router's weights."
         )
     return path  # a file; its reader says what is wrong with it
-
-
-def read_history(model_folder: Path) -> list[dict[str, Any]]:
-    """The stages that made a model, first to last; empty where `moellava train` did not."""
-    file = model_folder / HISTORY_FILE
-    history: list[dict[str, Any]] = json.loads(file.read_text())["stages"] if file.is_file() else []
-    return history
-
-
-def write_history(model_folder: Path, history: list[dict[str, Any]]) -> None:
-    """Record the stages beside the weights: names and numbers, no path of this machine."""
-    (model_folder / HISTORY_FILE).write_text(json.dumps({"stages": history}, indent=1) + "\n")

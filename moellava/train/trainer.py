@@ -1,11 +1,10 @@
 """transformers' `Trainer` with what training a mixture on medical data needs: logs of the routers, answers to held-out
 questions, checkpoints that are whole or not there, and a stop at the first number that is none.
 
-Public names: `MoeLlavaTrainer`, `peak_memory_mib`.
+Public name: `MoeLlavaTrainer`.
 """
 
 import logging
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,33 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Sampler
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from moellava.data.collate import ChatCollator
 from moellava.model.loaded_model import LoadedModel
+from moellava.train import sharding
 from moellava.train.answers import answer_rows, share_exact
-from moellava.train.checkpoints import checkpoints, newest_checkpoint, publish, remove, staging_folder
+from moellava.train.checkpoints import checkpoints, newest_checkpoint, publish, remove, staging_folder, writing
 from moellava.train.nonfinite import first_nonfinite_module, nonfinite_tensors
-from moellava.train.router_load import RouterLoad
-from moellava.train.sharding import full_optimizer_state, full_state_dict, is_sharded, load_optimizer_state
+from moellava.train.order import EpochSampler
+from moellava.train.progress import ProgressBar
+from moellava.train.router_load import load_by_name
+from moellava.train.step_log import StepLog
 
 logger = logging.getLogger(__name__)
-
-
-class EpochLengthGroupedSampler(LengthGroupedSampler):
-    """transformers' sampler, its order a function of seed and epoch alone, so that a resumed run finds it again."""
-
-    def __init__(self, batch_size: int, lengths: Sequence[int], seed: int):
-        super().__init__(batch_size, lengths=list(lengths), generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.generator.manual_seed(self.seed + 1_000_003 * epoch)
 
 
 class MoeLlavaTrainer(Trainer):
@@ -77,37 +65,44 @@ class MoeLlavaTrainer(Trainer):
             train_dataset=train_rows,
             eval_dataset=evaluation_rows,
         )
+        self.is_sharded = sharding.is_sharded(loaded.model)
         # Leaves placing and gradients to FSDP2, as for a model that transformers has split. Set behind the Trainer's
         # own checks, which refuse to save such a model; here it is saved whole.
-        self.is_distributed_loading_by_transformers = is_sharded(loaded.model)
+        self.is_distributed_loading_by_transformers = self.is_sharded
         self.run = Path(str(arguments.output_dir))
         self.loaded, self.collator = loaded, collator
-        self.lengths = lengths
         self.keep_checkpoints = keep_checkpoints
         self.num_answers, self.max_new_tokens = num_answers, max_new_tokens
-        text_config = loaded.model.config.text_config
-        self.is_mixture = hasattr(text_config, "num_experts")
-        if self.is_mixture:
-            self.router_load = RouterLoad(text_config.num_experts, text_config.num_experts_per_tok)
         tower = loaded.model.model.vision_tower
         self.frozen_tower = None if any(weight.requires_grad for weight in tower.parameters()) else tower
-        self._staging: Path | None = None
-        self._row_ids: list[Any] = []
-        self._reset_counters()
+        self.step_log = StepLog(loaded.model.config)
+        self.sampler = EpochSampler(
+            len(train_rows),
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            lengths=lengths,
+            group_size=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+        )
+        self._row_ids: list[Any] = []  # of the optimizer step at hand
+        self._output_dir = self.run
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         if not arguments.disable_tqdm:
-            self.add_callback(_Progress())
+            self.add_callback(ProgressBar())
 
     # Data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[Any] | None:
-        if self.lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        group = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochLengthGroupedSampler(group, self.lengths, self.args.data_seed or self.args.seed)
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return self.sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.sampler.epoch = kwargs["epoch"]  # accelerate's loaders do not reach it through all of their wrappers
+        super()._run_epoch(*args, **kwargs)
 
     # One step
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self._row_ids = []
+        return super().get_batch_samples(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -117,97 +112,71 @@ class MoeLlavaTrainer(Trainer):
         num_items_in_batch: Any = None,
     ) -> Any:
         inputs = dict(inputs)
-        self._row_ids = inputs.pop("row_ids", [])
+        row_ids = inputs.pop("row_ids", [])
+        self._row_ids += row_ids
         if self.frozen_tower is not None:
             self.frozen_tower.eval()  # running statistics and dropout of a frozen tower stay as they are
         inputs["use_cache"] = False
-        if self.is_mixture:
+        if self.step_log.is_mixture:
             inputs["output_router_logits"] = True
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
         if not bool(loss.isfinite()):
-            self._stop("loss", inputs)
+            self._stop("loss", row_ids, self._bad_weights() or self._where_it_began(inputs))
         if model.training:
-            self._count(inputs, outputs)
-        if self.is_mixture:
+            self.step_log.add(inputs, outputs)
+        if self.step_log.is_mixture:
             outputs.router_logits = None  # evaluation would gather them
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
         if not bool(torch.as_tensor(norm).isfinite()):
-            self._stop("gradient", {})
+            self._stop("gradient", self._row_ids, self._bad_weights() or self._bad_gradients())
         return norm
 
-    def _stop(self, what: str, inputs: Mapping[str, Any]) -> None:
+    def _bad_weights(self) -> str:
+        names = nonfinite_tensors(self.loaded.model.named_parameters())
+        return f"The weights {', '.join(names)} are not finite" if names else ""
+
+    def _bad_gradients(self) -> str:
+        names = nonfinite_tensors((name, weight.grad) for name, weight in self.loaded.model.named_parameters())
+        return f"The gradients of {', '.join(names) or 'some weights'} are not finite"
+
+    def _where_it_began(self, inputs: Mapping[str, Any]) -> str:
+        if self.is_sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return "Where it began cannot be searched in a sharded model"
+        inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
+        first = first_nonfinite_module(self.loaded.model, inputs)
+        return f"The first output that is not finite is that of {first}" if first else "The outputs are finite"
+
+    def _stop(self, what: str, row_ids: Sequence[Any], where: str) -> None:
         """Raise before a weight or a checkpoint is spoilt."""
-        model: Any = self.loaded.model
-        weights = nonfinite_tensors(model.named_parameters())
-        if weights:
-            where = f"The weights {', '.join(weights)} are not finite"
-        elif what == "gradient":
-            names = nonfinite_tensors((name, weight.grad) for name, weight in model.named_parameters())
-            where = f"The gradients of {', '.join(names) or 'some weights'} are not finite"
-        else:
-            where = "It cannot be repeated with a sharded model"
-            if not self.is_fsdp_enabled and not self.is_deepspeed_enabled and not is_sharded(model):
-                inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
-                first = first_nonfinite_module(model, inputs)
-                where = f"The first output that is not finite is that of {first}" if first else "The outputs are finite"
         good = newest_checkpoint(self.run)
         raise FloatingPointError(
             f"The {what} of step {self.state.global_step + 1} is no finite number. {where}. Rows of the batch: "
-            f"{self._row_ids}. The last good checkpoint is {good.name if good else 'none'}; nothing was written "
+            f"{row_ids}. The last good checkpoint is {good.name if good else 'none'}; nothing was written "
             "after it. Look at these rows, or lower optim.learning_rate, and start the recipe again."
         )
 
     # Logs
 
-    def _reset_counters(self) -> None:
-        self._num_tokens: Any = 0
-        self._aux_losses: list[Tensor] = []
-        self._since = time.perf_counter()
-
-    def _count(self, inputs: Mapping[str, Any], outputs: Any) -> None:
-        mask = inputs.get("attention_mask")
-        self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
-        if self.is_mixture:
-            is_image = inputs["input_ids"] == self.loaded.model.config.image_token_id
-            self.router_load.add(outputs.router_logits, is_image, mask)
-            self._aux_losses.append(outputs.aux_loss.detach())
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As the Trainer's; a step's entry also has `aux_loss`, `tokens_per_second`, `memory_mib` and `load`.
 
-        In the log history, `load` is `{"image": [[share of each expert] of each sparse layer], "text": ...}`;
-        TensorBoard and its kin get one number for each.
+        In the log history, `load` is what `RouterLoad.flush` gives; TensorBoard and its kin get one number for each
+        expert.
         """
-        load: dict[str, list[list[float]]] = {}
-        flat: dict[str, float] = {}
-        if "loss" in logs:
-            logs, load = {**logs, **self._step_numbers()}, self._flush_load()
-            layers = self.loaded.model.config.text_config.moe_layer_indices if load else []
-            for kind, shares in load.items():
-                for layer, row in zip(layers, shares, strict=True):
-                    flat |= {f"load_{kind}/layer{layer}_expert{expert}": share for expert, share in enumerate(row)}
-        super().log({**logs, **flat}, start_time)
+        if "loss" not in logs:
+            super().log(logs, start_time)
+            return
+        numbers, load = self.step_log.flush(self.args.device, self._sum)
+        flat = load_by_name(load)
+        super().log({**logs, **numbers, **flat}, start_time)
         entry: dict[str, Any] = self.state.log_history[-1]
         for name in flat:
-            entry.pop(name, None)
+            del entry[name]
         if load:
             entry["load"] = load
-        if "loss" in logs:
-            self._reset_counters()
-
-    def _step_numbers(self) -> dict[str, float]:
-        tokens = self._sum(torch.as_tensor(self._num_tokens, dtype=torch.float32, device=self.args.device))
-        numbers = {"tokens_per_second": float(tokens) / (time.perf_counter() - self._since)}
-        if self._aux_losses:
-            aux_loss = torch.stack(self._aux_losses).mean()
-            numbers["aux_loss"] = float(self._sum(aux_loss)) / self.accelerator.num_processes
-        return {**numbers, "memory_mib": peak_memory_mib(self.args.device)}
-
-    def _flush_load(self) -> dict[str, list[list[float]]]:
-        return self.router_load.flush(self._sum) if self.is_mixture else {}
 
     def _sum(self, tensor: Tensor) -> Tensor:
         summed: Tensor = self.accelerator.reduce(tensor, reduction="sum")
@@ -216,128 +185,82 @@ class MoeLlavaTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, and the answers to the first held-out questions."""
+        """As the Trainer's, and the answers to the first held-out questions. Random numbers stay as they were."""
         began = time.perf_counter()
-        metrics = super().evaluate(*args, **kwargs)
-        if self.num_answers:
-            rows = [self.eval_dataset[index] for index in range(min(self.num_answers, len(self.eval_dataset)))]  # type: ignore[arg-type, index]
-            answers = answer_rows(
-                self.loaded,
-                rows,
-                self.collator,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.args.eval_batch_size,
-            )
-            metrics["eval_answers_exact"] = share_exact(answers)
-            self.log({"eval_answers_exact": metrics["eval_answers_exact"]})
-            entry: dict[str, Any] = self.state.log_history[-1]
-            entry["answers"] = answers
-            for answer in answers:
-                logger.info("step %d, row %s: %r, expected %r", self.state.global_step, *list(answer.values())[::2])
-        self._since += time.perf_counter() - began  # evaluating is no training time
+        with torch.random.fork_rng():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+            if self.num_answers:
+                metrics["eval_answers_exact"] = self._log_answers()
+        self.step_log.leave_out(time.perf_counter() - began)
         return metrics
+
+    def _log_answers(self) -> float:
+        rows: Any = self.eval_dataset
+        answers = answer_rows(
+            self.loaded,
+            [rows[index] for index in range(min(self.num_answers, len(rows)))],
+            self.collator,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.args.eval_batch_size,
+        )
+        exact = share_exact(answers)
+        self.log({"eval_answers_exact": exact})
+        entry: dict[str, Any] = self.state.log_history[-1]
+        entry["answers"] = answers
+        return exact
 
     # Checkpoints
 
     def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+        return str(self._output_dir)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Written in a folder of its own, then moved to its place in one step."""
         began = time.perf_counter()
-        if nonfinite_tensors(self.model.named_parameters()):  # type: ignore[union-attr]
-            self._stop("state", {})
-        run, name = self.run, f"checkpoint-{self.state.global_step}"
-        with self._writing(name) as folder:
-            super()._save_checkpoint(model, trial)
+        if where := self._bad_weights():
+            self._stop("state", self._row_ids, where)
+        name = f"checkpoint-{self.state.global_step}"
+        with writing(self.run, name) as folder:
+            self._output_dir = folder.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._output_dir = self.run
+            self.accelerator.wait_for_everyone()  # each process writes its random numbers
             if self.args.should_save:
                 self.loaded.processor.save_pretrained(folder)
-        self.accelerator.wait_for_everyone()
+                publish(folder, self.run / name)
         if self.args.should_save:
-            publish(folder, run / name)
-            for old in checkpoints(run)[: -self.keep_checkpoints]:
-                remove(old, staging_folder(run))
+            for old in checkpoints(self.run)[: -self.keep_checkpoints]:
+                remove(old, staging_folder(self.run))
         self.accelerator.wait_for_everyone()
-        self._since += time.perf_counter() - began
+        self.step_log.leave_out(time.perf_counter() - began)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        model: Any = self.loaded.model
-        if not is_sharded(model):
+        if self.is_sharded:
+            sharding.save_model(self.model, self.loaded.model, Path(str(output_dir)), should_save=self.args.should_save)
+        else:
             super().save_model(output_dir, _internal_call)
-            return
-        state_dict = full_state_dict(model)
-        if self.args.should_save:
-            distributed, model.config.distributed_config = model.config.distributed_config, None
-            model.save_pretrained(output_dir, state_dict=state_dict)
-            model.config.distributed_config = distributed
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.loaded.model):
+        if not self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = full_optimizer_state(self.loaded.model, self.optimizer)
+        state = sharding.full_optimizer_state(self.model, self.optimizer)
         if self.args.should_save:
+            scheduler: Any = self.lr_scheduler
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)  # type: ignore[union-attr]
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_sharded(self.loaded.model):
+        if checkpoint is None or not self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        folder = Path(checkpoint)
-        state = torch.load(folder / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
-        load_optimizer_state(self.loaded.model, self.optimizer, state)
-        self.lr_scheduler.load_state_dict(torch.load(folder / SCHEDULER_NAME, weights_only=True))  # type: ignore[union-attr]
+        scheduler: Any = self.lr_scheduler
+        state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        sharding.load_optimizer_state(self.model, self.optimizer, state)
+        scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not is_sharded(self.loaded.model):  # a sharded one was loaded before it was split
+        if not self.is_sharded:  # a sharded one was loaded before it was split
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _writing(self, name: str) -> "_Writing":
-        return _Writing(self, name)
-
-
-class _Writing:
-    """While it lasts, the Trainer writes into the staging folder; what cannot be written there is deleted again."""
-
-    def __init__(self, trainer: MoeLlavaTrainer, name: str):
-        self.trainer, self.name = trainer, name
-        self.run = trainer.run
-
-    def __enter__(self) -> Path:
-        self.trainer._staging = staging_folder(self.run)
-        return self.trainer._staging / self.name
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        self.trainer._staging = None
-        if not isinstance(error, Exception) or isinstance(error, FloatingPointError):
-            return
-        shutil.rmtree(staging_folder(self.run) / self.name, ignore_errors=True)
-        good = newest_checkpoint(self.run)
-        raise OSError(
-            f"{self.name} could not be written: {error}. The last good checkpoint is "
-            f"{good.name if good else 'none'}, and it is untouched. Make room in {self.run} and start the recipe "
-            "again; it goes on from there."
-        ) from error
-
-
-class _Progress(ProgressCallback):
-    """transformers' bar; of each log entry it shows what a person reads, not a number per expert."""
-
-    SHOWN = ("loss", "aux_loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "eval_answers_exact")
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and self.training_bar is not None:
-            shown = {name: f"{logs[name]:.4g}" for name in self.SHOWN if name in logs}
-            if shown:
-                words = "  ".join(f"{name} {value}" for name, value in shown.items())
-                self.training_bar.write(f"step {state.global_step}  {words}")
-
-
-def peak_memory_mib(device: torch.device) -> float:
-    """Peak memory so far: of the accelerator's tensors, or of this process where there is none."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,89 +13,158 @@ import yaml
 from safetensors.torch import load_file
 
 from moellava.train import train
-from moellava.train.recipe import recipe_to_dict
+from moellava.train.arguments import training_arguments
+from moellava.train.recipe import FOLDER, load_recipe, recipe_to_dict
+from tests.train.results import losses_of, said_by, status_of, weights_of
 from tests.train.tiny import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
-# A batch of four rows: at once, or two on each of two processes. The balancing loss is not linear in the rows.
-SETTINGS = ("optim.max_steps=4", "data.group_by_length=false", "moe.config.router_aux_loss_coef=0")
-
-
-@pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
-    out = tmp_path_factory.mktemp("dense") / "run"
-    train(tiny_recipe(tiny, "tune", out, "optim.max_steps=1"), show_progress=False)
-    return out
-
-
-def recipe_of(tiny, dense, out, *overrides):
-    moe = {"config": {"num_experts": 4}}
-    return tiny_recipe(tiny, "experts", out, *SETTINGS, *overrides, start_from=str(dense), moe=moe)
-
-
-@pytest.fixture(scope="module")
-def single(tiny, dense, tmp_path_factory):
-    return train(recipe_of(tiny, dense, tmp_path_factory.mktemp("single") / "run"), show_progress=False)
-
-
-def launch(recipe, folder, **environment):
-    """`moellava train` on two processes."""
-    folder.mkdir(exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.run(
-        [*command, "-m", "moellava.cli", "train", str(folder / "recipe.yaml")],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-    )  # fmt: skip
-
-
-def errors(done):
-    lines = done.stderr.splitlines()
-    said = [line for line in lines if "error" in line.lower()]
-    return "\n".join([*said[:20], *lines[:60]])
-
-
-def losses(log):
-    return [entry["loss"] for entry in log if "loss" in entry]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
-def test_two_processes_give_the_losses_and_weights_of_one(parallel, tiny, dense, single, tmp_path):
-    out = tmp_path / "run"
-    recipe = recipe_of(tiny, dense, out, "optim.per_device_batch_size=2", f"parallel={parallel}")
-    done = launch(recipe, tmp_path / "recipe")
-    assert done.returncode == 0, errors(done)
-    log = json.loads((out / "log.json").read_text())
-    assert losses(log) == pytest.approx(losses(single.log), abs=1e-4)
-    loads = [torch.tensor(entry["load"]["text"]) for entry in (log[0], single.log[0])]
-    torch.testing.assert_close(*loads, atol=1e-3, rtol=0)
-    ours, theirs = (load_file(path / "model.safetensors") for path in (out / "model", single.model_folder))
+@pytest.mark.parametrize(
+    ("two", "one"),
+    [
+        ("ddp", "one"),
+        ("fsdp2", "one"),
+        ("fsdp2 adapters", "one with adapters"),
+        ("fsdp2 experts adapters", "one experts adapters"),
+        ("two with features", "one aligned"),
+    ],
+)
+def test_two_processes_give_the_losses_and_weights_of_one(two, one, runs):
+    assert status_of(runs, two)["ended"] == 0, said_by(runs, two)
+    ours, theirs = (dict(losses_of(runs, name)) for name in (two, one))
+    assert len(theirs) == 5
+    assert ours == pytest.approx(theirs, abs=1e-4)
+    assert theirs[5] < theirs[1] - 0.005
+    ours, theirs = weights_of(runs, two), weights_of(runs, one)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
-        torch.testing.assert_close(weight, theirs[name], rtol=1e-2, atol=2e-3)
-    if parallel == "fsdp2":  # the last checkpoint holds whole weights, and goes on from there
-        (out / "model" / "model.safetensors").unlink()
-        (out / "model").rename(tmp_path / "moved")
-        (out / "checkpoint-4").rename(tmp_path / "checkpoint-4")
-        again = launch(recipe, tmp_path / "recipe")
-        assert again.returncode == 0, errors(again)
-        resumed = load_file(out / "model" / "model.safetensors")
-        assert all(torch.equal(resumed[name], ours[name]) for name in ours)
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_accelerates_fsdp_on_a_cpu_is_refused(tiny, dense, tmp_path, monkeypatch):
+def test_two_processes_log_the_routers_load_over_both(runs):
+    logs = [json.loads((runs / name / "log.json").read_text())[0] for name in ("ddp", "fsdp2", "one")]
+    for log in logs[:2]:
+        for kind in ("image", "text"):
+            torch.testing.assert_close(
+                *(torch.tensor(each["load"][kind]) for each in (log, logs[2])), atol=1e-3, rtol=0
+            )
+        assert log["aux_loss"] == pytest.approx(logs[2]["aux_loss"], abs=0.1)  # a mean of two batches' own
+
+
+@pytest.mark.slow
+def test_adapters_of_a_sharded_run_are_peft_s_own_and_make_the_saved_model(runs):
+    """PEFT reads the adapter folder on the dense start, and gives the weights that were saved as `model`."""
+    from peft import PeftModel
+
+    from moellava.model.builder_enhanced import load_pretrained_model
+    from tests.train.tiny import parts_of
+
+    base = load_pretrained_model(parts_of(runs / "tiny"), moe_config=False, dtype="float32").model
+    merged = PeftModel.from_pretrained(base, str(runs / "fsdp2 adapters" / "adapter")).merge_and_unload().state_dict()
+    saved = weights_of(runs, "fsdp2 adapters")
+    for name, weight in saved.items():
+        torch.testing.assert_close(merged[name], weight)
+    untouched = load_pretrained_model(parts_of(runs / "tiny"), moe_config=False, dtype="float32").model.state_dict()
+    assert not torch.allclose(
+        untouched["model.language_model.layers.0.self_attn.q_proj.weight"],
+        saved["model.language_model.layers.0.self_attn.q_proj.weight"],
+    )
+
+
+@pytest.mark.slow
+def test_nan_on_one_of_two_sharded_processes_stops_both_and_names_its_rows(runs):
+    assert status_of(runs, "NaN on the second process")["killed"] == 1
+    said = (runs / "NaN on the second process.1.txt").read_text()
+    assert "FloatingPointError: The loss of step 3 is no finite number" in said
+    assert "Rows of the batch: ['row" in said
+    assert "The last good checkpoint is checkpoint-2" in said
+
+
+COMMANDS = [
+    line.strip()
+    for line in (ROOT / "docs" / "training.md").read_text().splitlines()
+    if line.startswith(("    accelerate launch", "    torchrun"))
+]
+LAUNCHERS = {
+    "accelerate launch": "accelerate.commands.launch --main_process_port 0",
+    "torchrun": "torch.distributed.run --standalone",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_documented_commands_run_on_two_processes(launcher, tiny, tmp_path):
+    """As written, but for the recipe, which names tiny parts and data, and a free port."""
+    (command,) = (line for line in COMMANDS if line.startswith(launcher) and " 2 " in line)
+    options, _, settings = command.removeprefix(launcher).partition(" stage1_align ")
+    out = tmp_path / "out"
+    more = [word for word in settings.split() if word.startswith("parallel=")]
+    recipe = tiny_recipe(
+        tiny, "align", out, "optim.max_steps=1", "saving.every=1", "optim.per_device_batch_size=2", *more
+    )
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(f"{LAUNCHERS[launcher]} {options}"), str(tmp_path / "recipe.yaml")],
+        capture_output=True, text=True, timeout=200,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count(f"Model: {out / 'model'}") == 1
+    assert load_file(out / "model" / "model.safetensors")
+    assert (out / "checkpoint-1" / "rng_state_1.pth").is_file()  # the second's random numbers
+
+
+def test_the_documented_recipes_and_configs_exist():
+    assert len(COMMANDS) == 5
+    for command in COMMANDS:
+        for word in shlex.split(command):
+            if word.startswith("stage"):
+                load_recipe(word)
+            if word.endswith(".yaml"):
+                assert (FOLDER.parent / "accelerate" / Path(word).name).is_file()
+
+
+def test_accelerates_fsdp_on_a_cpu_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"no FSDP without a GPU and would run DDP instead. Use parallel=fsdp2"):
-        train(recipe_of(tiny, dense, tmp_path / "out"), show_progress=False)
+        train(tiny_recipe(tiny, "tune", tmp_path / "out"), show_progress=False)
+
+
+def test_fsdp2_in_one_process_is_refused(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"parallel=fsdp2 needs several processes: torchrun"):
+        train(tiny_recipe(tiny, "tune", tmp_path / "out", "parallel=fsdp2"), show_progress=False)
+
+
+@pytest.mark.parametrize(
+    ("environment", "settings", "error", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], ImportError, "DeepSpeed, which is not installed"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["parallel=fsdp2"], ValueError, "parallel=fsdp2 shards by itself"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["lora.rank=2"], ValueError,
+         "ZeRO-3 could not be merged whole"),
+    ],
+)  # fmt: skip
+def test_engines_that_cannot_keep_the_promise_are_refused(environment, settings, error, message, tiny, tmp_path):
+    from unittest import mock
+
+    available = mock.patch("moellava.train.arguments.is_deepspeed_available", return_value=error is not ImportError)
+    with mock.patch.dict(os.environ, environment), available, pytest.raises(error, match=message):
+        training_arguments(tiny_recipe(tiny, "tune", tmp_path / "out", *settings))
+
+
+def test_the_router_is_fitted_in_one_process(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    recipe = tiny_recipe(tiny, "router", tmp_path / "out", "optim.max_steps=null")
+    with pytest.raises(ValueError, match=r"in one process. Start it by moellava train alone"):
+        train(recipe, show_progress=False)
 
 
 def test_the_accelerate_configs_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
-
-    from moellava.train.recipe import FOLDER
 
     kinds = {path.stem: load_config_from_file(str(path)) for path in (FOLDER.parent / "accelerate").glob("*.yaml")}
     assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {

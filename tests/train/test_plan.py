@@ -27,6 +27,42 @@ def test_a_plan_counts_what_would_learn_and_the_steps(recipe):
     assert "vision_tower" not in found.text
 
 
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        ("align", {}),
+        ("tune", {"lora": {"rank": 4, "alpha": 8}}),
+        ("experts", {"moe": {"config": {"num_experts": 3, "meta_expert": True}}}),
+        ("experts", {"moe": {"config": {"num_experts": 3}}, "lora": {"rank": 4, "alpha": 8}}),
+        ("tune", {"trainable": ["vision_tower"]}),
+    ],
+    ids=["projector", "adapters", "experts", "adapters on experts", "tower"],
+)
+def test_a_plan_reads_no_weights_of_the_language_model_and_names_what_training_would_train(
+    stage, more, tiny, tmp_path, monkeypatch
+):
+    recipe = tiny_recipe(tiny, stage, tmp_path / "out", **more)
+    expected, _ = prepare_model(recipe)
+    monkeypatch.setattr("moellava.train.stages.load_pretrained_model", None)
+    monkeypatch.setattr("moellava.model.assembly.load_weights", None)
+    model, _ = prepare_model(recipe, on_meta=True)
+    named = {
+        name: (tuple(weight.shape), weight.dtype, weight.requires_grad) for name, weight in expected.named_parameters()
+    }
+    assert named == {
+        name: (tuple(weight.shape), weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()
+    }
+    assert all(weight.is_meta for weight in model.parameters())
+    assert plan(recipe).num_trained == sum(weight.numel() for weight in expected.parameters() if weight.requires_grad)
+
+
+def test_the_routers_plan_names_its_linear_layer(tiny, tmp_path):
+    found = plan(tiny_recipe(tiny, "router", tmp_path / "out", "optim.max_steps=null", "optim.epochs=10"))
+    assert found.num_trained == 4 * (32 + 1)
+    assert found.num_steps == 50
+    assert "router.weight (4, 32), router.bias (4,), for layers 0" in found.text
+
+
 def batch_and_model(recipe, rows):
     model, loaded = prepare_model(recipe)
     data = read_rows(recipe.data.train, images=recipe.data.images)

@@ -62,6 +62,19 @@ def test_a_mistyped_setting_is_named_with_the_nearest(setting, message):
         load_recipe("stage3_experts", [setting])
 
 
+@pytest.mark.parametrize(
+    ("stage", "setting", "message"),
+    [
+        ("stage1_align", "moe.noise=0.1", "moe does nothing in stage 'align'"),
+        ("med_moe_router", "lora.rank=2", "lora does nothing in stage 'router'"),
+        ("med_moe_router", "data.packing=true", "data.packing does nothing in stage 'router'"),
+    ],
+)
+def test_a_setting_that_its_stage_would_not_look_at_is_refused(stage, setting, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe(stage, [setting])
+
+
 def test_an_unknown_recipe_suggests_the_nearest():
     with pytest.raises(FileNotFoundError, match=r"Did you mean 'stage1_align'\?"):
         load_recipe("stage1_aling")

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
-from moellava.train.stages import prepare_model, set_trainable
+from moellava.train.stages import prepare_model
+from moellava.train.trainable import set_trainable
 from tests.train.tiny import parts_of, tiny_recipe
 
 
@@ -22,7 +23,7 @@ def changed(before, after):
 
 
 @pytest.fixture(scope="module")
-def chain(tiny, tmp_path_factory):
+def chain(tiny, tmp_path_factory, no_picture):
     """The three stages, a few steps each, every one from the folder of the one before."""
     root = tmp_path_factory.mktemp("chain")
     more = {"data": {"train": str(tiny / "rows.json"), "images": str(tiny / "images"), "num_workers": 0,
@@ -38,6 +39,12 @@ def chain(tiny, tmp_path_factory):
     for recipe in (align, tune, experts):
         train(recipe, show_progress=False)
     return root
+
+
+def test_experts_can_start_from_the_published_parts(tiny):
+    recipe = tiny_recipe(tiny, "experts", tiny / "never", moe={"config": {"num_experts": 3}})
+    model, _ = prepare_model(recipe)
+    assert model.config.text_config.num_experts == 3
 
 
 def test_stage_1_changes_the_projector_and_nothing_else(chain, tiny):
@@ -67,9 +74,9 @@ def test_stage_3_changes_experts_and_routers_and_nothing_else(chain):
     assert not any(torch.equal(expert, copies) for expert in mixture[f"{prefix}.experts.gate_up_proj"])
 
 
-def test_a_run_leaves_its_recipe_log_picture_and_history(chain):
+def test_a_run_leaves_its_recipe_log_and_history(chain):
     run = chain / "experts"
-    assert {"recipe.yaml", "log.json", "training.png", "model"} <= {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "log.json", "model"} <= {path.name for path in run.iterdir()}
     history = json.loads((run / "model" / "training.json").read_text())["stages"]
     assert [entry["stage"] for entry in history] == ["align", "tune", "experts"]
     assert str(chain) not in "".join(path.read_text() for path in (run / "model").glob("*.json"))
@@ -83,8 +90,23 @@ def test_each_step_logs_losses_loads_speed_and_memory(chain):
         assert {"loss", "aux_loss", "tokens_per_second", "memory_mib", "grad_norm", "learning_rate"} <= entry.keys()
         for kind in ("image", "text"):
             (layer,) = entry["load"][kind]
+            assert entry["load"]["layers"] == [1]
             assert sum(layer) == pytest.approx(1, abs=1e-3)
             assert len(layer) == 4
+
+
+def test_the_picture_names_the_sparse_layers_by_their_index(chain, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    from moellava.train.picture import save_picture
+
+    drawn = []
+    own = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: (drawn.append(self), own(self, *args, **more)))
+    save_picture(json.loads((chain / "experts" / "log.json").read_text()), tmp_path / "p.png", title="t")
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    layers = [axis for axis in drawn[0].axes if axis.get_ylabel() == "layer"]
+    assert [[label.get_text() for label in axis.get_yticklabels()] for axis in layers] == [["1"], ["1"]]
 
 
 def test_evaluation_logs_the_held_out_loss_and_answers(chain):

@@ -1,10 +1,6 @@
 """What the trainer computes, logs, refuses and keeps; oracles are transformers, torch and counting by hand."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,15 +9,15 @@ from moellava.data import read_rows
 from moellava.data.collate import ChatCollator
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
-from moellava.train.router_load import RouterLoad
-from moellava.train.trainer import EpochLengthGroupedSampler
+from moellava.train.order import EpochSampler
+from moellava.train.router_load import RouterLoad, load_by_name
 from tests.train.tiny import parts_of, tiny_recipe
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("no_picture")
 
 
 @pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory):
+def dense(tiny, tmp_path_factory, no_picture):
     """A dense model, one step old, to start from."""
     out = tmp_path_factory.mktemp("dense")
     train(tiny_recipe(tiny, "tune", out / "run", "optim.max_steps=1"), show_progress=False)
@@ -47,8 +43,8 @@ def test_eight_rows_are_learned_by_heart(tiny, tmp_path):
     (tmp_path / "eight.json").write_text(json.dumps(rows))
     data = {"train": str(tmp_path / "eight.json"), "images": str(tiny / "images"), "num_workers": 0}
     recipe = tiny_recipe(
-        tiny, "tune", tmp_path / "out", "optim.max_steps=120", "optim.batch_size=8", "optim.per_device_batch_size=8",
-        "saving.every=1000", data=data,
+        tiny, "tune", tmp_path / "out", "optim.max_steps=80", "optim.batch_size=8", "optim.per_device_batch_size=8",
+        "optim.learning_rate=2e-2", "saving.every=1000", data=data,
     )  # fmt: skip
     assert losses(train(recipe, show_progress=False))[-1] < 0.05
 
@@ -128,10 +124,16 @@ def test_the_first_losses_are_those_of_plain_training_in_every_mode(settings, ti
 
 
 @pytest.mark.slow
-def test_a_compiled_model_has_the_same_losses(tiny, dense, plain, tmp_path):
-    settings = ["optim.compile=true", "trainer.torch_compile_backend=eager", "optim.max_steps=3"]
-    result = train(experts_recipe(tiny, dense, tmp_path / "out", *settings, *PLAIN[1:]), show_progress=False)
-    assert losses(result) == pytest.approx(losses(plain), rel=1e-4)
+def test_a_compiled_model_has_the_same_losses(tiny, tmp_path):
+    """Four rows, so that each step has one shape and is compiled once."""
+    (tmp_path / "four.json").write_text(json.dumps(json.loads((tiny / "rows.json").read_text())[:4]))
+    settings = (f"data.train={tmp_path / 'four.json'}", "optim.max_steps=2", *PLAIN[1:2])
+    compiled = ("optim.compile=true", "trainer.torch_compile_backend=eager")
+    found, expected = (
+        losses(train(tiny_recipe(tiny, "tune", tmp_path / name, *settings, *more), show_progress=False))
+        for name, more in (("compiled", compiled), ("plain", ()))
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 PLAIN = (
@@ -149,9 +151,37 @@ def plain(tiny, dense, tmp_path_factory):
     return train(recipe, show_progress=False)
 
 
-def test_an_unknown_trainer_argument_suggests_the_nearest(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"Did you mean 'trainer.torch_compile'\?"):
-        train(tiny_recipe(tiny, "tune", tmp_path / "x", "trainer.torch_compil=true"), show_progress=False)
+@pytest.mark.parametrize(
+    ("setting", "error", "message"),
+    [
+        ("trainer.torch_compil=true", ValueError, r"Did you mean 'trainer.torch_compile'\?"),
+        ("trainer.learning_rate=1", ValueError, r"trainer.learning_rate has a key of its own in the recipe"),
+        (
+            "trainer.save_only_model=true",
+            ValueError,
+            r"save_only_model would break whole checkpoints or exact resuming",
+        ),
+        ("logging.report_to=[tensorbord]", ValueError, r"Did you mean 'tensorboard'\?"),
+        ("logging.report_to=[wandb, mlflow]", ImportError, r"'wandb', which is not installed. pip install wandb"),
+    ],
+)
+def test_arguments_that_cannot_be_followed_are_refused(setting, error, message, tiny, tmp_path, monkeypatch):
+    from moellava.train import arguments
+
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    with pytest.raises(error, match=message):
+        train(tiny_recipe(tiny, "tune", tmp_path / "x", setting), show_progress=False)
+
+
+def test_wandb_and_mlflow_are_the_trainers_own_callbacks(tiny, tmp_path, monkeypatch):
+    from transformers.integrations import integration_utils
+
+    from moellava.train import arguments
+
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["wandb", "mlflow"])
+    chosen = arguments.training_arguments(tiny_recipe(tiny, "tune", tmp_path, "logging.report_to=[wandb, mlflow]"))
+    found = integration_utils.get_reporting_integration_callbacks(chosen.report_to)
+    assert [callback.__name__ for callback in found] == ["WandbCallback", "MLflowCallback"]
 
 
 def test_tensorboard_gets_each_experts_load(tiny, dense, tmp_path):
@@ -177,7 +207,7 @@ def test_loads_equal_counting_by_hand():
     logits = [torch.randn(6, 3, generator=generator) for _ in range(2)]
     is_image = torch.tensor([[True, True, False], [False, False, False]])
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    load = RouterLoad(num_experts=3, top_k=2)
+    load = RouterLoad(top_k=2, layers=[0, 2])
     load.add(logits, is_image, mask)
     load.add(logits[::-1], is_image, mask)
     found = load.flush(lambda tensor: tensor)
@@ -191,29 +221,30 @@ def test_loads_equal_counting_by_hand():
                         for expert in sorted(range(3), key=lambda e: -source[token, e])[:2]:
                             counts[expert] += 1
             assert found[kind][layer] == pytest.approx([count / sum(counts) for count in counts], abs=1e-4)
+    assert found["layers"] == [0, 2]
+    assert load_by_name(found)["load_text/layer2_expert1"] == found["text"][1][1]
     assert load.flush(lambda tensor: tensor) == {}
 
 
 # Order of the rows
 
 
-def test_the_order_is_a_function_of_seed_and_epoch():
+@pytest.mark.parametrize("is_grouped", [True, False])
+def test_the_order_is_a_function_of_seed_and_epoch(is_grouped):
     lengths = [index % 17 for index in range(300)]
 
     def order(seed, epoch, earlier=()):
-        sampler = EpochLengthGroupedSampler(4, lengths, seed)
-        for other in earlier:
-            sampler.set_epoch(other)
-            list(sampler)
-        sampler.set_epoch(epoch)
-        return list(sampler)
+        sampler = EpochSampler(300, seed=seed, lengths=lengths if is_grouped else None, group_size=4)
+        for sampler.epoch in (*earlier, epoch):
+            found = list(sampler)
+        return found
 
     assert order(0, 2, earlier=(0, 1)) == order(0, 2)
     assert order(0, 1) != order(0, 2)
     assert order(0, 1) != order(1, 1)
     assert sorted(order(0, 1)) == list(range(300))
     spread = [max(part) - min(part) for part in batches([lengths[i] for i in order(0, 1)], 4)]
-    assert sum(spread) / len(spread) < 2  # shuffled: about 10
+    assert (sum(spread) / len(spread) < 2) == is_grouped  # shuffled: about 10
 
 
 def batches(items, size):
@@ -278,6 +309,7 @@ def test_a_nan_that_arises_in_computing_names_the_first_module(tiny, dense, tmp_
 
 
 def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tiny, dense, tmp_path, monkeypatch):
+    """Two batches are accumulated: the rows of both are named."""
     from moellava.train.trainer import MoeLlavaTrainer
 
     own, trainers = MoeLlavaTrainer._clip_grad_norm, []
@@ -288,49 +320,50 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tiny, dens
         return own(self, model)
 
     monkeypatch.setattr(MoeLlavaTrainer, "_clip_grad_norm", spoil)
-    with pytest.raises(FloatingPointError, match="The gradient of step 1 is no finite number"):
-        train(experts_recipe(tiny, dense, tmp_path / "out"), show_progress=False)
+    with pytest.raises(
+        FloatingPointError,
+        match=r"The gradient of step 1 is no finite number. The gradients of model.*"
+        r"layers.0.mlp.gate.weight, .* are not finite. Rows of the batch: \['row\d+'(, 'row\d+'){3}\]",
+    ):
+        train(experts_recipe(tiny, dense, tmp_path / "out", "optim.per_device_batch_size=2"), show_progress=False)
     assert all(weight.isfinite().all() for weight in trainers[0].loaded.model.parameters())
 
 
-DISK_FULL = """
-import resource, signal, sys
-from pathlib import Path
-from unittest import mock
-import torch
-torch.set_num_threads(1)
-from moellava.train import train
-from moellava.train.trainer import MoeLlavaTrainer
-from tests.train.tiny import tiny_recipe
-tiny, out = map(Path, sys.argv[1:])
-own = MoeLlavaTrainer._save_checkpoint
-def limited(self, *args):
-    if self.state.global_step == 4:  # files of more than 100 kB can no longer be written
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    return own(self, *args)
-with mock.patch.object(MoeLlavaTrainer, "_save_checkpoint", limited):
-    try:
-        train(tiny_recipe(tiny, "tune", out), show_progress=False)
-    except OSError as error:
-        print("SAID", error)
-"""
+def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    """The system refuses to let a file grow beyond 100 kB, as it does when a disk is full."""
+    import resource
 
+    from moellava.train.trainer import MoeLlavaTrainer
 
-@pytest.mark.slow
-def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", DISK_FULL, str(tiny), str(tmp_path / "out")], capture_output=True, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,
-    )  # fmt: skip
-    said = next(line for line in done.stdout.splitlines() if line.startswith("SAID"))
-    assert "checkpoint-4 could not be written" in said
-    assert "The last good checkpoint is checkpoint-2" in said
+    own, (soft, hard) = MoeLlavaTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(self, *args):
+        if self.state.global_step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            return own(self, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    monkeypatch.setattr(MoeLlavaTrainer, "_save_checkpoint", limited)
+    recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=5")
+    with pytest.raises(OSError, match=r"checkpoint-4 could not be written: .*too large.* If") as caught:
+        train(recipe, show_progress=False)
+    assert "The last good checkpoint is checkpoint-2" in str(caught.value)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not list((tmp_path / "out" / ".unfinished").glob("*"))
-    result = train(tiny_recipe(tiny, "tune", tmp_path / "out"), show_progress=False)  # room again: it goes on
-    whole = train(tiny_recipe(tiny, "tune", tmp_path / "whole"), show_progress=False)
+    monkeypatch.undo()
+    result = train(recipe, show_progress=False)  # room again: it goes on
+    whole = train(tiny_recipe(tiny, "tune", tmp_path / "whole", "optim.max_steps=5"), show_progress=False)
     assert losses(result) == losses(whole)
+
+
+def test_an_error_in_our_own_code_is_not_called_a_full_disk(tiny, tmp_path, monkeypatch):
+    from moellava.train.trainer import MoeLlavaTrainer
+
+    monkeypatch.setattr(MoeLlavaTrainer, "_save_scaler", lambda *args: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        train(tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=2"), show_progress=False)
 
 
 # A frozen tower's features
@@ -349,6 +382,12 @@ def test_kept_features_give_the_losses_of_encoding_each_time(tiny, tmp_path):
     other = {**parts_of(tiny), "vision_feature_layer": -1}
     recipe = tiny_recipe(tiny, "align", tmp_path / "other", f"data.features={tmp_path / 'f.safetensors'}", model=other)
     with pytest.raises(ValueError, match="holds features of select_layer=-2, but the model has -1"):
+        train(recipe, show_progress=False)
+    tuned = tiny_recipe(tiny, "tune", tmp_path / "tower", "optim.max_steps=2", trainable=["vision_tower"])
+    train(tuned, show_progress=False)
+    settings = (f"data.features={tmp_path / 'f.safetensors'}", "after=any")
+    recipe = tiny_recipe(tiny, "align", tmp_path / "other", *settings, start_from=str(tmp_path / "tower"))
+    with pytest.raises(ValueError, match="features of a tower with other weights than the model's"):
         train(recipe, show_progress=False)
 
 
@@ -378,6 +417,19 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(stage, tiny, dense
         torch.testing.assert_close(merged.model(**batch).logits, adapted.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_with_checkpointed_activations_have_the_same_losses(tiny, tmp_path):
+    plain, checkpointed = (
+        losses(
+            train(
+                tiny_recipe(tiny, "tune", tmp_path / name, "optim.max_steps=3", *more, lora={"rank": 4, "alpha": 8}),
+                show_progress=False,
+            )
+        )
+        for name, more in (("plain", ()), ("checkpointed", ("optim.activation_checkpointing=true",)))
+    )
+    assert checkpointed == pytest.approx(plain, rel=1e-5)
+
+
 def test_dropout_on_experts_is_refused(tiny, dense, tmp_path):
     with pytest.raises(ValueError, match=r"PEFT has no dropout for fused experts. Set lora.dropout=0"):
         train(experts_recipe(tiny, dense, tmp_path / "x", lora={"dropout": 0.1}), show_progress=False)
@@ -389,7 +441,8 @@ def test_dropout_on_experts_is_refused(tiny, dense, tmp_path):
 def test_med_moes_router_learns_modalities_and_stays_frozen_in_its_third_stage(tiny, dense, tmp_path):
     more = {"start_from": str(dense), "moe": {"config": {"num_experts": 4}}}
     router = train(
-        tiny_recipe(tiny, "router", tmp_path / "router", "optim.epochs=3", **more), show_progress=False
+        tiny_recipe(tiny, "router", tmp_path / "router", "optim.epochs=3", "optim.max_steps=null", **more),
+        show_progress=False,
     ).model_folder
     assert json.loads((router / "labels.json").read_text()) == ["CT", "MR", "US", "histology"]
     config = {"num_experts_per_tok": 1, "norm_topk_prob": False, "meta_expert": True, "router_bias": True,
@@ -416,7 +469,7 @@ def test_the_fitted_router_equals_routing_by_averaged_logits(tiny, dense):
     rows = read_rows(str(tiny / "rows.json"), images=tiny / "images")
     chosen = [rows[0], rows[1], rows[2]]
     collator = ChatCollator(loaded.processor)
-    means = mean_hidden_states(loaded.model, chosen, collator, [0, 1], 2, False)
+    means = mean_hidden_states(loaded.model, [collator(chosen[:2]), collator(chosen[2:])], [0, 1])
     linear = torch.nn.Linear(means.shape[1], 4)
     inputs = []
     for layer in loaded.model.model.language_model.layers:
@@ -432,7 +485,7 @@ def test_the_fitted_router_equals_routing_by_averaged_logits(tiny, dense):
 
 
 def test_as_many_experts_as_modalities_are_needed(tiny, dense, tmp_path):
-    recipe = tiny_recipe(tiny, "router", tmp_path / "r", start_from=str(dense), moe={"config": {"num_experts": 3}},
-    )  # fmt: skip
+    moe = {"config": {"num_experts": 3}}
+    recipe = tiny_recipe(tiny, "router", tmp_path / "r", "optim.max_steps=null", start_from=str(dense), moe=moe)
     with pytest.raises(ValueError, match=r"4 modalities \(CT, MR, US, histology\), but moe.config.num_experts is 3"):
         train(recipe, show_progress=False)

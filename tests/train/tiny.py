@@ -9,10 +9,8 @@ from PIL import Image
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe
 
-NUM_ROWS = 20
 
-
-def write_tiny(folder: Path) -> Path:
+def write_tiny(folder: Path, num_rows: int = 20) -> Path:
     """Parts, images and rows in `folder`; every fourth row has no image, lengths vary."""
     write_biomedclip(folder / "biomedclip_tiny", vision="test_vit", image_size=32)
     write_tinyllama(
@@ -22,7 +20,7 @@ def write_tiny(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     rows = []
-    for index in range(NUM_ROWS):
+    for index in range(num_rows):
         question = "Is this a CT image? " + "Why? " * int(rng.integers(1, 12))
         row = {"id": f"row{index}", "modality": ("CT", "MR", "US", "histology")[index % 4]}
         if index % 4:

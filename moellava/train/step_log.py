@@ -1,0 +1,76 @@
+"""What a training step is logged with beside its loss: tokens per second, memory, and what the routers did.
+
+Public names: `StepLog`, `peak_memory_mib`.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from moellava.train.router_load import RouterLoad
+
+
+class StepLog:
+    """Counts batches on their device and waits for nothing until `flush`.
+
+    Args:
+        config: of the model; a mixture's routers are counted.
+    """
+
+    def __init__(self, config: PreTrainedConfig):
+        text_config = config.text_config
+        self.image_token_id = config.image_token_id
+        self.is_mixture = hasattr(text_config, "num_experts")
+        if self.is_mixture:
+            self.router_load = RouterLoad(text_config.num_experts_per_tok, text_config.moe_layer_indices)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._num_tokens: Tensor | int = 0
+        self._aux_losses: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def add(self, inputs: Mapping[str, Any], outputs: Any) -> None:
+        """Count one batch: what the model was given and what it returned."""
+        mask = inputs.get("attention_mask")
+        self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        if self.is_mixture:
+            is_image = inputs["input_ids"] == self.image_token_id
+            self.router_load.add(outputs.router_logits, is_image, mask)
+            self._aux_losses.append(outputs.aux_loss.detach())
+
+    def leave_out(self, seconds: float) -> None:
+        """Time in which nothing was trained."""
+        self._since += seconds
+
+    def flush(
+        self, device: torch.device, reduce: Callable[[Tensor], Tensor]
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """The numbers since the last call, over all processes, and begin anew.
+
+        Args:
+            reduce: sums a tensor over the processes.
+
+        Returns:
+            `tokens_per_second`, `memory_mib` and, of a mixture, `aux_loss`; and `RouterLoad.flush`'s shares.
+        """
+        tokens = torch.as_tensor(self._num_tokens, dtype=torch.float32, device=device)
+        num_tokens, num_processes = reduce(torch.stack([tokens, torch.ones_like(tokens)])).tolist()
+        numbers = {"tokens_per_second": num_tokens / (time.perf_counter() - self._since)}
+        if self._aux_losses:
+            numbers["aux_loss"] = float(reduce(torch.stack(self._aux_losses).mean())) / num_processes
+        load = self.router_load.flush(reduce) if self.is_mixture else {}
+        self._reset()
+        return {**numbers, "memory_mib": peak_memory_mib(device)}, load
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """Peak memory so far: of the accelerator's tensors, or of this process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # Linux counts KiB
