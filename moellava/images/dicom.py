@@ -8,16 +8,17 @@ Only the elements named here are kept when a file is read: those of the patient 
 import functools
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from moellava.images.optional import load_optional
 from moellava.images.view import View, montage, percentile_to_eight_bit, range_to_eight_bit, say_once
 
 Dataset = Any  # pydicom's, which is imported when the first DICOM file is read
+Tags = dict[str, Any]  # values of elements by keyword
 
 # What is kept of a file besides its pixels. Fewer names also mean less time: pydicom converts each of them per file.
 _KEPT = (
@@ -37,12 +38,11 @@ _GREY_NAMES = (
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
 )
-_PIXELS = (0x7FE00008, 0x7FE00009, 0x7FE00010)
+_PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 _READ_WHOLE = 1 << 24  # bytes; larger files are read frame by frame
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_VALUES_OF_A_TABLE = 1 << 16
-_BLOCK = 1 << 14  # pixels looked up at a time
+_BLOCK = 1 << 15  # pixels looked up at a time
 
 # By the end of the transfer syntax's UID: which package decodes it, beyond Pillow.
 _DECODERS = {
@@ -120,34 +120,44 @@ def _one_line(error: Exception) -> str:
 
 @functools.cache
 def _kept_tags() -> tuple[int, ...]:
-    tag_for_keyword = _pydicom().datadict.tag_for_keyword
-    return tuple(tag_for_keyword(keyword) for keyword in _KEPT)
+    return tuple(map(_pydicom().tag.Tag, _KEPT))
+
+
+@functools.cache
+def _grey_numbers() -> dict[str, int]:
+    return {keyword: _pydicom().tag.Tag(keyword) for keyword in _GREY_NAMES}
 
 
 def _refuse_what_is_no_picture(header: Dataset, name: str) -> None:
-    kind = _pydicom().uid.UID(str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")))
-    if kind.name == "Media Storage Directory Storage":
-        raise DicomError(f"{name} is a DICOMDIR, the index of a disc. Give one of the image files that it lists.")
-    if "Rows" not in header or "Columns" not in header:
+    if header.get("Rows") is None or header.get("Columns") is None:
+        uid = _pydicom().uid
+        kind = uid.UID(str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")))
+        if kind == uid.MediaStorageDirectoryStorage:
+            raise DicomError(f"{name} is a DICOMDIR, the index of a disc. Give one of the image files that it lists.")
         what = f" of the class {kind.name!r}" if kind else ""
         raise DicomError(f"{name} is a DICOM file{what} without a picture: it has no rows and columns.")
-    frames = header.get_item("NumberOfFrames")
-    if frames is not None and not str(header.get("NumberOfFrames", "") or "1").isdigit():
-        raise DicomError(f"{name} has a broken Number of Frames, {header.NumberOfFrames!r}.")
+    frames = header.get("NumberOfFrames", None)
+    if frames is not None and not str(frames or "1").isdigit():
+        raise DicomError(f"{name} has a broken Number of Frames, {frames!r}.")
 
 
 def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.ndarray:
-    """(H, W) or (H, W, 3), colours converted to RGB, of one frame; other frames are not decoded."""
+    """(H, W) or (H, W, 3), colours converted to RGB, of one frame; other frames are not decoded.
+
+    Grey values of 16 allocated bits still have what stands in their unused bits.
+    """
     pydicom = _pydicom()
-    pixel_array = pydicom.pixels.pixel_array
+    is_table = header.get("PhotometricInterpretation") in _GREY and header.get("BitsAllocated") == 16
+    # pydicom would copy all pixels and shift them to and fro; the table of what is shown does that per value.
+    pixel_array = functools.partial(pydicom.pixels.pixel_array, index=frame, correct_unused_bits=not is_table)
     syntax = header.file_meta.TransferSyntaxUID
     has_pixels = any(tag in header for tag in _PIXELS)
     try:
         if has_pixels:
-            return pixel_array(header, index=frame, view_only=True)  # not copied; nothing here writes into it
+            return pixel_array(header, view_only=True)  # not copied; nothing here writes into it
         if isinstance(source, (str, Path)) and syntax != pydicom.uid.DeflatedExplicitVRLittleEndian:
-            return pixel_array(source, index=frame, transfer_syntax_uid=syntax)
-        return pixel_array(pydicom.dcmread(source, specific_tags=[*_kept_tags(), *_PIXELS]), index=frame)
+            return pixel_array(source, transfer_syntax_uid=syntax)
+        return pixel_array(pydicom.dcmread(source, specific_tags=[*_kept_tags(), *_PIXELS]))
     except (RuntimeError, NotImplementedError) as error:
         package = _DECODERS.get(str(syntax))
         hint = f" Type: pip install {package}" if package else ""
@@ -181,28 +191,23 @@ def _shown(stored: np.ndarray, header: Dataset, frame: int, view: View, name: st
 # -- grey values
 
 
-def _grey_tags(header: Dataset, frame: int) -> Dataset:
-    """The elements that decide how grey values are shown, in one flat dataset.
+def _grey_tags(header: Dataset, frame: int) -> Tags:
+    """The elements that decide how grey values are shown, by keyword; none is empty.
 
-    Enhanced multi-frame files keep them in functional groups, which pydicom's functions do not look into.
+    Enhanced multi-frame files keep them in functional groups.
     """
-    tags = _pydicom().Dataset()
     groups = [header]
     for sequence, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
         items = header.get(sequence) or []
         if item < len(items):
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 groups += items[item].get(macro) or []
-    for group in groups:
-        for keyword in _GREY_NAMES:
-            if keyword in group and group[keyword].value not in (None, ""):
-                tags[keyword] = group[keyword]
-    tags.file_meta = header.file_meta
-    tags.PhotometricInterpretation = str(header.PhotometricInterpretation)
-    return tags
+    found = {keyword: group[tag].value for group in groups for keyword, tag in _grey_numbers().items() if tag in group}
+    tags = {keyword: value for keyword, value in found.items() if value not in (None, "")}
+    return {**tags, "PhotometricInterpretation": header.PhotometricInterpretation, "file_meta": header.file_meta}
 
 
-def _choose_window(tags: Dataset, view: View, name: str) -> None:
+def _choose_window(tags: Tags, view: View, name: str) -> None:
     """Put the window asked for in the place of the file's own."""
     if view.window == "full":
         _forget_window(tags)
@@ -211,7 +216,7 @@ def _choose_window(tags: Dataset, view: View, name: str) -> None:
     if isinstance(view.window, str) and not _is_ct(tags):
         raise DicomError(
             f"{name}: the window {view.window!r} is in Hounsfield units, and this is "
-            f"{tags.get('Modality') or 'no modality'}, not CT. Give (center, width), or leave window out."
+            f"{tags.get('Modality', 'no modality')}, not CT. Give (center, width), or leave window out."
         )
     if isinstance(view.window, int):
         _choose_own(tags, view.window, name)
@@ -220,54 +225,70 @@ def _choose_window(tags: Dataset, view: View, name: str) -> None:
         limits = View(window="soft").limits()
     if limits is not None:
         _forget_window(tags)
-        tags.WindowCenter, tags.WindowWidth = limits
+        tags["WindowCenter"], tags["WindowWidth"] = limits
 
 
-def _choose_own(tags: Dataset, index: int, name: str) -> None:
-    luts = list(tags.get("VOILUTSequence") or [])
+def _choose_own(tags: Tags, index: int, name: str) -> None:
+    luts = tags.get("VOILUTSequence", [])
     centers, widths = (_as_list(tags.get(keyword)) for keyword in ("WindowCenter", "WindowWidth"))
     count = len(luts) or min(len(centers), len(widths))
     if not 0 <= index < count:
         raise DicomError(f"{name} has no window {index}: it has {count} of its own.")
     if luts:
-        tags.VOILUTSequence = [luts[index]]
+        tags["VOILUTSequence"] = [luts[index]]
     else:
-        tags.WindowCenter, tags.WindowWidth = centers[index], widths[index]
+        tags["WindowCenter"], tags["WindowWidth"] = centers[index], widths[index]
 
 
-def _forget_window(tags: Dataset) -> None:
+def _forget_window(tags: Tags) -> None:
     for keyword in ("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"):
-        if keyword in tags:
-            del tags[keyword]
+        tags.pop(keyword, None)
 
 
-def _has_window(tags: Dataset) -> bool:
+def _has_window(tags: Tags) -> bool:
     return bool(tags.get("VOILUTSequence")) or ("WindowCenter" in tags and "WindowWidth" in tags)
 
 
-def _is_ct(tags: Dataset) -> bool:
+def _is_ct(tags: Tags) -> bool:
     return tags.get("Modality") == "CT" or tags.get("RescaleType") == "HU"
 
 
-def _grey_picture(stored: np.ndarray, tags: Dataset, *, full: bool) -> np.ndarray:
-    """What is shown is a function of the stored value alone: in large images it is computed once for each value."""
+def _grey_picture(stored: np.ndarray, tags: Tags, *, full: bool) -> np.ndarray:
+    """What is shown is a function of the stored value alone: it is computed once for each one that may occur."""
     is_integer = stored.dtype.kind in "ui"
     narrow = is_integer and int(tags.get("BitsStored", 16)) <= 8
     if not _has_window(tags) and not full and not narrow:
-        return _without_window(stored, tags)
-    if not is_integer or stored.dtype.itemsize > 2 or stored.size < _VALUES_OF_A_TABLE:
+        return _without_window(_used_bits(stored, tags), tags)
+    if not is_integer or stored.dtype.itemsize > 2:
         return _eight_bits(stored, tags)
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
-    table = _table(_Key(_key_of(tags), stored.dtype.str, tags))
-    places, shown = stored.view(f"u{stored.dtype.itemsize}"), np.empty(stored.shape, np.uint8)
-    step = max(1, _BLOCK // stored.shape[1])
+    values = np.arange(int(stored.min()), int(stored.max()) + 1).astype(stored.dtype)
+    if len(values) > stored.size:
+        return _eight_bits(_used_bits(stored, tags), tags)
+    unsigned = f"u{stored.dtype.itemsize}"
+    places, shown_values = stored.view(unsigned), _eight_bits(_used_bits(values, tags), tags)
+    if np.array_equal(shown_values, values.view(unsigned)):
+        return places.astype(np.uint8, copy=False)
+    table = np.empty(2 ** (8 * stored.dtype.itemsize), np.uint8)
+    table[values.view(unsigned)] = shown_values
+    if len(table) == 256:
+        return np.asarray(Image.fromarray(places).point(table.tolist()))
+    shown, step = np.empty(stored.shape, np.uint8), max(1, _BLOCK // stored.shape[1])
     for top in range(0, len(places), step):
         # By blocks that stay in the cache: numpy widens the places to 64 bits. "clip" spares a check that cannot fail.
         np.take(table, places[top : top + step], out=shown[top : top + step], mode="clip")
     return shown
 
 
-def _without_window(stored: np.ndarray, tags: Dataset) -> np.ndarray:
+def _used_bits(stored: np.ndarray, tags: Tags) -> np.ndarray:
+    """Of values of 16 allocated bits only those that are stored, with the sign of the highest (PS3.5, 8.1.1)."""
+    unused = 16 - int(tags.get("BitsStored", 16))
+    if stored.dtype.kind not in "ui" or stored.dtype.itemsize != 2 or unused <= 0:
+        return stored
+    return (stored << unused) >> unused
+
+
+def _without_window(stored: np.ndarray, tags: Tags) -> np.ndarray:
     say_once(
         "A DICOM image of more than 8 bits without a window is shown between the 0.5th and 99.5th percentile of its "
         "own values; give window=(center, width), or window='full', for the same greys in all images."
@@ -279,83 +300,83 @@ def _without_window(stored: np.ndarray, tags: Dataset) -> np.ndarray:
     return 255 - shown if _is_inverted(tags) else shown
 
 
-@dataclass(frozen=True)
-class _Key:
-    """The elements of a chain, hashable: files of one series share their table."""
-
-    elements: tuple[Any, ...]
-    dtype: str
-    tags: Any = field(compare=False)
-
-
-@functools.lru_cache(maxsize=32)
-def _table(key: _Key) -> np.ndarray:
-    """What each stored value is shown as, in the order of the values' unsigned bits."""
-    dtype = np.dtype(key.dtype)
-    bits = np.arange(2 ** (8 * dtype.itemsize), dtype=f"u{dtype.itemsize}")
-    return _eight_bits(bits.view(dtype), key.tags)
-
-
-def _key_of(dataset: Dataset) -> tuple[Any, ...]:
-    def value(element: Any) -> Any:
-        if element.VR == "SQ":
-            return tuple(_key_of(item) for item in element.value)
-        return element.value if isinstance(element.value, bytes) else str(element.value)
-
-    return tuple((int(element.tag), value(element)) for element in dataset)
-
-
-def _eight_bits(stored: np.ndarray, tags: Dataset) -> np.ndarray:
+def _eight_bits(stored: np.ndarray, tags: Tags) -> np.ndarray:
     values = _modality_values(stored, tags)
     if luts := tags.get("VOILUTSequence"):
-        shown, bits = _looked_up(values, luts[0], tags)
-        low, high = 0.0, float(2**bits - 1)
+        entries, bits = _looked_up(values, luts[0], tags)
+        unit = entries / (2**bits - 1)
     elif _has_window(tags):
-        shown = _pydicom().pixels.apply_windowing(values, tags)
-        low, high = _modality_range(tags)
+        unit = _windowed(values, tags)
     else:
-        shown, (low, high) = values, _modality_range(tags)
-    unit = (shown - low) / (high - low)  # low may be the larger one, where the slope is negative
+        low, high = _modality_range(tags)
+        unit = (values - low) / (high - low)
     unit = np.clip(1 - unit if _is_inverted(tags) else unit, 0, 1)
     return np.rint(np.nan_to_num(unit) * 255).astype(np.uint8)
 
 
-def _modality_values(stored: np.ndarray, tags: Dataset) -> np.ndarray:
+def _modality_values(stored: np.ndarray, tags: Tags) -> np.ndarray:
     """float64 values in the modality's unit, such as Hounsfield's."""
     if luts := tags.get("ModalityLUTSequence"):
         return _looked_up(stored, luts[0], tags)[0]
-    return _pydicom().pixels.apply_rescale(stored, tags).astype(np.float64, copy=False)
+    slope, intercept = _rescale(tags)
+    return stored.astype(np.float64) * slope + intercept
 
 
-def _modality_range(tags: Dataset) -> tuple[float, float]:
-    """What the smallest and the largest value that could be stored become."""
+def _modality_range(tags: Tags) -> tuple[float, float]:
+    """The smallest and the largest value that the stored bits can stand for."""
     if luts := tags.get("ModalityLUTSequence"):
         return 0.0, float(2 ** int(luts[0].LUTDescriptor[2]) - 1)
-    bits = int(tags.BitsStored)
-    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if tags.get("PixelRepresentation") else (0, 2**bits - 1)
+    bits = int(tags["BitsStored"])
+    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if tags.get("PixelRepresentation") else (0, 2**bits - 1)
+    slope, intercept = _rescale(tags)
+    low, high = sorted(end * slope + intercept for end in ends)
+    return low, high
+
+
+def _rescale(tags: Tags) -> tuple[float, float]:
     if "RescaleSlope" in tags and "RescaleIntercept" in tags:
-        slope, intercept = float(tags.RescaleSlope), float(tags.RescaleIntercept)
-        return low * slope + intercept, high * slope + intercept
-    return float(low), float(high)
+        return float(tags["RescaleSlope"]), float(tags["RescaleIntercept"])
+    return 1.0, 0.0
 
 
-def _looked_up(values: np.ndarray, item: Dataset, tags: Dataset) -> tuple[np.ndarray, int]:
+def _windowed(values: np.ndarray, tags: Tags) -> np.ndarray:
+    """The first window's share of the output range for each value: below 0 before the window, above 1 behind it.
+
+    PS3.3 C.11.2.1.2 and C.11.2.1.3; pydicom's function writes the same into a range of the dataset's.
+    """
+    center, width = (float(_as_list(tags[keyword])[0]) for keyword in ("WindowCenter", "WindowWidth"))
+    function = str(tags.get("VOILUTFunction", "LINEAR")).upper()
+    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise ValueError(f"The VOI LUT Function is {function!r}; expected LINEAR, LINEAR_EXACT or SIGMOID.")
+    if width < 1 and (function == "LINEAR" or width <= 0):
+        least = "at least 1" if function == "LINEAR" else "more than 0"
+        raise ValueError(f"The Window Width is {width:g}; expected {least}.")
+    if function == "SIGMOID":
+        return 1 / (1 + np.exp(-4 * (values - center) / width))
+    if function == "LINEAR":
+        center, width = center - 0.5, width - 1
+    if width == 0:
+        return np.where(values > center, 1.0, 0.0)
+    return (values - center) / width + 0.5
+
+
+def _looked_up(values: np.ndarray, item: Dataset, tags: Tags) -> tuple[np.ndarray, int]:
     """Entries of a LUT (PS3.3 C.11.1.1, C.11.2.1.1) and their bits; values beyond its ends get its end entries."""
     # pydicom's own function wraps values around where a table of 8-bit entries has more than 256 of them.
     count, first, bits = (int(number) for number in item.LUTDescriptor)
     count = count or 2**16
     data = item.LUTData
     if isinstance(data, bytes):
-        order = "<" if tags.file_meta.TransferSyntaxUID.is_little_endian else ">"
+        order = "<" if tags["file_meta"].TransferSyntaxUID.is_little_endian else ">"
         data = np.frombuffer(data, dtype=np.uint8 if len(data) <= count + 1 else f"{order}u2")
     entries = np.asarray(data, dtype=np.float64)[:count]
     places = np.clip(np.rint(values) - first, 0, len(entries) - 1).astype(np.int64)
     return entries[places], bits
 
 
-def _is_inverted(tags: Dataset) -> bool:
+def _is_inverted(tags: Tags) -> bool:
     shape = tags.get("PresentationLUTShape")
-    return shape == "INVERSE" if shape else tags.PhotometricInterpretation == "MONOCHROME1"
+    return shape == "INVERSE" if shape else tags["PhotometricInterpretation"] == "MONOCHROME1"
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -44,9 +44,7 @@ def fit_router(
         ValueError: if a row has no `modality`, there are not as many modalities as experts, or several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "Stage 'router' fits one linear layer and runs in one process: moellava train ..., unlaunched."
-        )
+        raise ValueError("Stage 'router' fits one linear layer, in one process. Start it by moellava train alone.")
     names = [_label(row) for row in data.train]
     labels = sorted(set(names))
     loaded = build_model(recipe)

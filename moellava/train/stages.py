@@ -63,7 +63,7 @@ def prepare_model(recipe: Recipe, *, on_meta: bool = False) -> tuple[Any, Loaded
     set_trainable(loaded.model, parts)
     if recipe.lora is None:
         return loaded.model, loaded
-    return with_adapters(loaded.model, parts, recipe.lora), loaded
+    return with_adapters(loaded.model, parts, recipe.lora, seed=recipe.seed), loaded
 
 
 def build_model(recipe: Recipe) -> LoadedModel:

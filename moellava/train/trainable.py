@@ -77,8 +77,11 @@ def _freeze_unused_blocks(model: Any) -> None:
     tower.zero_grad(set_to_none=True)
 
 
-def with_adapters(model: Any, parts: Sequence[str], lora: Lora) -> Any:
+def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) -> Any:
     """A PEFT model around `model`: adapters on what `parts` name of the language model, the other parts whole.
+
+    Args:
+        seed: of the adapters' first values, the same on every process.
 
     Raises:
         ValueError: if no part could have an adapter, or for dropout on experts.
@@ -104,7 +107,9 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora) -> Any:
         target_parameters=experts,
         modules_to_save=[_WHOLE[part] for part in parts if part in _WHOLE] or None,
     )
-    return get_peft_model(model, config)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
 
 
 def merge_adapters(base: Any, adapter: Path) -> Any:

@@ -204,6 +204,18 @@ class TestWindows:
         shown = decoded(path)
         assert shown[0, 0] == 255  # value 0 lies above the window
         assert shown.reshape(-1)[4095] == 0
+        assert np.array_equal(decoded(path, window="full").reshape(-1)[[0, 4095]], (255, 0))
+
+    @pytest.mark.parametrize("side", [300, 60])  # by a table, and pixel by pixel
+    @pytest.mark.parametrize("dtype", [np.int16, np.uint16])
+    def test_unused_bits_are_left_out_as_pydicom_does(self, save_dicom, side, dtype):
+        """Files of old scanners keep overlays there."""
+        values = ramp(dtype, -2048 if dtype is np.int16 else 0, 2047, side)
+        elements = {"BitsStored": 12, "WindowCenter": 40, "WindowWidth": 400}
+        dirty = save_dicom((values & 0x0FFF) | (np.arange(side) % 16 << 12).astype(dtype), **elements)
+        assert np.array_equal(pydicom.dcmread(dirty).pixel_array, values)
+        low, high = (-2048, 2047) if dtype is np.int16 else (0, 4095)
+        assert np.array_equal(decoded(dirty, window="full"), np.rint((values - float(low)) / (high - low) * 255))
 
 
 class TestTables:

@@ -323,7 +323,7 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tiny, dens
     with pytest.raises(
         FloatingPointError,
         match=r"The gradient of step 1 is no finite number. The gradients of model.*"
-        r"layers.0.mlp.gate.weight are not finite. Rows of the batch: \['row\d+'(, 'row\d+'){3}\]",
+        r"layers.0.mlp.gate.weight, .* are not finite. Rows of the batch: \['row\d+'(, 'row\d+'){3}\]",
     ):
         train(experts_recipe(tiny, dense, tmp_path / "out", "optim.per_device_batch_size=2"), show_progress=False)
     assert all(weight.isfinite().all() for weight in trainers[0].loaded.model.parameters())
@@ -383,7 +383,7 @@ def test_kept_features_give_the_losses_of_encoding_each_time(tiny, tmp_path):
     recipe = tiny_recipe(tiny, "align", tmp_path / "other", f"data.features={tmp_path / 'f.safetensors'}", model=other)
     with pytest.raises(ValueError, match="holds features of select_layer=-2, but the model has -1"):
         train(recipe, show_progress=False)
-    tuned = tiny_recipe(tiny, "tune", tmp_path / "tower", "optim.max_steps=1", trainable=["vision_tower"])
+    tuned = tiny_recipe(tiny, "tune", tmp_path / "tower", "optim.max_steps=2", trainable=["vision_tower"])
     train(tuned, show_progress=False)
     settings = (f"data.features={tmp_path / 'f.safetensors'}", "after=any")
     recipe = tiny_recipe(tiny, "align", tmp_path / "other", *settings, start_from=str(tmp_path / "tower"))
