@@ -23,7 +23,7 @@ def changed(before, after):
 
 
 @pytest.fixture(scope="module")
-def chain(tiny, tmp_path_factory, no_picture):
+def chain(tiny, tmp_path_factory, quick_runs):
     """The three stages, a few steps each, every one from the folder of the one before."""
     root = tmp_path_factory.mktemp("chain")
     more = {"data": {"train": str(tiny / "rows.json"), "images": str(tiny / "images"), "num_workers": 0,
