@@ -107,7 +107,7 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
         target_parameters=experts,
         modules_to_save=[_WHOLE[part] for part in parts if part in _WHOLE] or None,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 

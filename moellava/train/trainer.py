@@ -113,7 +113,8 @@ class MoeLlavaTrainer(Trainer):
     ) -> Any:
         inputs = dict(inputs)
         row_ids = inputs.pop("row_ids", [])
-        self._row_ids += row_ids
+        if model.training:
+            self._row_ids += row_ids
         if self.frozen_tower is not None:
             self.frozen_tower.eval()  # running statistics and dropout of a frozen tower stay as they are
         inputs["use_cache"] = False
@@ -187,7 +188,7 @@ class MoeLlavaTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As the Trainer's, and the answers to the first held-out questions. Random numbers stay as they were."""
         began = time.perf_counter()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
             if self.num_answers:
                 metrics["eval_answers_exact"] = self._log_answers()

@@ -18,9 +18,9 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def no_picture():
-    """Runs leave no picture: drawing it is half of a tiny run's time."""
-    with mock.patch("moellava.train.run.save_picture"):
+def quick_runs():
+    """Runs draw no picture and do not wait for the disk, which is most of a tiny run's time."""
+    with mock.patch("moellava.train.run.save_picture"), mock.patch("moellava.train.checkpoints.os.fsync"):
         yield
 
 

@@ -45,8 +45,23 @@ def test_two_processes_give_the_losses_and_weights_of_one(two, one, runs):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("two", ["ddp", "fsdp2", "fsdp2 experts adapters"])
+def test_two_processes_give_the_held_out_loss_and_answers_of_one(two, runs):
+    one = "one experts adapters" if "adapters" in two else "one"
+    ours, theirs = (json.loads((runs / name / "log.json").read_text()) for name in (two, one))
+    losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in (ours, theirs)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    answers = [[entry["answers"] for entry in log if "answers" in entry] for log in (ours, theirs)]
+    assert answers[0] == answers[1]
+    assert [answer["id"] for answer in answers[0][0]] == ["row0", "row1"]
+
+
+@pytest.mark.slow
 def test_two_processes_log_the_routers_load_over_both(runs):
-    logs = [json.loads((runs / name / "log.json").read_text())[0] for name in ("ddp", "fsdp2", "one")]
+    logs = [
+        next(entry for entry in json.loads((runs / name / "log.json").read_text()) if "load" in entry)
+        for name in ("ddp", "fsdp2", "one")
+    ]
     for log in logs[:2]:
         for kind in ("image", "text"):
             torch.testing.assert_close(

@@ -13,11 +13,11 @@ from moellava.train.order import EpochSampler
 from moellava.train.router_load import RouterLoad, load_by_name
 from tests.train.tiny import parts_of, tiny_recipe
 
-pytestmark = pytest.mark.usefixtures("no_picture")
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 
 @pytest.fixture(scope="module")
-def dense(tiny, tmp_path_factory, no_picture):
+def dense(tiny, tmp_path_factory, quick_runs):
     """A dense model, one step old, to start from."""
     out = tmp_path_factory.mktemp("dense")
     train(tiny_recipe(tiny, "tune", out / "run", "optim.max_steps=1"), show_progress=False)

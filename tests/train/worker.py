@@ -149,6 +149,7 @@ def child(recipe, rank, num_processes, port, moment):
         with ExitStack() as stack:
             stack.enter_context(record_rows(Path(f"{out}.{rank}.rows")))
             stack.enter_context(mock.patch.object(run, "save_picture"))  # half of a tiny run's time
+            stack.enter_context(mock.patch.object(checkpoints.os, "fsync"))  # for power cuts; a kill loses nothing
             if moment is not None:
                 stack.enter_context((MOMENTS | {SPOILT: spoil_second_process})[moment]())
             run.train(recipe, show_progress=False)
@@ -205,6 +206,8 @@ def main(folder, *chosen):
     # Two processes.
     two = {"num_processes": 2}
     even = ("data.group_by_length=false", "moe.config.router_aux_loss_coef=0")  # that loss is not linear in the rows
+    held_out = f"data.evaluation={runs.tiny / 'rows.json'}"
+    even += (held_out, "evaluation.num_rows=4", "evaluation.num_answers=2", "evaluation.max_new_tokens=3")
     runs("one", "experts", *even)
     for parallel in ("ddp", "fsdp2"):
         # As the packaged recipes have it: with checkpointed activations.
