@@ -122,7 +122,7 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
             return BatchFeature(data={"pixel_values": values}, tensor_type=return_tensors)
         if return_tensors is not None:
             raise ValueError(f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on.")
-        values = [_normalised(array[None], settings)[0].numpy() for array in arrays]
+        values = [_normalised(np.stack([array]), settings)[0].numpy() for array in arrays]
         return BatchFeature(data={"pixel_values": values})
 
 

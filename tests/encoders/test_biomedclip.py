@@ -163,23 +163,24 @@ def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
 
 @pytest.mark.real_size
 @pytest.mark.slow
-@pytest.mark.parametrize(("image_size", "num_patches"), [(224, 256), (336, 576)])
-def test_real_size_vit_large_gives_timms_tokens(image_size, num_patches, tmp_path):
-    name = "vit_large_patch14_224"
+def test_real_size_vit_large_gives_timms_tokens(tmp_path):
+    name, prefix = "vit_large_patch14_224", "visual.trunk."
     repo = write_biomedclip(tmp_path / "biomedclip_large", vision=name, image_size=224, embed_dim=768)
-    encoder = BiomedClipEncoder.from_pretrained(repo, image_size=image_size)
-    assert (encoder.num_patches, encoder.hidden_size) == (num_patches, 1024)
-    trunk = timm.create_model(name, num_classes=0).eval()
     state = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
-    prefix = "visual.trunk."
-    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
-    trunk.set_input_size(image_size)
-    pixels = random_pixels(encoder)[:1]
-    with torch.no_grad():
-        (expected,) = trunk.forward_intermediates(
-            pixels, indices=[22], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
-        )
-        assert torch.equal(encoder(pixels).patch_tokens, expected)
+    with torch.device("meta"):
+        trunk = timm.create_model(name, num_classes=0).eval()
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    trunk.load_state_dict(weights, assign=True)
+    for image_size, num_patches in ((224, 256), (336, 576)):  # timm's trunk follows from one to the other
+        encoder = BiomedClipEncoder.from_pretrained(repo, image_size=image_size)
+        assert (encoder.num_patches, encoder.hidden_size) == (num_patches, 1024)
+        trunk.set_input_size(image_size)
+        pixels = random_pixels(encoder)[:1]
+        with torch.no_grad():
+            (expected,) = trunk.forward_intermediates(
+                pixels, indices=[22], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+            )
+            assert torch.equal(encoder(pixels).patch_tokens, expected)
 
 
 # ---- selection ----
