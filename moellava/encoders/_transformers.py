@@ -113,6 +113,11 @@ class TransformersVisionEncoder(VisionEncoder):
         is_resized = self.config.image_hw != self._trained_hw
         return {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
 
+    @property
+    def layers_are_alike(self) -> bool:
+        """True: these towers are plain transformers."""
+        return True
+
     def tower_inputs(self, pixel_values: Tensor) -> dict[str, Any]:
         """What the tower's own `forward` takes."""
         return {"pixel_values": pixel_values, **self._position_options}

@@ -188,6 +188,11 @@ class VisionEncoder(PreTrainedModel):
         """How many layers `run_trunk` can give tokens of; 0 for a tower that only pools."""
         raise NotImplementedError
 
+    @property
+    def layers_are_alike(self) -> bool:
+        """Whether the tokens of all layers have one shape; then the first is measured for those selected."""
+        return False
+
     def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
         """Tokens after the blocks `layers` (0 is the first block), and the pooled vector if `pooled`.
 
@@ -339,6 +344,8 @@ class VisionEncoder(PreTrainedModel):
         config, (height, width) = self.config, self.config.image_hw
         pixels = torch.empty(1, 3, height, width, device="meta", dtype=self.dtype)
         indices = self._block_indices()
+        if self.layers_are_alike:
+            indices = [0] * len(indices)
         training = self.training
         self.eval()  # batch norm refuses a single image while training
         try:

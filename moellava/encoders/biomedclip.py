@@ -121,6 +121,14 @@ class BiomedClipEncoder(VisionEncoder):
         return len(self._trunk.transformer.resblocks) if hasattr(self._trunk, "transformer") else 5
 
     @property
+    def layers_are_alike(self) -> bool:
+        """True for plain transformers, by timm's own table of layers."""
+        if hasattr(self._trunk, "transformer"):
+            return True
+        layers = getattr(self._trunk, "feature_info", None) or []
+        return len({(layer["num_chs"], layer["reduction"]) for layer in layers}) == 1
+
+    @property
     def has_final_norm(self) -> bool:
         """True for transformers whose last norm is as wide as their hidden states."""
         if hasattr(self.visual, "trunk"):
