@@ -20,6 +20,7 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [entry for entry in log if "loss" in entry]
     loads = [entry["load"] for entry in steps if "load" in entry]
@@ -34,7 +35,7 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
         _draw_extremes(axes[2, column], [entry["step"] for entry in steps if "load" in entry], shares, kind)
     for axis in figure.axes:
         if axis.get_xlabel() == "optimizer step":
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
