@@ -20,6 +20,7 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [entry for entry in log if "loss" in entry]
     loads = [entry["load"] for entry in steps if "load" in entry]
@@ -32,6 +33,9 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
         shares = np.array([load[kind] for load in loads])  # (steps, L, E)
         _draw_last_load(figure, axes[1, column], shares, loads[0]["layers"], kind)
         _draw_extremes(axes[2, column], [entry["step"] for entry in steps if "load" in entry], shares, kind)
+    for axis in figure.axes:
+        if axis.get_xlabel() == "optimizer step":
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
     figure.savefig(path, dpi=80)
 
@@ -63,7 +67,8 @@ def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, layers: Sequence
     last = shares[-max(1, len(shares) // 10) :].mean(0)
     image = axis.imshow(last, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     for row, expert in np.ndindex(last.shape):
-        axis.text(expert, row, f"{last[row, expert]:.2f}", ha="center", va="center", color="white", fontsize=8)
+        color = "white" if last[row, expert] < 0.6 else "black"
+        axis.text(expert, row, f"{last[row, expert]:.2f}", ha="center", va="center", color=color, fontsize=8)
     axis.set(
         title=f"{kind} tokens: share of each expert, end of the run",
         xlabel="expert",

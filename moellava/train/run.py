@@ -147,7 +147,9 @@ def _require_same_recipe(recipe: Recipe, run: Path) -> None:
 def _begin(recipe: Recipe, run: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     clear_staging(run)
-    (run / RECIPE_FILE).write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+    fresh = run / f".{RECIPE_FILE}"
+    fresh.write_text(yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False))
+    fresh.replace(run / RECIPE_FILE)  # whole, or the old one
 
 
 def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:

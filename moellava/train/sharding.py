@@ -1,6 +1,7 @@
 """FSDP2 by torch's own `fully_shard`, on GPUs and on CPUs; accelerate has none on CPUs.
 
-Public names: `shard`, `is_sharded`, `load_checkpoint`, `save_model`, `full_optimizer_state`, `load_optimizer_state`.
+Public names: `shard`, `is_sharded`, `decoder_layer_class`, `load_checkpoint`, `save_model`, `full_optimizer_state`,
+`load_optimizer_state`.
 """
 
 from pathlib import Path
@@ -43,6 +44,11 @@ def shard(model: Any, device: torch.device) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def decoder_layer_class(model: Any) -> str:
+    """What accelerate's FSDP is to wrap; it refuses a name that the model, dense or a mixture, does not have."""
+    return type(model.model.language_model.layers[0]).__name__
 
 
 def load_checkpoint(model: Any, checkpoint: Path) -> None:

@@ -69,6 +69,10 @@ class MoeLlavaTrainer(Trainer):
         # Leaves placing and gradients to FSDP2, as for a model that transformers has split. Set behind the Trainer's
         # own checks, which refuse to save such a model; here it is saved whole.
         self.is_distributed_loading_by_transformers = self.is_sharded
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [
+                sharding.decoder_layer_class(loaded.model)
+            ]
         self.run = Path(str(arguments.output_dir))
         self.loaded, self.collator = loaded, collator
         self.keep_checkpoints = keep_checkpoints

@@ -173,19 +173,21 @@ class Runs:
         self.tiny = write_tiny(folder / "tiny", num_rows=NUM_ROWS)
 
     def __call__(self, name, stage="tune", *overrides, num_processes=1, killed=None, **more):
-        """Train `name`; with `killed`, once until that moment and once more."""
+        """Train `name`; with `killed`, once until that moment and, if that ended it by a signal, once more."""
         if self.chosen and name not in self.chosen:
             return
         began = time.perf_counter()
         if stage == "experts":
             more |= {"start_from": str(self.folder / "dense"), "moe": {"config": {"num_experts": 4}}}
-        settings = (f"optim.max_steps={NUM_STEPS}", "saving.every=1", "saving.keep=1", *overrides)
+        every = 1 if num_processes == 1 else 3  # steps between checkpoints; the last is always kept
+        settings = (f"optim.max_steps={NUM_STEPS}", f"saving.every={every}", "saving.keep=1", *overrides)
         recipe = tiny_recipe(self.tiny, stage, self.folder / name, *settings, **more)
         found = {}
         if killed is not None:
             found["killed"] = launch(recipe, num_processes, killed)
             found["left"] = [path.name for path in checkpoints.checkpoints(self.folder / name)]
-        found["ended"] = launch(recipe, num_processes)
+        if found.get("killed", -9) == -9:
+            found["ended"] = launch(recipe, num_processes)
         self.statuses[name] = found
         self.seconds[name] = time.perf_counter() - began
 
