@@ -1,4 +1,4 @@
-"""The table of hardware, time and memory in docs/training.md is what `moellava.train.plan` gives for the real models."""
+"""The table of hardware and time in docs/training.md is what `moellava.train.plan` gives for the real models."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ TINYLLAMA = LlamaConfig(
 )
 # Rows over all epochs, mean and greatest length in tokens (196 of them an image): LLaVA-Med's 500k captions, 60k chats.
 DATA = {"stage1": (500_000, 256, 512), "stage2": (3 * 60_000, 550, 1024), "stage3": (60_000, 550, 1024)}
-# Published peaks of dense bfloat16: RTX 4090 and A100. The shares of it that are assumed to be reached, on one and on 8.
+# Published peaks of dense bfloat16: RTX 4090 and A100. What share is assumed to be reached, on one card and on eight.
 PEAKS = {"24 GB": 165e12, "80 GB": 312e12}
 ONE, EIGHT = 0.35, 0.30
 RUNS = (
