@@ -148,7 +148,11 @@ def slake(record: Mapping[str, Any], index: int, context: Context) -> Row | None
 
 
 def pmc_vqa(record: Mapping[str, Any], index: int, context: Context) -> Row | None:
-    """PMC-VQA: four choices; the answer is the letter (`Answer_label` in version 1, `Answer` in version 2)."""
+    """PMC-VQA: four choices; the answer is the letter (`Answer_label` in version 1, `Answer` in version 2).
+
+    Columns of version 1, as its card shows: Figure_path, Question, Answer, Choice A to D, Answer_label; of version 2,
+    as the code of its users reads: index, Figure_path, Caption, Question, Choice A to D, Answer, split.
+    """
     rest = dict(record)
     letters = "ABCD"
     texts = [_text(rest.pop(f"Choice {letter}"), f"Choice {letter}").strip() for letter in letters]
@@ -202,7 +206,7 @@ FORMATS: list[Format] = [  # the first match wins, so layouts with telling colum
         name="pmc_vqa",
         to_row=pmc_vqa,
         matches=lambda columns, name: {"Figure_path", "Question", "Answer", "Choice A"} <= set(columns),
-        image_folders=("images", "figures", "images_2"),
+        image_folders=("images", "figures", "images_2/figures", "images_2"),
         archives=("images.zip", "images_2.zip"),
     ),
     Format(

@@ -4,6 +4,7 @@ Public name: `write_dataset`.
 """
 
 import json
+import random
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
@@ -25,19 +26,24 @@ def write_dataset(
 
     Returns:
         `captions`: an image and its modality, for stage 1; `train` and `held_out`: one question per row;
-        `conversations`: the questions of `train` as turns about their image; `descriptions`: the same questions
-        about a modality's name in place of an image, from which a toy language model learns to read, so that stage 1
-        finds what a published one brings.
+        `conversations`: the questions of `train` as turns about their image, in random order; `descriptions`: the same
+        questions about a modality's name in place of an image, from which a toy language model learns to read, so that
+        stage 1 finds what a published one brings.
     """
     sources = load_sources()
     train = make_examples(sources, "train", num_train_crops, seed)
     held_out = make_examples(sources, "held_out", num_held_out_crops, seed + 1)
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(seed)
     groups = [_save_images(examples, images, name) for examples, name in ((train, "train"), (held_out, "held_out"))]
     files = {
         "captions": [_row(name, name, [("Describe the image.", group[0].modality)]) for name, group in groups[0]],
-        "conversations": [_row(name, name, [(e.question, e.answer) for e in group]) for name, group in groups[0]],
+        # In random order: behind an answer that names the modality, the other questions need no look at the image.
+        "conversations": [
+            _row(name, name, [(e.question, e.answer) for e in rng.sample(group, len(group))])
+            for name, group in groups[0]
+        ],
         "descriptions": [row for name, group in groups[0] for row in _descriptions(name, group)],
         "train": list(_questions(groups[0])),
         "held_out": list(_questions(groups[1])),

@@ -114,10 +114,10 @@ def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     choices = [f" {letter}:{text} " for letter, text in zip("ABCD", ("CT", "MRI", "None", "X-ray"), strict=True)]
     letters = [f"Choice {letter}" for letter in "ABCD"]
-    for archive, number in (("images", 1), ("images_2", 2)):
-        (folder / archive).mkdir()
+    for place, number in (("images", 1), ("images_2/figures", 2)):
+        (folder / place).mkdir(parents=True)
         for index in range(2):
-            picture(10 * number + index).save(folder / archive / f"PMC{number}_{index}.jpg")
+            picture(10 * number + index).save(folder / place / f"PMC{number}_{index}.jpg")
     question = " What modality is shown, in short? "
     first = [["Figure_path", "Question", "Answer", *letters, "Answer_label"]]
     first += [[f"PMC1_{index}.jpg", question, " None", *choices, "C"] for index in range(2)]
@@ -127,9 +127,9 @@ def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
         rows = [[str(i), f"PMC2_{i}.jpg", "A, b", question, *choices, "B", split] for i in range(2)]
         _write_csv(folder / f"{split}_2.csv", [*second, *rows])
     if zipped:
-        for archive in ("images", "images_2"):
-            paths = sorted((folder / archive).iterdir())
-            _zip(folder / f"{archive}.zip", {f"{archive}/{path.name}": path for path in paths})
+        for archive, inside in (("images", "images"), ("images_2", "figures")):
+            paths = sorted((folder / archive).rglob("*.jpg"))
+            _zip(folder / f"{archive}.zip", {f"{inside}/{path.name}": path for path in paths})
             shutil.rmtree(folder / archive)
     return folder
 

@@ -135,7 +135,7 @@ def features(folder: Path, steps: int = 6, batch_size: int = 8) -> None:
 
 def num_tokens_of_a_row(recipe) -> int:
     loaded = load_pretrained_model(Path(recipe.output_dir) / "model")
-    (length,) = set(row_lengths(read_data(recipe).train, build_collator(recipe, loaded)))
+    (length,) = set(row_lengths(read_data(recipe).train, build_collator(recipe, loaded.processor)))
     return length
 
 

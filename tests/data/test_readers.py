@@ -117,7 +117,7 @@ class TestHub:
         assert row.answer == letter
         assert row.turns[0].text.startswith("<image>\nWhat modality is shown, in short?\nA: CT\nB: MRI\nC: None\n")
         assert load_image(row.images[0]).size == (64, 48)
-        assert "_2" in row.images[0] or split == "train"
+        assert row.images[0].endswith("images/PMC1_0.jpg" if split == "train" else "figures/PMC2_0.jpg")
 
     def test_an_unknown_id_says_how_to_fetch_it(self, no_network):
         with pytest.raises(FileNotFoundError, match="hf download nobody/nothing --repo-type dataset"):

@@ -63,6 +63,16 @@ def test_the_routers_plan_names_its_linear_layer(tiny, tmp_path):
     assert "router.weight (4, 32), router.bias (4,), for layers 0" in found.text
 
 
+def test_a_set_of_the_hub_is_planned_with_its_splits(tiny, tmp_path, dataset_cache, no_network):
+    """As docs/training.md has it for VQA-RAD."""
+    vqa_rad = [f"data.{name}=flaviagiammarino/vqa-rad" for name in ("train", "evaluation")]
+    splits = ["data.images=null", "data.train_split=train", "data.evaluation_split=test"]
+    found = plan(tiny_recipe(tiny, "align", tmp_path / "out", *vqa_rad, *splits))
+    held_out = len(read_rows("flaviagiammarino/vqa-rad", split="test"))
+    assert found.num_rows == len(read_rows("flaviagiammarino/vqa-rad", split="train"))
+    assert f"held-out rows {held_out}" in found.text
+
+
 def batch_and_model(recipe, rows):
     model, loaded = prepare_model(recipe)
     data = read_rows(recipe.data.train, images=recipe.data.images)
