@@ -4,7 +4,7 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from moellava.encoders import create_encoder, detect_encoder_type, parse_source, resolve
-from moellava.encoders.sources import commit_of, find_file
+from moellava.encoders.sources import Source, commit_of, find_file
 from moellava.model.builder_enhanced import LoadedModel, describe, load_pretrained_model
+from moellava.model.language_model.checkpoint import WEIGHT_FILES
 
 DEFAULT_TOWER = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 DEFAULT_LANGUAGE_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -94,11 +95,13 @@ def _tower_files(tower: str) -> str:
 
 def _language_model_files(language_model: str) -> str:
     source = parse_source(language_model)
-    names = ("config.json", "tokenizer.json")
-    paths = [find_file(source, name, download=True) for name in names]
-    weights = find_file(source, "model.safetensors.index.json", download=True, required=False)
-    paths.append(weights or find_file(source, "model.safetensors", download=True))
-    return "; ".join(_place(path) for path in paths)
+    kinds = (("config.json",), ("tokenizer.json", "tokenizer.model"), WEIGHT_FILES)
+    return "; ".join(_place(_first_file(source, names)) for names in kinds)
+
+
+def _first_file(source: Source, names: Sequence[str]) -> Path | None:
+    found = (find_file(source, name, download=True, required=False) for name in names)
+    return next((path for path in found if path), None) or find_file(source, names[0], download=True)
 
 
 def _place(path: Path | None) -> str:

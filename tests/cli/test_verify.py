@@ -1,12 +1,16 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from moellava.cli import app
+from moellava.testing import TINYLLAMA
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -32,11 +36,16 @@ def test_a_missing_language_model_says_what_to_fetch_and_ends_with_status_1(hub_
     assert "hf download nobody/no-llama" in steps[-1]["detail"]
 
 
+def test_a_language_model_of_pickled_weights_passes(hub_cache, small_biomedclip, tmp_path, no_network):
+    folder = shutil.copytree(hub_cache[TINYLLAMA], tmp_path / "llama")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    result = verify("--tower", str(small_biomedclip), "--language-model", str(folder))
+    assert result.exit_code == 0, result.output
+    assert f"{folder / 'pytorch_model.bin'} (folder)" in result.stdout
+
+
 def test_damaged_weights_fail_the_encoder_step(hub_cache, small_biomedclip, tmp_path):
-    import shutil
-
-    import torch
-
     folder = shutil.copytree(small_biomedclip, tmp_path / "biomedclip_damaged")
     weights = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     weights["visual.trunk.pos_embed"][:] = float("nan")
