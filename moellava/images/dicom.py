@@ -39,7 +39,7 @@ _GREY_NAMES = (
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
 )
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
-_READ_WHOLE = 1 << 24  # bytes; larger files are read frame by frame
+_READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _BLOCK = 1 << 15  # pixels looked up at a time
@@ -68,13 +68,15 @@ def decode_dicom(source: str | Path | bytes | Dataset, view: View, name: str) ->
     """
     _pydicom(name)
     try:
-        header = _read(source)
+        header, pixels_at = _read(source)
         _refuse_what_is_no_picture(header, name)
         view.check_size(int(header.Columns), int(header.Rows), name)
         count = int(header.get("NumberOfFrames", None) or 1)
         pictures = []
         for frame in view.frames(count, name):
-            stored = _stored_values(source, header, frame, name)
+            stored = _mapped_values(source, header, pixels_at, frame, name)
+            if stored is None:
+                stored = _stored_values(source, header, frame, name)
             pictures.append(_shown(stored, header, frame, view, name))
         view.check_size(pictures[0].shape[1] * len(pictures), pictures[0].shape[0], name)
         return montage(pictures)
@@ -90,24 +92,26 @@ class DicomError(ValueError):
     """Why a DICOM file gives no picture; the file is named, what it says of a patient never."""
 
 
-def _read(source: Any) -> Dataset:
-    """The elements of the picture; with its pixels, unless the file is a large one."""
+def _read(source: Any) -> tuple[Dataset, int | None]:
+    """The elements of the picture with its pixels; of a large file, those before the pixels, and where these begin."""
     pydicom = _pydicom()
-    uid = pydicom.uid
+    uid, pixels_at = pydicom.uid, None
     if isinstance(source, pydicom.Dataset):
         header = source
-    else:
-        is_large = not isinstance(source, bytes) and Path(source).stat().st_size > _READ_WHOLE
+    elif isinstance(source, bytes) or Path(source).stat().st_size <= _READ_WHOLE:
         file: Any = io.BytesIO(source) if isinstance(source, bytes) else source
-        tags = [*_kept_tags(), *(() if is_large else _PIXELS)]
-        header = pydicom.dcmread(file, stop_before_pixels=is_large, specific_tags=tags, force=True)
+        header = pydicom.dcmread(file, specific_tags=[*_kept_tags(), *_PIXELS], force=True)
+    else:
+        with Path(source).open("rb") as file:
+            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_kept_tags()], force=True)
+            pixels_at = file.tell()
     meta = getattr(header, "file_meta", None)
     if meta is None or "TransferSyntaxUID" not in meta:  # no header of the file format: pydicom has guessed by content
         header.file_meta = meta = meta if meta is not None else pydicom.dataset.FileMetaDataset()
         is_implicit, is_little = header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
         meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else explicit
-    return header
+    return header, pixels_at
 
 
 def _pydicom(name: str = "This") -> Any:
@@ -139,6 +143,26 @@ def _refuse_what_is_no_picture(header: Dataset, name: str) -> None:
     frames = header.get("NumberOfFrames", None)
     if frames is not None and not str(frames or "1").isdigit():
         raise DicomError(f"{name} has a broken Number of Frames, {frames!r}.")
+
+
+def _mapped_values(source: Any, header: Dataset, pixels_at: int | None, frame: int, name: str) -> np.ndarray | None:
+    """(H, W) of a large, uncompressed grey file of 16 allocated bits, mapped instead of read; None of any other."""
+    uid, syntax = _pydicom().uid, header.file_meta.TransferSyntaxUID
+    heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}  # bytes before the pixels (PS3.5, 7.1)
+    is_grey = header.get("PhotometricInterpretation") in _GREY and header.get("SamplesPerPixel") == 1
+    if pixels_at is None or syntax not in heads or not is_grey or header.get("BitsAllocated") != 16:
+        return None
+    with Path(source).open("rb") as file:
+        file.seek(pixels_at)
+        head = file.read(heads[syntax])
+    start, frame_bytes = pixels_at + len(head), int(header.Rows) * int(header.Columns) * 2
+    end, there = start + (frame + 1) * frame_bytes, start + int.from_bytes(head[-4:], "little")
+    if head[:4] != b"\xe0\x7f\x10\x00" or end > there:
+        return None  # float or broken: pydicom says what is wrong
+    if there > (size := Path(source).stat().st_size):
+        raise DicomError(f"{name} is cut short: its pixels should end at byte {there:,}, and it has {size:,}.")
+    kind = "<i2" if header.get("PixelRepresentation") else "<u2"
+    return np.asarray(np.memmap(source, kind, "r", end - frame_bytes, (int(header.Rows), int(header.Columns))))
 
 
 def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.ndarray:

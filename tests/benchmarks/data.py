@@ -72,7 +72,7 @@ def dicom(folder: Path) -> None:
     print("|---|---|---|---|")
     names = ("CT_small.dcm", "MR_small_RLE.dcm", "693_J2KI.dcm", "examples_rgb_color.dcm", "image_dfl.dcm")
     files = [str(get_testdata_file(name, download=False)) for name in names]
-    files += [large_file(folder, side) for side in (512, 2048)]
+    files += [large_file(folder, side) for side in (512, 1024, 2048)]
     for path in files:
         ours, rival = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 30)
         row(Path(path).name, ours, rival)

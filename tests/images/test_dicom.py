@@ -302,9 +302,35 @@ class TestFrames:
         path = save_dicom(frames, BitsStored=12, WindowCenter=2000, WindowWidth=3000)
         small = decoded(path, frame=3)
         monkeypatch.setattr(module, "_READ_WHOLE", 100)
-        assert "PixelData" not in module._read(path)
+        assert "PixelData" not in module._read(path)[0]
         assert np.array_equal(decoded(path, frame=3), small)
         assert np.array_equal(decoded(shipped("image_dfl.dcm")), pydicom.dcmread(shipped("image_dfl.dcm")).pixel_array)
+
+    @pytest.mark.parametrize("syntax", [pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian])
+    @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
+    def test_a_large_uncompressed_file_is_mapped_where_its_pixels_are(self, save_dicom, monkeypatch, syntax, dtype):
+        import moellava.images.dicom as module
+
+        frames = np.random.default_rng(0).integers(-500, 3000, (3, 40, 50)).clip(np.iinfo(dtype).min).astype(dtype)
+        path = save_dicom(frames, WindowCenter=1000, WindowWidth=3000)
+        dataset = pydicom.dcmread(path)
+        dataset.file_meta.TransferSyntaxUID = syntax
+        dataset.private_block(0x7FE1, "moellava", create=True).add_new(1, "LO", "behind the pixels")
+        dataset.save_as(path, implicit_vr=syntax.is_implicit_VR, little_endian=True)
+        monkeypatch.setattr(module, "_READ_WHOLE", 0)
+        expected = pydicom.dcmread(path).pixel_array
+        header, pixels_at = module._read(path)
+        for frame in range(3):
+            assert np.array_equal(module._mapped_values(path, header, pixels_at, frame, path.name), expected[frame])
+        whole = module._stored_values(path, header, 2, path.name)
+        assert np.array_equal(module._shown(whole, header, 2, View(), path.name), decoded(path, frame=2))
+
+    def test_a_large_file_cut_short_says_so(self, save_dicom, monkeypatch):
+        path = save_dicom(ramp())
+        path.write_bytes(path.read_bytes()[:-100])
+        monkeypatch.setattr("moellava.images.dicom._READ_WHOLE", 0)
+        with pytest.raises(DicomError, match=r"scan.dcm is cut short: .* byte [\d,]+, and it has"):
+            read_image(path)
 
     def test_windows_of_functional_groups_equal_highdicom_frame_by_frame(self, save_dicom):
         """Enhanced multi-frame: rescale shared, window per frame; pydicom's functions look at neither."""
@@ -359,7 +385,7 @@ def test_a_huge_image_is_refused_before_it_is_decoded(save_dicom):
 def test_the_patient_is_never_read(save_dicom):
     from moellava.images.dicom import _read
 
-    header = _read(save_dicom(ramp()))
+    header, _ = _read(save_dicom(ramp()))
     assert not [element for element in header if element.tag.group in (0x0010, 0x0020)]
     assert "Secret" not in str(header)
 
