@@ -1,6 +1,6 @@
 """A multimodal model with a dense language model → the same with a mixture of experts; nothing else changes.
 
-Public name: `upcycle_loaded`.
+Public names: `upcycle_loaded`, `upcycled_config`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def upcycle_loaded(
         ValueError: if the language model is no dense Llama, or for options that no mixture could be built from.
     """
     dense: Any = loaded.model
-    text_config = moe_config_from_dense(dense.config.text_config, **(moe_config or {}))
-    config = MoeLlavaConfig(**{**dense.config.to_dict(), "text_config": text_config})
+    config = upcycled_config(dense.config, moe_config or {})
+    text_config: Any = config.text_config
     state_dict = {
         name: tensor
         for name, tensor in dense.state_dict().items()
@@ -56,3 +56,9 @@ def upcycle_loaded(
     model.built_from = dense.built_from
     model.eval()
     return LoadedModel(model, loaded.processor)
+
+
+def upcycled_config(config: MoeLlavaConfig, moe_config: Mapping[str, Any]) -> MoeLlavaConfig:
+    """The config of the mixture that a dense model becomes; arguments and errors as `upcycle_loaded`'s."""
+    mixture = moe_config_from_dense(config.text_config, **moe_config)
+    return MoeLlavaConfig(**{**config.to_dict(), "text_config": mixture})

@@ -14,12 +14,12 @@ from moellava.model.assembly import configure
 from moellava.model.build_request import read_build_request
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import moe_config_from_dense
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.parts import load_model_config
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.upcycle_loaded import upcycle_loaded
+from moellava.model.upcycle_loaded import upcycle_loaded, upcycled_config
+from moellava.train.checkpoints import checkpoints
 from moellava.train.history import HISTORY_FILE, read_history
 from moellava.train.recipe import Recipe
 from moellava.train.trainable import set_trainable, with_adapters
@@ -98,8 +98,7 @@ def outline_model(recipe: Recipe) -> LoadedModel:
             return build_model(recipe)
         processor = MoeLlavaProcessor.from_pretrained(start)
     if _is_upcycled(recipe, config):
-        mixture = moe_config_from_dense(config.text_config, **recipe.moe.config)
-        config = MoeLlavaConfig(**{**config.to_dict(), "text_config": mixture})
+        config = upcycled_config(config, recipe.moe.config)
     with torch.device("meta"):
         model: Any = MoeLlavaForConditionalGeneration(config)
     return LoadedModel(model.to(_dtype(recipe)), processor)
@@ -156,12 +155,8 @@ def find_start(recipe: Recipe) -> str | None:
         )
     model_folder = folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
     if not (model_folder / "config.json").is_file():
-        checkpoints = sorted(path.name for path in folder.glob("checkpoint-*"))
-        found = (
-            f"only {', '.join(checkpoints)}: that run has not finished; start it again, it goes on"
-            if checkpoints
-            else "none"
-        )
+        unfinished = ", ".join(path.name for path in checkpoints(folder))
+        found = f"only {unfinished}: that run has not finished; start it again, it goes on" if unfinished else "none"
         raise FileNotFoundError(f"start_from is {recipe.start_from!r}, but there is no finished model in it ({found}).")
     _require_stage(recipe, after, model_folder)
     return str(model_folder)
