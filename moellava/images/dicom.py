@@ -149,8 +149,8 @@ def _mapped_values(source: Any, header: Dataset, pixels_at: int | None, frame: i
     """(H, W) of a large, uncompressed grey file of 16 allocated bits, mapped instead of read; None of any other."""
     uid, syntax = _pydicom().uid, header.file_meta.TransferSyntaxUID
     heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}  # bytes before the pixels (PS3.5, 7.1)
-    is_grey = header.get("PhotometricInterpretation") in _GREY and header.get("SamplesPerPixel") == 1
-    if pixels_at is None or syntax not in heads or not is_grey or header.get("BitsAllocated") != 16:
+    is_plain = _is_grey_of_16_bits(header) and header.get("SamplesPerPixel") == 1
+    if pixels_at is None or syntax not in heads or not is_plain:
         return None
     with Path(source).open("rb") as file:
         file.seek(pixels_at)
@@ -165,15 +165,19 @@ def _mapped_values(source: Any, header: Dataset, pixels_at: int | None, frame: i
     return np.asarray(np.memmap(source, kind, "r", end - frame_bytes, (int(header.Rows), int(header.Columns))))
 
 
+def _is_grey_of_16_bits(header: Dataset) -> bool:
+    return header.get("PhotometricInterpretation") in _GREY and header.get("BitsAllocated") == 16
+
+
 def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.ndarray:
     """(H, W) or (H, W, 3), colours converted to RGB, of one frame; other frames are not decoded.
 
     Grey values of 16 allocated bits still have what stands in their unused bits.
     """
     pydicom = _pydicom()
-    is_table = header.get("PhotometricInterpretation") in _GREY and header.get("BitsAllocated") == 16
     # pydicom would copy all pixels and shift them to and fro; the table of what is shown does that per value.
-    pixel_array = functools.partial(pydicom.pixels.pixel_array, index=frame, correct_unused_bits=not is_table)
+    corrects = not _is_grey_of_16_bits(header)
+    pixel_array = functools.partial(pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects)
     syntax = header.file_meta.TransferSyntaxUID
     has_pixels = any(tag in header for tag in _PIXELS)
     try:
