@@ -5,7 +5,12 @@ Importing moellava registers its classes with transformers' Auto classes, so tha
 """
 
 from moellava.encoders import VisionEncoder, create_encoder
-from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, MoeLlavaProcessor
+from moellava.model import (
+    MoeLlavaConfig,
+    MoeLlavaForConditionalGeneration,
+    MoeLlavaModel,
+    MoeLlavaProcessor,
+)
 from moellava.model.builder_enhanced import (
     CustomVisionConfig,
     LoadedModel,
@@ -13,9 +18,9 @@ from moellava.model.builder_enhanced import (
     load_pretrained_model,
     load_vision_encoder,
 )
+from moellava.model.checkpoint.difference import load_trainable, save_trainable
+from moellava.model.checkpoint.projector_file import save_projector
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
-from moellava.model.saving import load_trainable, save_trainable
-from moellava.model.trained_projector import save_projector
 
 __version__ = "0.1.0"
 

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from moellava.encoders import create_encoder, detect_encoder_type, parse_source, resolve
-from moellava.encoders.sources import Source, commit_of, find_file
 from moellava.model.builder_enhanced import LoadedModel, describe, load_pretrained_model
 from moellava.model.language_model.checkpoint import WEIGHT_FILES
+from moellava.storage.sources import Source, commit_of, find_file
 
 DEFAULT_TOWER = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 DEFAULT_LANGUAGE_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -33,7 +33,9 @@ class Check:
     peak_mebibytes: float  # highest resident memory of the process so far
 
 
-def verify(tower: str = DEFAULT_TOWER, language_model: str = DEFAULT_LANGUAGE_MODEL) -> Iterator[Check]:
+def verify(
+    tower: str = DEFAULT_TOWER, language_model: str = DEFAULT_LANGUAGE_MODEL
+) -> Iterator[Check]:
     """Check step by step, yielding each result as it comes; a failed step ends what depends on it.
 
     Args:
@@ -79,14 +81,16 @@ def _versions() -> str:
     found = {name: installed(name) for name in PACKAGES}
     missing = [name for name, text in found.items() if text == "not installed"]
     if missing:
-        raise ImportError(f"{', '.join(missing)} not installed. Type: pip install {' '.join(missing)}")
+        raise ImportError(
+            f"{', '.join(missing)} not installed. Type: pip install {' '.join(missing)}"
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return f"Python {platform.python_version()}, {', '.join(f'{n} {v}' for n, v in found.items())}; {device}"
 
 
 def _tower_files(tower: str) -> str:
     if detect_encoder_type(tower) == "biomedclip":
-        files = resolve(tower, download=True)
+        files = resolve(parse_source(tower), download=True)
         paths = [files.config_file, files.weights_file]
     else:
         paths = [find_file(parse_source(tower), "config.json", download=True)]
@@ -101,7 +105,9 @@ def _language_model_files(language_model: str) -> str:
 
 def _first_file(source: Source, names: Sequence[str]) -> Path | None:
     found = (find_file(source, name, download=True, required=False) for name in names)
-    return next((path for path in found if path), None) or find_file(source, names[0], download=True)
+    return next((path for path in found if path), None) or find_file(
+        source, names[0], download=True
+    )
 
 
 def _place(path: Path | None) -> str:
@@ -114,17 +120,21 @@ def _encoder_alone(tower: str) -> str:
     encoder = create_encoder(None, tower)
     tokens = encoder.encode(sample_image())  # (1, N, D)
     if not bool(torch.isfinite(tokens).all()):
-        raise ValueError("The patch tokens hold NaN or infinity: the weights are damaged. Fetch them again.")
+        raise ValueError(
+            "The patch tokens hold NaN or infinity: the weights are damaged. Fetch them again."
+        )
     kind = "synthesized from the pooled vector" if encoder.synthesized else "real"
     if not encoder.synthesized and float(tokens.std(dim=1).max()) == 0:
-        raise ValueError("All patch tokens of an image are equal: the weights are damaged. Fetch them again.")
-    return (
-        f"{tokens.shape[1]} patch tokens of width {tokens.shape[2]}, {kind}, {encoder.grid[0]}x{encoder.grid[1]} grid"
-    )
+        raise ValueError(
+            "All patch tokens of an image are equal: the weights are damaged. Fetch them again."
+        )
+    return f"{tokens.shape[1]} patch tokens of width {tokens.shape[2]}, {kind}, {encoder.grid[0]}x{encoder.grid[1]} grid"
 
 
 def _build_model(tower: str, language_model: str, loaded: list[LoadedModel]) -> str:
-    loaded.append(load_pretrained_model({"model_name_or_path": language_model, "mm_vision_tower": tower}))
+    loaded.append(
+        load_pretrained_model({"model_name_or_path": language_model, "mm_vision_tower": tower})
+    )
     return "\n" + describe(loaded[0].model)
 
 
@@ -136,7 +146,9 @@ def _answer(loaded: LoadedModel) -> str:
     if not bool(torch.isfinite(logits).all()):
         raise ValueError("The logits hold NaN or infinity.")
     (answer,) = loaded.answer(image, question, max_new_tokens=8)
-    return f"{tuple(logits.shape)} logits, all finite; 8 tokens of an untrained projector: {answer!r}"
+    return (
+        f"{tuple(logits.shape)} logits, all finite; 8 tokens of an untrained projector: {answer!r}"
+    )
 
 
 def _peak_mebibytes() -> float:

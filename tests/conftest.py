@@ -46,7 +46,9 @@ def hub_cache() -> dict[str, Path]:
     from moellava.testing import REVISION
 
     _once("stand-ins", lambda: fill_hub_cache(HUB))
-    return {id: HUB / f"models--{id.replace('/', '--')}" / "snapshots" / REVISION for id in STAND_INS}
+    return {
+        id: HUB / f"models--{id.replace('/', '--')}" / "snapshots" / REVISION for id in STAND_INS
+    }
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +57,9 @@ def dataset_cache() -> dict[str, Path]:
     from moellava.testing import REVISION
 
     _once("datasets", lambda: fill_dataset_cache(HUB))
-    return {id: HUB / f"datasets--{id.replace('/', '--')}" / "snapshots" / REVISION for id in DATASETS}
+    return {
+        id: HUB / f"datasets--{id.replace('/', '--')}" / "snapshots" / REVISION for id in DATASETS
+    }
 
 
 @pytest.fixture(scope="session")

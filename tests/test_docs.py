@@ -24,11 +24,15 @@ def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path, 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "biomedclip").symlink_to(hub_cache[BIOMEDCLIP])
     write_mm_projector(tmp_path / "checkpoints" / "llava-pretrain")
-    snippets = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL)
+    snippets = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL
+    )
     assert len(snippets) > 1
     monkeypatch.chdir(tmp_path)
     # A hub that takes uploads and keeps nothing.
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, repo_id, **options: SimpleNamespace(repo_id=repo_id)
+    )
     monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **options: False)
     monkeypatch.setattr(HfApi, "upload_folder", lambda self, **options: "https://hub/commit/1")
     exec(compile("\n".join(snippets), guide, "exec"), {"__name__": guide})

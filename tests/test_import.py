@@ -1,7 +1,17 @@
 import subprocess
 import sys
 
-LATE = ("open_clip", "timm", "pydicom", "nibabel", "skimage", "nilearn", "matplotlib", "peft", "torchao")
+LATE = (
+    "open_clip",
+    "timm",
+    "pydicom",
+    "nibabel",
+    "skimage",
+    "nilearn",
+    "matplotlib",
+    "peft",
+    "torchao",
+)
 
 
 def test_import_loads_no_optional_library_and_registers_the_auto_classes():
@@ -13,7 +23,9 @@ def test_import_loads_no_optional_library_and_registers_the_auto_classes():
         "print(AutoConfig.for_model('moellava').text_config.model_type)\n"
         "print(moellava.MoeLlavaConfig in AutoModelForImageTextToText._model_mapping.keys())\n"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.splitlines() == ["[]", "llama_moe", "True"]
 
 

@@ -25,7 +25,11 @@ def test_a_notebook_runs(path, hub_cache, dataset_cache, tmp_path, monkeypatch):
 def test_every_link_of_a_notebook_has_its_file(path):
     import nbformat
 
-    text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+    text = "\n".join(
+        cell.source
+        for cell in nbformat.read(path, as_version=4).cells
+        if cell.cell_type == "markdown"
+    )
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
         assert (path.parent / target).exists(), target
 

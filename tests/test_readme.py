@@ -26,7 +26,9 @@ def demo_folder(hub_cache, small_biomedclip, tmp_path) -> Path:
     from moellava import load_pretrained_model
     from moellava.testing import TINYLLAMA
 
-    loaded = load_pretrained_model({"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)})
+    loaded = load_pretrained_model(
+        {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)}
+    )
     loaded.model.save_pretrained(tmp_path / "moellava-demo" / "checkpoint")
     loaded.processor.save_pretrained(tmp_path / "moellava-demo" / "checkpoint")
     scan = Image.fromarray(data.immunohistochemistry())
@@ -38,7 +40,12 @@ def demo_folder(hub_cache, small_biomedclip, tmp_path) -> Path:
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
 def test_a_python_snippet_runs(number, demo_folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", blocks("python")[number]], check=True, cwd=demo_folder, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", blocks("python")[number]],
+        check=True,
+        cwd=demo_folder,
+        env=environment,
+    )
 
 
 def test_every_command_runs_here_or_in_ci(demo_folder):
@@ -49,7 +56,9 @@ def test_every_command_runs_here_or_in_ci(demo_folder):
         if command.startswith("moellava ask"):
             arguments = [sys.executable, "-m", "moellava.cli", *shlex.split(command)[1:]]
             environment = os.environ | {"PYTHONPATH": str(ROOT)}
-            output = subprocess.run(arguments, check=True, cwd=demo_folder, env=environment, capture_output=True)
+            output = subprocess.run(
+                arguments, check=True, cwd=demo_folder, env=environment, capture_output=True
+            )
             assert output.stdout.strip()
         else:
             assert command in ci_script

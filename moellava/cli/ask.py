@@ -12,18 +12,28 @@ from moellava.cli.image_options import Frame, Plane, Window, view_options
 
 
 def ask(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
+    ],
     items: Annotated[
         list[str],
-        typer.Argument(metavar="IMAGE|QUESTION", help="Image files (PNG, JPEG, TIFF, DICOM, NIfTI) and questions."),
+        typer.Argument(
+            metavar="IMAGE|QUESTION",
+            help="Image files (PNG, JPEG, TIFF, DICOM, NIfTI) and questions.",
+        ),
     ],
     question: Annotated[
         list[str] | None,
-        typer.Option("--question", "-q", help="A question that could be taken for a file name; repeatable."),
+        typer.Option(
+            "--question", "-q", help="A question that could be taken for a file name; repeatable."
+        ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of image, question and answer.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list of image, question and answer.")
+    ] = False,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU where there is one.")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU where there is one."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     window: Window = None,
@@ -44,14 +54,20 @@ def ask(
         )
     for image in images:
         if not Path(image).is_file():
-            raise FileNotFoundError(f"The image {image} does not exist. (A question? Write --question {image!r}.)")
+            raise FileNotFoundError(
+                f"The image {image} does not exist. (A question? Write --question {image!r}.)"
+            )
 
     from moellava.images import to_pil
     from moellava.model.builder_enhanced import load_pretrained_model
 
     view = view_options(window, frame, plane)
-    pictures = [to_pil(image, **view) for image in images]  # an unreadable file is said before the model is loaded
-    loaded = load_pretrained_model(checkpoint, device=device or _default_device(), progress=sys.stderr.isatty())
+    pictures = [
+        to_pil(image, **view) for image in images
+    ]  # an unreadable file is said before the model is loaded
+    loaded = load_pretrained_model(
+        checkpoint, device=device or _default_device(), progress=sys.stderr.isatty()
+    )
     rows = []
     for image, picture in zip(images, pictures, strict=True):
         answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)
@@ -72,7 +88,9 @@ def _is_file_name(item: str) -> bool:
     """Whether an argument is an image: it exists, or it has no spaces and looks like a path."""
     if Path(item).is_file():
         return True
-    return not any(letter.isspace() for letter in item) and bool(Path(item).suffix or os.sep in item)
+    return not any(letter.isspace() for letter in item) and bool(
+        Path(item).suffix or os.sep in item
+    )
 
 
 def _default_device() -> str:

@@ -12,15 +12,26 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Datasets: check them before training, convert them.", no_args_is_help=True)
 
 Source = Annotated[
-    str, typer.Argument(metavar="FILE", help="A file (.json, .jsonl, .csv, .parquet, .npz), folder or hub id.")
+    str,
+    typer.Argument(
+        metavar="FILE", help="A file (.json, .jsonl, .csv, .parquet, .npz), folder or hub id."
+    ),
 ]
-Images = Annotated[Path | None, typer.Option(help="The folder that relative image paths start from.")]
+Images = Annotated[
+    Path | None, typer.Option(help="The folder that relative image paths start from.")
+]
 Format = Annotated[str, typer.Option(help="The layout; auto tells it from the columns.")]
 Split = Annotated[str | None, typer.Option(help="Such as train; needed where there are several.")]
 Language = Annotated[str | None, typer.Option(help="Of SLAKE: en or zh; both where not given.")]
-ClassNames = Annotated[str | None, typer.Option(help="Of a classification set, separated by commas, in order.")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="Of a classification set, separated by commas, in order.")
+]
 DeriveAnswerType = Annotated[
-    bool, typer.Option("--derive-answer-type", help="Where there is no answer type: CLOSED for yes and no, else OPEN.")
+    bool,
+    typer.Option(
+        "--derive-answer-type",
+        help="Where there is no answer type: CLOSED for yes and no, else OPEN.",
+    ),
 ]
 
 _SHOWN = 20  # problems of a kind that are printed; --json and --out have all
@@ -30,14 +41,25 @@ _SHOWN = 20  # problems of a kind that are printed; --json and --out have all
 def check(
     file: Source,
     images: Images = None,
-    against: Annotated[str | None, typer.Option(help="Test data that must share no id and no image with FILE.")] = None,
-    against_images: Annotated[Path | None, typer.Option(help="Its image folder; else as for FILE.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Test data that must share no id and no image with FILE.")
+    ] = None,
+    against_images: Annotated[
+        Path | None, typer.Option(help="Its image folder; else as for FILE.")
+    ] = None,
     against_split: Annotated[str | None, typer.Option(help="Its split.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Id or folder, for lengths in tokens; else words.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Id or folder, for lengths in tokens; else words.")
+    ] = None,
     max_distance: Annotated[
-        int, typer.Option(min=0, max=32, help="Images are similar if at most so many of 64 hash bits differ.")
+        int,
+        typer.Option(
+            min=0, max=32, help="Images are similar if at most so many of 64 hash bits differ."
+        ),
     ] = 4,
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json and lengths.png.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.json and lengths.png.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
     format: Format = "auto",
     split: Split = None,
@@ -90,13 +112,22 @@ def check(
 @app.command()
 def convert(
     file: Source,
-    out: Annotated[Path, typer.Argument(help="The file to write: .json (LLaVA), .jsonl or .parquet.")],
+    out: Annotated[
+        Path, typer.Argument(help="The file to write: .json (LLaVA), .jsonl or .parquet.")
+    ],
     images: Images = None,
     images_out: Annotated[
-        Path | None, typer.Option(help="Folder for images without a file of their own; else `images` beside OUT.")
+        Path | None,
+        typer.Option(
+            help="Folder for images without a file of their own; else `images` beside OUT."
+        ),
     ] = None,
-    copy_images: Annotated[bool, typer.Option("--copy-images", help="Copy images that are files there, too.")] = False,
-    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Leave broken rows out, and list them.")] = False,
+    copy_images: Annotated[
+        bool, typer.Option("--copy-images", help="Copy images that are files there, too.")
+    ] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave broken rows out, and list them.")
+    ] = False,
     format: Format = "auto",
     split: Split = None,
     language: Language = None,
@@ -134,9 +165,13 @@ def _tokenizer(name: str) -> Any:
 
 
 def _print_report(report: "Report") -> None:
-    typer.echo(f"{report.source}, read as {report.format}: {report.num_rows:,} rows, {report.num_images:,} images")
+    typer.echo(
+        f"{report.source}, read as {report.format}: {report.num_rows:,} rows, {report.num_images:,} images"
+    )
     for title, counts in (("split", report.by_split), ("answer type", report.by_answer_type)):
-        typer.echo(f"{title:<12} " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common()))
+        typer.echo(
+            f"{title:<12} " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
+        )
 
 
 def _print_problems(report: "Report") -> None:

@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for the parts, the checkpoint and the picture.")] = Path(
-        "moellava-demo"
-    ),
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 8 images, 24 questions.")] = 400,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the parts, the checkpoint and the picture.")
+    ] = Path("moellava-demo"),
+    steps: Annotated[
+        int, typer.Option(min=1, help="Training steps of 8 images, 24 questions.")
+    ] = 400,
     seed: Annotated[int, typer.Option(help="Of weights, crops, questions and data order.")] = 0,
 ) -> None:
     """Train a toy model on real medical images and ask it about images it has not seen (about two minutes).
@@ -49,5 +51,7 @@ def _print_table(result: "DemoResult") -> None:
     table = Table("image", "question", "answer", "truth", "", title="Held-out images")
     for example, answer in zip(result.examples, result.answers, strict=True):
         is_right = answer.strip(" .").lower() == example.answer.lower()
-        table.add_row(example.source, example.question, answer, example.answer, "" if is_right else "wrong")
+        table.add_row(
+            example.source, example.question, answer, example.answer, "" if is_right else "wrong"
+        )
     Console().print(table)

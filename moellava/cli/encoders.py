@@ -11,9 +11,13 @@ app = typer.Typer(help="Image towers.", no_args_is_help=True)
 app.callback()(lambda: None)  # keeps `show` a subcommand while it is the only one
 
 Tower = Annotated[str, typer.Argument(help="A repo id, a folder, or a file of weights.")]
-Encoder = Annotated[str, typer.Option(help="The image tower: a repo id, a folder, or a file of weights.")]
+Encoder = Annotated[
+    str, typer.Option(help="The image tower: a repo id, a folder, or a file of weights.")
+]
 Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of the repo.")]
-CacheDir = Annotated[Path | None, typer.Option(help="The Hugging Face cache, if not the usual one.")]
+CacheDir = Annotated[
+    Path | None, typer.Option(help="The Hugging Face cache, if not the usual one.")
+]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")]
 
 
@@ -26,27 +30,31 @@ def show(
 ) -> None:
     """Print which files a tower would be loaded from, without loading or fetching them."""
     from moellava.encoders.factory import detect_encoder_type
-    from moellava.encoders.sources import commit_of, find_file, is_saved_encoder, parse_source, resolve
+    from moellava.encoders.open_clip.files import CONFIG_FILE, is_saved_encoder, resolve
+    from moellava.storage.sources import HubOptions, commit_of, find_file, parse_source
 
-    options: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-    }
-    source = parse_source(tower, **options)
-    encoder_type = detect_encoder_type(tower, download=False, **options)
+    hub = HubOptions(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    source = parse_source(tower, hub)
+    encoder_type = detect_encoder_type(tower, download=False, **hub.keywords)
     if encoder_type == "biomedclip" and not is_saved_encoder(source, download=False):
         files = resolve(source)
-        pairs = [(files.config_name, files.config_file), (files.weights_name, files.weights_file)]
+        pairs = [(CONFIG_FILE, files.config_file), (files.weights_name, files.weights_file)]
     else:
-        names = ("config.json", "preprocessor_config.json", "model.safetensors", "pytorch_model.bin")
+        names = (
+            "config.json",
+            "preprocessor_config.json",
+            "model.safetensors",
+            "pytorch_model.bin",
+        )
         pairs = [(name, find_file(source, name, required=False)) for name in names]
         pairs = [pair for pair in pairs if pair[1] is not None or source.folder is None]
         if source.folder is None and pairs[2][1] is not None:
             pairs.pop()  # the pickle is only asked for where there is no safetensors file
     typer.echo(f"tower     {source.name}")
     typer.echo(f"type      {encoder_type}")
-    typer.echo(f"revision  {next((commit_of(path) for _, path in pairs if path), None) or revision or '-'}")
+    typer.echo(
+        f"revision  {next((commit_of(path) for _, path in pairs if path), None) or revision or '-'}"
+    )
     for name, path in pairs:
         size = f"  ({path.stat().st_size:,} bytes)" if path else "  not on this machine"
         typer.echo(f"file      {path or name}{size}")
@@ -57,14 +65,24 @@ def show(
 
 
 def encode(
-    folder: Annotated[Path, typer.Argument(help="A folder of images, searched with its subfolders.")],
+    folder: Annotated[
+        Path, typer.Argument(help="A folder of images, searched with its subfolders.")
+    ],
     out: Annotated[Path, typer.Option(help="The safetensors file to write.")],
     encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
-    select_layer: Annotated[int | None, typer.Option(help="LLaVA's count; -2 where not given.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Pixels; the trained size where not given.")] = None,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Such as bfloat16; float32 where not given.")] = None,
+    select_layer: Annotated[
+        int | None, typer.Option(help="LLaVA's count; -2 where not given.")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(help="Pixels; the trained size where not given.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda; the CPU where not given.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Such as bfloat16; float32 where not given.")
+    ] = None,
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
@@ -74,7 +92,7 @@ def encode(
 ) -> None:
     """Write the patch tokens of a folder of images to one safetensors file; a killed run goes on."""
     from moellava.encoders import create_encoder
-    from moellava.encoders.features import encode_files
+    from moellava.encoders.feature_file import encode_files
     from moellava.images import IMAGE_SUFFIXES, is_image_file
 
     view = view_options(window, frame, plane)
@@ -82,7 +100,9 @@ def encode(
         raise FileNotFoundError(f"{folder} is not a folder.")
     paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
     if not paths:
-        raise ValueError(f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}, and DICOM by content.")
+        raise ValueError(
+            f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}, and DICOM by content."
+        )
     tower = create_encoder(
         None,
         encoder,
@@ -96,7 +116,9 @@ def encode(
     )
     names = [path.relative_to(folder).as_posix() for path in paths]
     done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
-    typer.echo(f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}")
+    typer.echo(
+        f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}"
+    )
     if done:
         typer.echo(f"{done} of them were there from an interrupted run")
 
@@ -104,9 +126,13 @@ def encode(
 def classify(
     image: Annotated[list[Path], typer.Argument(help="One image or several.")],
     labels: Annotated[str, typer.Option(help="Labels, separated by commas.")],
-    template: Annotated[str, typer.Option(help="The sentence around a label.")] = "this is a photo of {}",
+    template: Annotated[
+        str, typer.Option(help="The sentence around a label.")
+    ] = "this is a photo of {}",
     encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU where not given.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Such as cuda; the CPU where not given.")
+    ] = None,
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
@@ -119,7 +145,9 @@ def classify(
     from moellava.images import to_pil
 
     view = view_options(window, frame, plane)
-    pictures = [to_pil(path, **view) for path in image]  # an unreadable file is said before the tower is loaded
+    pictures = [
+        to_pil(path, **view) for path in image
+    ]  # an unreadable file is said before the tower is loaded
     names = [label.strip() for label in labels.split(",") if label.strip()]
     tower: Any = create_encoder(
         "biomedclip",

@@ -8,14 +8,23 @@ import typer
 
 def train(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a packaged recipe (--list).")
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="A YAML file, or the name of a packaged recipe (--list)."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings over the recipe's, such as optim.learning_rate=1e-4."),
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings over the recipe's, such as optim.learning_rate=1e-4.",
+        ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be trained, the steps and a memory estimate.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what would be trained, the steps and a memory estimate."
+        ),
     ] = False,
     show_list: Annotated[
         bool, typer.Option("--list", help="List the packaged recipes and accelerate configs.")
@@ -29,7 +38,9 @@ def train(
         _print_list()
         return
     if recipe is None:
-        raise typer.BadParameter("give a recipe: a YAML file, or a name of `moellava train --list`.")
+        raise typer.BadParameter(
+            "give a recipe: a YAML file, or a name of `moellava train --list`."
+        )
     from moellava.train import load_recipe
     from moellava.train import train as run
 

@@ -9,8 +9,12 @@ import typer
 
 def verify(
     tower: Annotated[str | None, typer.Option(help="Image encoder; default: BiomedCLIP.")] = None,
-    language_model: Annotated[str | None, typer.Option(help="Language model; default: TinyLlama chat.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list of the steps.")] = False,
+    language_model: Annotated[
+        str | None, typer.Option(help="Language model; default: TinyLlama chat.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON list of the steps.")
+    ] = False,
 ) -> None:
     """Check a machine: versions, which files are found and where, the encoder alone, the whole model on one image.
 
@@ -18,13 +22,17 @@ def verify(
     """
     from moellava import verify as checks
 
-    steps = checks.verify(tower or checks.DEFAULT_TOWER, language_model or checks.DEFAULT_LANGUAGE_MODEL)
+    steps = checks.verify(
+        tower or checks.DEFAULT_TOWER, language_model or checks.DEFAULT_LANGUAGE_MODEL
+    )
     done = []
     for check in steps:
         done.append(check)
         if not as_json:
             state = "pass" if check.passed else "FAIL"
-            typer.echo(f"{state}  {check.name}  ({check.seconds:.1f} s, peak {check.peak_mebibytes:,.0f} MiB)")
+            typer.echo(
+                f"{state}  {check.name}  ({check.seconds:.1f} s, peak {check.peak_mebibytes:,.0f} MiB)"
+            )
             typer.echo("      " + check.detail.strip().replace("\n", "\n      "))
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in done], indent=1))

@@ -24,7 +24,9 @@ class ChatTokens(NamedTuple):
     is_answer: list[bool]
 
 
-def tokenize_chat(messages: Messages, processor: MoeLlavaProcessor, chat_template: str) -> ChatTokens:
+def tokenize_chat(
+    messages: Messages, processor: MoeLlavaProcessor, chat_template: str
+) -> ChatTokens:
     """Token ids as the model is asked with, and the tokens that it has to learn: the assistant's turns.
 
     Where the template has `{% generation %}` marks, those say what the assistant's is. Any other template is rendered
@@ -61,13 +63,21 @@ def tokenize_chat(messages: Messages, processor: MoeLlavaProcessor, chat_templat
     return ChatTokens(input_ids, is_answer)
 
 
-def num_chat_tokens(conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str) -> list[int]:
+def num_chat_tokens(
+    conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str
+) -> list[int]:
     """How many tokens `tokenize_chat` gives for each conversation; no image is opened."""
     tokenizer = processor.tokenizer
     lengths: list[int] = []
-    for start in range(0, len(conversations), 1000):  # one call for many, so that the tokenizer can use its threads
+    for start in range(
+        0, len(conversations), 1000
+    ):  # one call for many, so that the tokenizer can use its threads
         texts, _ = _render_jinja(conversations[start : start + 1000], processor, chat_template)
-        has_bos = tokenizer.bos_token is not None and bool(texts) and texts[0].startswith(tokenizer.bos_token)
+        has_bos = (
+            tokenizer.bos_token is not None
+            and bool(texts)
+            and texts[0].startswith(tokenizer.bos_token)
+        )
         for ids in tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]:
             num_images = ids.count(processor.image_token_id)
             lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))
@@ -92,23 +102,32 @@ def without_pictures(messages: Messages) -> list[dict[str, Any]]:
         if isinstance(message["content"], str)
         else {
             **message,
-            "content": [{"type": "image"} if item["type"] == "image" else dict(item) for item in message["content"]],
+            "content": [
+                {"type": "image"} if item["type"] == "image" else dict(item)
+                for item in message["content"]
+            ],
         }
         for message in messages
     ]
 
 
-def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str) -> tuple[str, list[tuple[int, int]]]:
+def _render(
+    messages: Messages, processor: MoeLlavaProcessor, chat_template: str
+) -> tuple[str, list[tuple[int, int]]]:
     """The text, and the assistant's (start, end) in it, in characters."""
     if _MARKS.search(chat_template):
-        texts, spans = _render_jinja([messages], processor, chat_template, return_assistant_tokens_mask=True)
+        texts, spans = _render_jinja(
+            [messages], processor, chat_template, return_assistant_tokens_mask=True
+        )
         return texts[0], [(start, end) for start, end in spans[0]]
     text = _render_jinja([messages], processor, chat_template)[0][0]
     found: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _render_jinja([messages[:index]], processor, chat_template, add_generation_prompt=True)[0][0]
+        asked = _render_jinja(
+            [messages[:index]], processor, chat_template, add_generation_prompt=True
+        )[0][0]
         answered = _render_jinja([messages[: index + 1]], processor, chat_template)[0][0].rstrip()
         if not (text.startswith(answered) and answered.startswith(asked)):
             raise ValueError(
@@ -120,9 +139,14 @@ def _render(messages: Messages, processor: MoeLlavaProcessor, chat_template: str
 
 
 def _render_jinja(
-    conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str, **options: Any
+    conversations: Sequence[Messages],
+    processor: MoeLlavaProcessor,
+    chat_template: str,
+    **options: Any,
 ) -> tuple[list[str], list[list[tuple[int, int]]]]:
     special_tokens = processor.tokenizer.special_tokens_map
     slim = [without_pictures(messages) for messages in conversations]
-    rendered: Any = render_jinja_template(slim, chat_template=chat_template, **special_tokens, **options)
+    rendered: Any = render_jinja_template(
+        slim, chat_template=chat_template, **special_tokens, **options
+    )
     return rendered

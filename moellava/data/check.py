@@ -9,7 +9,7 @@ from typing import Any
 from moellava.data.fingerprints import Fingerprint, fingerprint, image_key, near_pairs
 from moellava.data.readers import Rows
 from moellava.data.rows import IMAGE_TOKEN, Row
-from moellava.encoders.images import map_in_threads
+from moellava.images.threads import map_in_threads
 
 MAX_DISTANCE = 4  # of 64 bits: a resized or re-encoded copy usually differs in 0 to 2
 _BATCH = 64  # images read at a time
@@ -69,7 +69,10 @@ class Report:
             "errors": self.num_errors,
             "by_split": dict(self.by_split),
             "by_answer_type": dict(self.by_answer_type),
-            "lengths": {"unit": self.unit, **{name: lengths[at] for name, at in places.items() if lengths}},
+            "lengths": {
+                "unit": self.unit,
+                **{name: lengths[at] for name, at in places.items() if lengths},
+            },
             "problems": [asdict(problem) for problem in self.problems],
         }
 
@@ -102,7 +105,11 @@ def check_rows(
     """
     report = Report(rows.source, rows.format, unit="words" if tokenizer is None else "tokens")
     report.problems += [
-        Problem(bad.kind, f"row {bad.index}" + (f" (id {bad.id!r})" if bad.id is not None else ""), bad.reason)
+        Problem(
+            bad.kind,
+            f"row {bad.index}" + (f" (id {bad.id!r})" if bad.id is not None else ""),
+            bad.reason,
+        )
         for bad in rows.bad
     ]
     length = _length_of(tokenizer)
@@ -117,7 +124,9 @@ def check_rows(
     report.num_images = len(prints)
     _find_duplicates(rows, seen, prints, report)
     if against is not None:
-        others, other_prints = _look(against, report, lambda row: None, progress, prefix=f"{against.source}, ")
+        others, other_prints = _look(
+            against, report, lambda row: None, progress, prefix=f"{against.source}, "
+        )
         _find_leaks(rows, against, (seen, prints), (others, other_prints), max_distance, report)
     return report
 
@@ -132,11 +141,15 @@ def _look(
     waiting: list[tuple[str, Any, str]] = []
 
     def read_waiting() -> None:
-        for (key, _, where), result in zip(waiting, map_in_threads(_try, (item[1] for item in waiting)), strict=True):
+        for (key, _, where), result in zip(
+            waiting, map_in_threads(_try, (item[1] for item in waiting)), strict=True
+        ):
             if isinstance(result, Fingerprint):
                 prints[key] = result
             else:
-                kind = "missing image" if isinstance(result, FileNotFoundError) else "unreadable image"
+                kind = (
+                    "missing image" if isinstance(result, FileNotFoundError) else "unreadable image"
+                )
                 report.problems.append(Problem(kind, where, str(result)))
         waiting.clear()
 
@@ -171,20 +184,34 @@ def _with_progress(rows: Rows, progress: bool) -> Iterable[Row]:
     return tqdm(rows, desc=rows.source, unit="row")
 
 
-def _find_duplicates(rows: Rows, seen: list[_Seen], prints: dict[str, Fingerprint], report: Report) -> None:
+def _find_duplicates(
+    rows: Rows, seen: list[_Seen], prints: dict[str, Fingerprint], report: Report
+) -> None:
     first_by_content: dict[Any, str] = {}
     first_by_id: dict[str, str] = {}
     for row in seen:
-        content = (tuple(prints[key].exact if key in prints else key for key in row.images), row.text)
+        content = (
+            tuple(prints[key].exact if key in prints else key for key in row.images),
+            row.text,
+        )
         if content in first_by_content:
             report.problems.append(
-                Problem("duplicate row", row.where, f"same images and turns as {first_by_content[content]}")
+                Problem(
+                    "duplicate row",
+                    row.where,
+                    f"same images and turns as {first_by_content[content]}",
+                )
             )
         first_by_content.setdefault(content, row.where)
         if rows.has_ids:
             if row.id in first_by_id:
                 report.problems.append(
-                    Problem("duplicate id", row.where, f"the id of {first_by_id[row.id]}", is_error=False)
+                    Problem(
+                        "duplicate id",
+                        row.where,
+                        f"the id of {first_by_id[row.id]}",
+                        is_error=False,
+                    )
                 )
             first_by_id.setdefault(row.id, row.where)
 
@@ -202,19 +229,29 @@ def _find_leaks(
         test_ids = {row.id: row.where for row in test[0]}
         for row in train[0]:
             if row.id in test_ids:
-                report.problems.append(Problem("leak: same id", row.where, f"is also {test_ids[row.id]}"))
+                report.problems.append(
+                    Problem("leak: same id", row.where, f"is also {test_ids[row.id]}")
+                )
     train_rows, test_rows = (_rows_by_image(*side) for side in (train, test))
     for exact in train_rows.keys() & test_rows.keys():
         report.problems.append(
-            Problem("leak: same image", _first(train_rows[exact]), f"its image is also in {_first(test_rows[exact])}")
+            Problem(
+                "leak: same image",
+                _first(train_rows[exact]),
+                f"its image is also in {_first(test_rows[exact])}",
+            )
         )
     sides = []
     for _, prints in (train, test):
-        distinct = {one.exact: one.perceptual for one in prints.values() if one.perceptual is not None}
+        distinct = {
+            one.exact: one.perceptual for one in prints.values() if one.perceptual is not None
+        }
         sides.append((list(distinct), list(distinct.values())))
     for i, j, distance in near_pairs(sides[0][1], sides[1][1], max_distance):
         one, other = sides[0][0][i], sides[1][0][j]
-        if one != other and other not in train_rows and one not in test_rows:  # those are told already
+        if (
+            one != other and other not in train_rows and one not in test_rows
+        ):  # those are told already
             where = _first(train_rows[one])
             detail = f"its image resembles that of {_first(test_rows[other])} ({distance} of 64 bits differ)"
             report.problems.append(Problem("leak: similar image", where, detail))
@@ -243,7 +280,9 @@ def _length_of(tokenizer: Any) -> Callable[[Row], int]:
         return lambda row: len(tokenizer(text(row)).input_ids)
 
     def length(row: Row) -> int:
-        turns = [{"role": turn.role, "content": turn.text.replace(IMAGE_TOKEN, "")} for turn in row.turns]
+        turns = [
+            {"role": turn.role, "content": turn.text.replace(IMAGE_TOKEN, "")} for turn in row.turns
+        ]
         return len(tokenizer(tokenizer.apply_chat_template(turns, tokenize=False)).input_ids)
 
     return length

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from moellava.data.chat_labels import ChatTokens, image_items, tokenize_chat
-from moellava.encoders.images import to_pil
+from moellava.images import to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import TEMPLATES
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -89,7 +89,9 @@ class ChatCollator:
         if images and self.patch_tokens is not None:
             batch["patch_tokens"] = torch.stack(images)
         elif images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")[
+                "pixel_values"
+            ]
         return {**batch, "row_ids": ids} if self.return_row_ids else batch
 
     def _open(self, image: Any) -> Any:
@@ -98,24 +100,37 @@ class ChatCollator:
     def _label(self, tokens: ChatTokens, row_id: Any) -> dict[str, list[int]]:
         input_ids, is_answer = tokens
         if not any(is_answer):
-            raise ValueError(f"Row {row_id!r} has no assistant turn to learn from. Give it an answer, or leave it out.")
+            raise ValueError(
+                f"Row {row_id!r} has no assistant turn to learn from. Give it an answer, or leave it out."
+            )
         if self.max_length is not None and len(input_ids) > self.max_length:
-            length = f"Row {row_id!r} has {len(input_ids)} tokens, but max_length is {self.max_length}"
+            length = (
+                f"Row {row_id!r} has {len(input_ids)} tokens, but max_length is {self.max_length}"
+            )
             if self.long_rows == "error":
-                raise ValueError(f"{length}. Shorten it, raise max_length, or set long_rows=truncate.")
+                raise ValueError(
+                    f"{length}. Shorten it, raise max_length, or set long_rows=truncate."
+                )
             cuts_image = self.processor.image_token_id in input_ids[self.max_length :]
             if cuts_image or not any(is_answer[: self.max_length]):
                 lost = "an image" if cuts_image else "the whole answer"
-                raise ValueError(f"{length}, which would cut off {lost}. Shorten it, or raise max_length.")
+                raise ValueError(
+                    f"{length}, which would cut off {lost}. Shorten it, or raise max_length."
+                )
             input_ids, is_answer = input_ids[: self.max_length], is_answer[: self.max_length]
-        labels = [token if answered else IGNORE_INDEX for token, answered in zip(input_ids, is_answer, strict=True)]
+        labels = [
+            token if answered else IGNORE_INDEX
+            for token, answered in zip(input_ids, is_answer, strict=True)
+        ]
         return {"input_ids": input_ids, "labels": labels}
 
     def _pad(self, features: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         padding = {"input_ids": self.processor.tokenizer.pad_token_id, "labels": IGNORE_INDEX}
         length = max(len(feature["input_ids"]) for feature in features)
         batch = {
-            key: torch.tensor([feature[key] + [value] * (length - len(feature[key])) for feature in features])
+            key: torch.tensor(
+                [feature[key] + [value] * (length - len(feature[key])) for feature in features]
+            )
             for key, value in padding.items()
         }
         # By length, never by id: TinyLlama pads with </s>, which also ends each answer.
@@ -124,7 +139,10 @@ class ChatCollator:
 
     def _pack(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
         packed: dict[str, Any] = DataCollatorWithFlattening()(features, return_tensors="pt")
-        return {**packed, "use_cache": False}  # with a cache, transformers would not look for the rows' beginnings
+        return {
+            **packed,
+            "use_cache": False,
+        }  # with a cache, transformers would not look for the rows' beginnings
 
 
 def resolve_chat_template(processor: MoeLlavaProcessor, chat_template: str | None) -> str:

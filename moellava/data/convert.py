@@ -21,7 +21,9 @@ SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 _PARQUET_ROWS = 256  # in memory at a time
 
 
-def convert_rows(rows: Rows, out: str | Path, *, images: str | Path | None = None, copy_images: bool = False) -> int:
+def convert_rows(
+    rows: Rows, out: str | Path, *, images: str | Path | None = None, copy_images: bool = False
+) -> int:
     """Write rows to `out`, by its suffix: `.json` (a LLaVA list), `.jsonl`, or `.parquet`. Nothing of a row is lost.
 
     Args:
@@ -37,9 +39,15 @@ def convert_rows(rows: Rows, out: str | Path, *, images: str | Path | None = Non
         ValueError: a suffix that is not known; a field that JSON cannot hold.
     """
     out = Path(out).expanduser()
-    writers: dict[str, Callable[..., None]] = {".json": _write_json, ".jsonl": _write_json, ".parquet": _write_parquet}
+    writers: dict[str, Callable[..., None]] = {
+        ".json": _write_json,
+        ".jsonl": _write_json,
+        ".parquet": _write_parquet,
+    }
     if out.suffix not in writers:
-        raise ValueError(f"{out}: which kind of file? Give it one of the suffixes {', '.join(writers)}.")
+        raise ValueError(
+            f"{out}: which kind of file? Give it one of the suffixes {', '.join(writers)}."
+        )
     if out.exists():
         raise FileExistsError(f"{out} is there already; give another name or delete it.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -56,8 +64,15 @@ def to_llava(row: Row, images: list[Any]) -> dict[str, Any]:
     record: dict[str, Any] = {"id": row.id}
     if images:
         record["image"] = images[0] if len(images) == 1 else images
-    record["conversations"] = [{"from": SPEAKERS[turn.role], "value": turn.text} for turn in row.turns]
-    named = {"answer_type": row.answer_type, "split": row.split, "source": row.source, "choices": list(row.choices)}
+    record["conversations"] = [
+        {"from": SPEAKERS[turn.role], "value": turn.text} for turn in row.turns
+    ]
+    named = {
+        "answer_type": row.answer_type,
+        "split": row.split,
+        "source": row.source,
+        "choices": list(row.choices),
+    }
     return record | {key: value for key, value in named.items() if value} | dict(row.extra)
 
 
@@ -119,7 +134,11 @@ def _write_json(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> Non
             record = to_llava(row, [store.name(image) for image in row.images])
             before = ("[\n" if index == 0 else ",\n") if is_list else ""
             with _named(row):
-                file.write(before + json.dumps(record, ensure_ascii=False, allow_nan=False) + ("" if is_list else "\n"))
+                file.write(
+                    before
+                    + json.dumps(record, ensure_ascii=False, allow_nan=False)
+                    + ("" if is_list else "\n")
+                )
         file.write("\n]\n" if is_list else "")
 
 
@@ -130,7 +149,9 @@ def _write_parquet(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> 
         from pyarrow import Table
         from pyarrow.parquet import ParquetWriter
     except ImportError as error:
-        raise ImportError("Writing parquet needs datasets. Type: pip install 'moellava[data]'") from error
+        raise ImportError(
+            "Writing parquet needs datasets. Type: pip install 'moellava[data]'"
+        ) from error
     text = Value("string")
     names = ("answer_type", "split", "source")
     features = Features(
@@ -149,11 +170,18 @@ def _write_parquet(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> 
             records = []
             for row in rows[start : start + _PARQUET_ROWS]:
                 record = to_llava(row, [])
-                known = {key: record.pop(key, None) for key in ("id", "conversations", *names, "choices")}
+                known = {
+                    key: record.pop(key, None) for key in ("id", "conversations", *names, "choices")
+                }
                 with _named(row):
-                    known[EXTRA_COLUMN] = json.dumps(dict(row.extra), ensure_ascii=False, allow_nan=False)
+                    known[EXTRA_COLUMN] = json.dumps(
+                        dict(row.extra), ensure_ascii=False, allow_nan=False
+                    )
                 known["images"] = [
-                    {"bytes": encoded(image)[0], "path": store.name(image) if isinstance(image, str) else None}
+                    {
+                        "bytes": encoded(image)[0],
+                        "path": store.name(image) if isinstance(image, str) else None,
+                    }
                     for image in row.images
                 ]
                 records.append(known)

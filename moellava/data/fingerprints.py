@@ -37,7 +37,11 @@ def exact_hash(image: Any) -> str:
     """SHA-256 of a file's content, of encoded bytes, or of an array's or PIL image's pixels."""
     if isinstance(image, (str, Path)):
         with open(image, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _old(file)
+            return (
+                hashlib.file_digest(file, "sha256").hexdigest()
+                if hasattr(hashlib, "file_digest")
+                else _old(file)
+            )
     if isinstance(image, bytes):
         return hashlib.sha256(image).hexdigest()
     pixels = np.ascontiguousarray(image)
@@ -53,7 +57,9 @@ def fingerprint(image: Any) -> Fingerprint:
     try:
         import imagehash
     except ImportError as error:
-        raise ImportError("Comparing images needs ImageHash. Type: pip install 'moellava[data]'") from error
+        raise ImportError(
+            "Comparing images needs ImageHash. Type: pip install 'moellava[data]'"
+        ) from error
     exact = exact_hash(image) if not isinstance(image, (str, Path)) or Path(image).is_file() else ""
     picture: Image.Image = load_image(image)
     is_flat = all(low == high for low, high in picture.getextrema())  # type: ignore[misc]
@@ -68,7 +74,9 @@ def near_pairs(
         return []
     found = []
     right = np.stack(second).astype(np.float32) * 2 - 1  # (M, 64)
-    for start in range(0, len(first), 1024):  # a block at a time: memory does not grow with the product
+    for start in range(
+        0, len(first), 1024
+    ):  # a block at a time: memory does not grow with the product
         left = np.stack(first[start : start + 1024]).astype(np.float32) * 2 - 1
         distance = (HASH_BITS - left @ right.T) / 2
         for i, j in zip(*np.nonzero(distance <= max_distance), strict=True):

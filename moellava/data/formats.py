@@ -16,8 +16,14 @@ ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "system": "system",
 }
-ANSWER_TYPES = {"open": "OPEN", "closed": "CLOSED", "close": "CLOSED"}  # Med-MoE writes open and close
-EXTRA_COLUMN = "extra_json"  # of the parquet files that we write: fields of any type, as one JSON text
+ANSWER_TYPES = {
+    "open": "OPEN",
+    "closed": "CLOSED",
+    "close": "CLOSED",
+}  # Med-MoE writes open and close
+EXTRA_COLUMN = (
+    "extra_json"  # of the parquet files that we write: fields of any type, as one JSON text
+)
 PMC_VQA_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
@@ -109,7 +115,9 @@ def questions(record: Mapping[str, Any], index: int, context: Context) -> Row:
     rest["id"] = rest.pop("question_id")
     images = _images(rest.pop("image", None), context)
     text = _text(rest.pop("text"), "text")
-    return _row(rest, index, context, source="questions", images=images, turns=(_ask(text, images),))
+    return _row(
+        rest, index, context, source="questions", images=images, turns=(_ask(text, images),)
+    )
 
 
 def vqa(record: Mapping[str, Any], index: int, context: Context, source: str = "vqa") -> Row:
@@ -132,7 +140,13 @@ def vqa_rad(record: Mapping[str, Any], index: int, context: Context) -> Row | No
     rest["split"] = "test" if str(rest["phrase_type"]).startswith("test") else "train"
     rest["id"] = rest.pop("qid")
     return _question_and_answer(
-        rest, index, context, "vqa_rad", rest.pop("image_name"), rest.pop("question"), rest.pop("answer")
+        rest,
+        index,
+        context,
+        "vqa_rad",
+        rest.pop("image_name"),
+        rest.pop("question"),
+        rest.pop("answer"),
     )
 
 
@@ -144,7 +158,9 @@ def slake(record: Mapping[str, Any], index: int, context: Context) -> Row | None
     rest["id"] = rest.pop("qid")
     image = rest.pop("image", None)
     image = rest.pop("img_name") if image is None else image
-    return _question_and_answer(rest, index, context, "slake", image, rest.pop("question"), rest.pop("answer"))
+    return _question_and_answer(
+        rest, index, context, "slake", image, rest.pop("question"), rest.pop("answer")
+    )
 
 
 def pmc_vqa(record: Mapping[str, Any], index: int, context: Context) -> Row | None:
@@ -164,7 +180,10 @@ def pmc_vqa(record: Mapping[str, Any], index: int, context: Context) -> Row | No
     label = str(rest.pop("Answer_label", None) or rest["Answer"]).strip()
     if label not in tuple(letters):
         raise RowError(f"the answer is {label!r}; expected one of the letters {', '.join(letters)}")
-    lines = [question, *(f"{letter}: {choice}" for letter, choice in zip(letters, choices, strict=True))]
+    lines = [
+        question,
+        *(f"{letter}: {choice}" for letter, choice in zip(letters, choices, strict=True)),
+    ]
     if rest["Answer"] == label:
         rest.pop("Answer")
     images = _needed_images(rest.pop("Figure_path"), context)
@@ -184,17 +203,32 @@ def classification(record: Mapping[str, Any], index: int, context: Context) -> R
     if isinstance(label, (list, tuple)):
         if len(label) != len(names):
             raise RowError(f"{len(label)} labels for {len(names)} class names {names}")
-        answer = ", ".join(name for name, is_on in zip(names, label, strict=True) if is_on) or "none of these"
+        answer = (
+            ", ".join(name for name, is_on in zip(names, label, strict=True) if is_on)
+            or "none of these"
+        )
     else:
         if not isinstance(label, int) or not 0 <= label < len(names):
-            raise RowError(f"the label is {label!r}; expected 0 to {len(names) - 1}, since the classes are {names}")
+            raise RowError(
+                f"the label is {label!r}; expected 0 to {len(names) - 1}, since the classes are {names}"
+            )
         answer = names[label]
     images = _needed_images(rest.pop("image"), context)
     turns = (_ask(asked, images), Turn("assistant", answer))
-    return _row(rest, index, context, source="classification", images=images, turns=turns, choices=tuple(names))
+    return _row(
+        rest,
+        index,
+        context,
+        source="classification",
+        images=images,
+        turns=turns,
+        choices=tuple(names),
+    )
 
 
-FORMATS: list[Format] = [  # the first match wins, so layouts with telling columns stand before plain ones
+FORMATS: list[
+    Format
+] = [  # the first match wins, so layouts with telling columns stand before plain ones
     Format(
         name="slake",
         to_row=slake,
@@ -205,7 +239,9 @@ FORMATS: list[Format] = [  # the first match wins, so layouts with telling colum
     Format(
         name="pmc_vqa",
         to_row=pmc_vqa,
-        matches=lambda columns, name: {"Figure_path", "Question", "Answer", "Choice A"} <= set(columns),
+        matches=lambda columns, name: (
+            {"Figure_path", "Question", "Answer", "Choice A"} <= set(columns)
+        ),
         image_folders=("images", "figures", "images_2/figures", "images_2"),
         archives=("images.zip", "images_2.zip"),
     ),
@@ -221,7 +257,9 @@ FORMATS: list[Format] = [  # the first match wins, so layouts with telling colum
     Format(
         name="path_vqa",
         to_row=path_vqa,
-        matches=lambda columns, name: {"image", "question", "answer"} <= set(columns) and "path" in name,
+        matches=lambda columns, name: (
+            {"image", "question", "answer"} <= set(columns) and "path" in name
+        ),
         image_folders=("images",),
     ),
     Format(
@@ -257,12 +295,23 @@ FORMATS: list[Format] = [  # the first match wins, so layouts with telling colum
 
 
 def _question_and_answer(
-    rest: dict[str, Any], index: int, context: Context, source: str, image: Any, question: Any, answer: Any
+    rest: dict[str, Any],
+    index: int,
+    context: Context,
+    source: str,
+    image: Any,
+    question: Any,
+    answer: Any,
 ) -> Row:
     images = _needed_images(image, context)
     # The authors' VQA-RAD file has numbers among its answers.
-    answer = str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
-    turns = (_ask(_text(question, "question").strip(), images), Turn("assistant", _text(answer, "answer").strip()))
+    answer = (
+        str(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else answer
+    )
+    turns = (
+        _ask(_text(question, "question").strip(), images),
+        Turn("assistant", _text(answer, "answer").strip()),
+    )
     if not turns[1].text:
         raise RowError("the answer is empty", kind="empty turn")
     if context.derive_answer_type and rest.get("answer_type") is None:
@@ -307,7 +356,10 @@ def _turn(turn: Any, number: int, role_key: str, text_key: str) -> Turn:
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise RowError(f"{name} is {_kind(value)}; expected text", kind="empty turn" if value is None else "malformed")
+        raise RowError(
+            f"{name} is {_kind(value)}; expected text",
+            kind="empty turn" if value is None else "malformed",
+        )
     return value
 
 

@@ -20,19 +20,35 @@ def text_histogram(lengths: Sequence[int], unit: str, *, bins: int = BINS) -> st
     return "\n".join(lines)
 
 
-def save_histogram(lengths: Sequence[int], unit: str, title: str, path: Path, *, bins: int = 40) -> None:
+def save_histogram(
+    lengths: Sequence[int], unit: str, title: str, path: Path, *, bins: int = 40
+) -> None:
     """The same as a picture."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("The picture needs matplotlib. Type: pip install 'moellava[data]'") from error
+        raise ImportError(
+            "The picture needs matplotlib. Type: pip install 'moellava[data]'"
+        ) from error
     counts, edges = _binned(lengths, bins)
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     axes = figure.subplots()
-    axes.bar(edges[:-1], counts, width=np.diff(edges), align="edge", color="#4878a8", edgecolor="white", linewidth=0.4)
+    axes.bar(
+        edges[:-1],
+        counts,
+        width=np.diff(edges),
+        align="edge",
+        color="#4878a8",
+        edgecolor="white",
+        linewidth=0.4,
+    )
     median, longest = int(np.median(lengths)), max(lengths)
     axes.axvline(median, color="#c44e52", linewidth=1.2, label=f"median {median:,}")
-    axes.set(xlabel=f"{unit} in a row, without image placeholders", ylabel="rows", xlim=(edges[0], edges[-1]))
+    axes.set(
+        xlabel=f"{unit} in a row, without image placeholders",
+        ylabel="rows",
+        xlim=(edges[0], edges[-1]),
+    )
     axes.set_title(f"{title}: {len(lengths):,} rows, longest {longest:,}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

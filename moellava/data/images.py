@@ -27,5 +27,11 @@ def load_image(
     Raises:
         ValueError: unreadable, empty, too large, or without the frame or window asked for; the file is named.
     """
-    options: Any = {"window": window, "frame": frame, "plane": plane, "volume": volume, "max_pixels": max_pixels}
+    options: Any = {
+        "window": window,
+        "frame": frame,
+        "plane": plane,
+        "volume": volume,
+        "max_pixels": max_pixels,
+    }
     return to_eight_bit(to_pil(source, **options)).convert("RGB")

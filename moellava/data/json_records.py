@@ -16,7 +16,9 @@ from typing import Any, BinaryIO
 from moellava.data.rows import RowError
 
 _CHUNK = 1 << 20  # bytes per read
-_LONGEST = 1 << 26  # characters of one record; a broken quote must not pull the whole file into memory
+_LONGEST = (
+    1 << 26
+)  # characters of one record; a broken quote must not pull the whole file into memory
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODE = json.JSONDecoder().raw_decode
 
@@ -147,7 +149,9 @@ class _Window:
             try:
                 _, end = _DECODE(self._text, self._at)
             except json.JSONDecodeError as error:
-                if len(self._text) - self._at > _LONGEST or not self._read():  # cut off by the window, or broken
+                if (
+                    len(self._text) - self._at > _LONGEST or not self._read()
+                ):  # cut off by the window, or broken
                     raise ValueError(error.msg) from error
                 continue
             # A number may go on: of `1`, `1.`, `1e` and `1e-`, each cut off there, the decoder takes the `1`.
@@ -161,7 +165,9 @@ class _Window:
         self._at = at
 
     def _read(self) -> bool:
-        chunk = self.file.read(max(_CHUNK, len(self._text) - self._at))  # doubled, so that retries stay linear
+        chunk = self.file.read(
+            max(_CHUNK, len(self._text) - self._at)
+        )  # doubled, so that retries stay linear
         if not chunk:
             return False  # and every place in the text stays what it was
         self._text, self._at = self._text[self._at :] + self._decoder.decode(chunk), 0

@@ -56,7 +56,9 @@ def locate(
     options: dict[str, Any] = {}
     if not path.is_dir():
         if not _REPO_ID.fullmatch(str(path_or_id)):
-            raise FileNotFoundError(f"There is no file or folder {path_or_id}, and it is no hub id like owner/name.")
+            raise FileNotFoundError(
+                f"There is no file or folder {path_or_id}, and it is no hub id like owner/name."
+            )
         options = {
             "repo_id": str(path_or_id),
             "revision": revision,
@@ -69,18 +71,24 @@ def locate(
         raise FileNotFoundError(f"{path_or_id} holds no file of the kinds {', '.join(KINDS)}.")
     if split is None:
         if len(splits) > 1:
-            raise ValueError(f"{path_or_id} has several splits. Give split, one of {', '.join(sorted(splits))}.")
+            raise ValueError(
+                f"{path_or_id} has several splits. Give split, one of {', '.join(sorted(splits))}."
+            )
         (split,) = splits
         return Location(name=str(path_or_id), files=tuple(splits[split]), split=split, **options)
     if split in splits:
         return Location(name=str(path_or_id), files=tuple(splits[split]), split=split, **options)
     if len(splits) == 1:  # such as the authors' VQA-RAD, whose one file says the split row by row
         (files,) = splits.values()
-        return Location(name=str(path_or_id), files=tuple(files), split=None, split_in_rows=True, **options)
+        return Location(
+            name=str(path_or_id), files=tuple(files), split=None, split_in_rows=True, **options
+        )
     raise unknown_name(f"split of {path_or_id}:", split, splits)
 
 
-def find_image_root(where: Location, form: Format, first: Mapping[str, Any], images: str | Path | None) -> Path:
+def find_image_root(
+    where: Location, form: Format, first: Mapping[str, Any], images: str | Path | None
+) -> Path:
     """The folder that relative paths start from: the one given, or the first beside the file that has the first image.
 
     An archive of the layout (`imgs.zip`) beside the file, or in its repo, is unpacked into the cache of `datasets`.
@@ -97,7 +105,11 @@ def find_image_root(where: Location, form: Format, first: Mapping[str, Any], ima
     candidates = [folder, *(folder / sub for sub in form.image_folders)]
     found = next((root for root in candidates if (root / name).is_file()), None)
     if found is None and (unpacked := _unpack(where, form)) is not None:
-        candidates = [root for base in unpacked for root in (base, *(base / sub for sub in form.image_folders))]
+        candidates = [
+            root
+            for base in unpacked
+            for root in (base, *(base / sub for sub in form.image_folders))
+        ]
         found = next((root for root in candidates if (root / name).is_file()), None)
     return found or folder
 
@@ -109,8 +121,13 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
         for path in sorted(place.glob("*")) if place.is_dir() else ():
             if path.suffix.lower() in KINDS and path.is_file():
                 is_parquet = path.suffix.lower() == ".parquet"
-                found.setdefault(path.stem.split("-0")[0] if is_parquet else path.stem, []).append(path)
-    return {split: files if files[0].suffix.lower() == ".parquet" else files[:1] for split, files in found.items()}
+                found.setdefault(path.stem.split("-0")[0] if is_parquet else path.stem, []).append(
+                    path
+                )
+    return {
+        split: files if files[0].suffix.lower() == ".parquet" else files[:1]
+        for split, files in found.items()
+    }
 
 
 def _first_image_name(record: Mapping[str, Any]) -> str | None:

@@ -39,7 +39,9 @@ class Rows(Sequence[Row]):
         has_ids: whether the source names its rows; where it does not, ids are row numbers.
     """
 
-    def __init__(self, records: Records, form: Format, context: Context, source: str, skip_bad: bool):
+    def __init__(
+        self, records: Records, form: Format, context: Context, source: str, skip_bad: bool
+    ):
         self.format, self.source, self.image_root = form.name, source, context.image_root
         self._records, self._to_row, self._context = records, form.to_row, context
         self.bad: list[BadRow] = []
@@ -141,10 +143,14 @@ def read_rows(
         ValueError: the layout, the split or a name is not known; those that are known are listed.
         FileNotFoundError: there is no such file and no such repo.
     """
-    where = locate(path_or_id, split, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
+    where = locate(
+        path_or_id, split, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
+    )
     records = open_records(where.files, where.split, str(cache_dir) if cache_dir else None)
     form = _format(format, frozenset(records.columns), where)
-    first: dict[str, Any] = next((record for record in records.scan() if isinstance(record, dict)), {})
+    first: dict[str, Any] = next(
+        (record for record in records.scan() if isinstance(record, dict)), {}
+    )
     names = tuple(class_names or ()) or getattr(records, "class_names", ())
     context = Context(
         image_root=find_image_root(where, form, first, images),
@@ -184,7 +190,9 @@ def register_reader(
         if taken.to_row is to_row:
             return
         raise ValueError(f"The format name {name!r} is taken; choose another name.")
-    FORMATS.insert(0, Format(name=name, to_row=to_row, matches=matches, image_folders=tuple(image_folders)))
+    FORMATS.insert(
+        0, Format(name=name, to_row=to_row, matches=matches, image_folders=tuple(image_folders))
+    )
 
 
 def _format(name: str, columns: frozenset[str], where: Location) -> Format:
@@ -220,5 +228,12 @@ def _medmnist_names(where: Location) -> tuple[str, ...]:
 def _id_of(record: Any) -> str | None:
     if not isinstance(record, dict):
         return None
-    found = next((record[key] for key in ("id", "qid", "question_id", "index") if record.get(key) is not None), None)
+    found = next(
+        (
+            record[key]
+            for key in ("id", "qid", "question_id", "index")
+            if record.get(key) is not None
+        ),
+        None,
+    )
     return None if found is None else str(found)

@@ -26,7 +26,11 @@ class TableRecords(Sequence[Any]):
         self._images = [name for name, kind in features.items() if isinstance(kind, Image)]
         for name in self._images:
             dataset = dataset.cast_column(name, Image(decode=False))
-        lists = [name for name, kind in features.items() if isinstance(kind, List) and isinstance(kind.feature, Image)]
+        lists = [
+            name
+            for name, kind in features.items()
+            if isinstance(kind, List) and isinstance(kind.feature, Image)
+        ]
         for name in lists:
             dataset = dataset.cast_column(name, List(Image(decode=False)))
         self._lists = lists
@@ -50,7 +54,9 @@ class TableRecords(Sequence[Any]):
             for name in self._images:
                 present = pc.is_valid(pc.struct_field(table[name], "bytes"))
                 with_path = pc.is_valid(pc.struct_field(table[name], "path"))
-                there = pc.if_else(pc.or_(present, with_path), pa.scalar(b""), pa.scalar(None, pa.binary()))
+                there = pc.if_else(
+                    pc.or_(present, with_path), pa.scalar(b""), pa.scalar(None, pa.binary())
+                )
                 table = table.set_column(table.column_names.index(name), name, there)
             for name in self._lists:
                 lengths = pc.fill_null(pc.list_value_length(table[name]), 0).to_pylist()
@@ -71,7 +77,9 @@ class NpzRecords(Sequence[Any]):
         with np.load(path, allow_pickle=False) as arrays:
             self.images, self.labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if len(self.images) != len(self.labels):
-            raise ValueError(f"{path} has {len(self.images)} images and {len(self.labels)} labels in split {split!r}.")
+            raise ValueError(
+                f"{path} has {len(self.images)} images and {len(self.labels)} labels in split {split!r}."
+            )
         if self.images.ndim == 5 or (self.images.ndim == 4 and self.images.shape[-1] not in (1, 3)):
             raise ValueError(
                 f"{path} holds volumes of shape {self.images.shape[1:]}; expected images (H, W) or (H, W, 3). "
@@ -106,7 +114,9 @@ def open_records(files: Sequence[Path], split: str | None, cache_dir: str | None
     if kind in (".csv", ".parquet"):
         return TableRecords(_dataset(files, kind, cache_dir))
     if kind in (".pkl", ".pickle"):
-        raise ValueError(f"{path} is a pickle, which can run code when read. Use the set's parquet or JSON form.")
+        raise ValueError(
+            f"{path} is a pickle, which can run code when read. Use the set's parquet or JSON form."
+        )
     raise ValueError(f"{path} is a {kind or 'nameless'} file; expected one of {', '.join(KINDS)}.")
 
 
@@ -119,7 +129,9 @@ def npz_splits(path: Path) -> list[str]:
 def _npz_split(path: Path, split: str | None) -> str:
     splits = npz_splits(path)
     if not splits:
-        raise ValueError(f"{path} has no arrays <split>_images and <split>_labels, as MedMNIST's files have.")
+        raise ValueError(
+            f"{path} has no arrays <split>_images and <split>_labels, as MedMNIST's files have."
+        )
     if split is None and len(splits) == 1:
         return splits[0]
     if split not in splits:
@@ -132,9 +144,15 @@ def _dataset(files: Sequence[Path], kind: str, cache_dir: str | None) -> "Datase
     try:
         from datasets import Features, Value, load_dataset
     except ImportError as error:
-        raise ImportError(f"Reading {files[0]} needs datasets. Type: pip install 'moellava[data]'") from error
+        raise ImportError(
+            f"Reading {files[0]} needs datasets. Type: pip install 'moellava[data]'"
+        ) from error
 
-    options: dict[str, Any] = {"data_files": [str(file) for file in files], "split": "train", "cache_dir": cache_dir}
+    options: dict[str, Any] = {
+        "data_files": [str(file) for file in files],
+        "split": "train",
+        "cache_dir": cache_dir,
+    }
     if kind == ".parquet":
         return load_dataset("parquet", **options)
     import csv
@@ -143,4 +161,6 @@ def _dataset(files: Sequence[Path], kind: str, cache_dir: str | None) -> "Datase
         columns = next(csv.reader(file), [])
     # All text: pandas would turn the answer "None" into a missing value and the id "007" into 7.
     features = Features({column: Value("string") for column in columns})
-    return load_dataset("csv", features=features, keep_default_na=False, encoding="utf-8-sig", **options)
+    return load_dataset(
+        "csv", features=features, keep_default_na=False, encoding="utf-8-sig", **options
+    )

@@ -46,9 +46,14 @@ class Row:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        shown = [f"<{len(image)} bytes>" if isinstance(image, bytes) else repr(image) for image in self.images]
+        shown = [
+            f"<{len(image)} bytes>" if isinstance(image, bytes) else repr(image)
+            for image in self.images
+        ]
         images = {"images": f"({', '.join(shown)})"}
-        told = {name: repr(value) for name, value in vars(self).items() if name != "images" and value}
+        told = {
+            name: repr(value) for name, value in vars(self).items() if name != "images" and value
+        }
         return f"Row({', '.join(f'{name}={text}' for name, text in (images | told).items())})"
 
     @property
@@ -103,14 +108,17 @@ def checked(row: Row) -> Row:
             raise RowError(f"turn {number} ({turn.role}) is empty", kind="empty turn")
         if turn.role != "user" and IMAGE_TOKEN in turn.text:
             raise RowError(
-                f"turn {number} ({turn.role}) has {IMAGE_TOKEN}; only user turns may", kind="placeholder mismatch"
+                f"turn {number} ({turn.role}) has {IMAGE_TOKEN}; only user turns may",
+                kind="placeholder mismatch",
             )
         if turn.role == "system" and number:
             raise RowError(f"turn {number} is a system turn; only the first may be")
     for number, turn in enumerate(spoken):
         expected = ("user", "assistant")[number % 2]
         if turn.role != expected:
-            raise RowError(f"user and assistant must take turns, but {turn.role} comes where {expected} should")
+            raise RowError(
+                f"user and assistant must take turns, but {turn.role} comes where {expected} should"
+            )
     num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in row.turns)
     if num_marks != len(row.images):
         raise RowError(

@@ -36,9 +36,15 @@ def write_dataset(
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)
     rng = random.Random(seed)
-    groups = [_save_images(examples, images, name) for examples, name in ((train, "train"), (held_out, "held_out"))]
+    groups = [
+        _save_images(examples, images, name)
+        for examples, name in ((train, "train"), (held_out, "held_out"))
+    ]
     files = {
-        "captions": [_row(name, name, [("Describe the image.", group[0].modality)]) for name, group in groups[0]],
+        "captions": [
+            _row(name, name, [("Describe the image.", group[0].modality)])
+            for name, group in groups[0]
+        ],
         # In random order: behind an answer that names the modality, the other questions need no look at the image.
         "conversations": [
             _row(name, name, [(e.question, e.answer) for e in rng.sample(group, len(group))])
@@ -55,7 +61,9 @@ def write_dataset(
     return paths
 
 
-def _save_images(examples: list[Example], folder: Path, name: str) -> list[tuple[str, list[Example]]]:
+def _save_images(
+    examples: list[Example], folder: Path, name: str
+) -> list[tuple[str, list[Example]]]:
     """One PNG per crop; its name, and the examples about it."""
     groups = [list(group) for _, group in groupby(examples, key=lambda example: id(example.image))]
     named = [(f"{name}_{number:04}", group) for number, group in enumerate(groups)]
@@ -72,9 +80,15 @@ def _questions(groups: Iterable[tuple[str, list[Example]]]) -> Iterable[dict[str
 
 
 def _descriptions(name: str, group: list[Example]) -> Iterable[dict[str, Any]]:
-    asked = [("Describe the image.", group[0].modality), *((example.question, example.answer) for example in group)]
+    asked = [
+        ("Describe the image.", group[0].modality),
+        *((example.question, example.answer) for example in group),
+    ]
     for number, (question, answer) in enumerate(asked):
-        turns = [{"from": "human", "value": f"{group[0].modality}\n{question}"}, {"from": "gpt", "value": answer}]
+        turns = [
+            {"from": "human", "value": f"{group[0].modality}\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
         yield {"id": f"{name}_{number}", "conversations": turns}
 
 
@@ -82,5 +96,8 @@ def _row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any
     conversations = []
     for number, (question, answer) in enumerate(turns):
         mark = "<image>\n" if number == 0 else ""
-        conversations += [{"from": "human", "value": mark + question}, {"from": "gpt", "value": answer}]
+        conversations += [
+            {"from": "human", "value": mark + question},
+            {"from": "gpt", "value": answer},
+        ]
     return {"id": row_id, "image": f"{image}.png", "conversations": conversations}

@@ -73,9 +73,17 @@ def _dicoms() -> Iterator[Source]:
         yield _split_columns(f"pydicom {name}", "CT", _eight_bit(_read_dicom(name), low, high))
     for name in ("MR_small.dcm", "examples_overlay.dcm"):
         pixels = _read_dicom(name)
-        yield _split_columns(f"pydicom {name}", "MR", _eight_bit(pixels, *np.percentile(pixels, (1, 99))))
-    yield _split_columns("pydicom examples_rgb_color.dcm", "ultrasound", _read_dicom("examples_rgb_color.dcm")[60:200])
-    heart = _read_dicom("examples_ybr_color.dcm")[0]  # the frames of one loop are too alike to be split by frame
+        yield _split_columns(
+            f"pydicom {name}", "MR", _eight_bit(pixels, *np.percentile(pixels, (1, 99)))
+        )
+    yield _split_columns(
+        "pydicom examples_rgb_color.dcm",
+        "ultrasound",
+        _read_dicom("examples_rgb_color.dcm")[60:200],
+    )
+    heart = _read_dicom("examples_ybr_color.dcm")[
+        0
+    ]  # the frames of one loop are too alike to be split by frame
     yield _split_rows("pydicom examples_ybr_color.dcm", "ultrasound", heart[30:225, 70:270])
 
 

@@ -28,7 +28,12 @@ BATCH_SIZE = 32
 
 
 def write_trained_parts(
-    folder: Path, files: Mapping[str, Path], *, tower_steps: int = 150, text_steps: int = 250, seed: int = 0
+    folder: Path,
+    files: Mapping[str, Path],
+    *,
+    tower_steps: int = 150,
+    text_steps: int = 250,
+    seed: int = 0,
 ) -> dict[str, str]:
     """Write both parts.
 
@@ -42,18 +47,23 @@ def write_trained_parts(
     """
     images = files["captions"].with_name("images")
     tower = create_encoder(
-        "biomedclip", str(write_biomedclip(folder / "untrained", vision="test_vit", image_size=160, seed=seed))
+        "biomedclip",
+        str(write_biomedclip(folder / "untrained", vision="test_vit", image_size=160, seed=seed)),
     )
     captions = read_rows(str(files["captions"]), images=images)
     _teach_tower(tower, [(row.images[0], row.answer or "") for row in captions], tower_steps, seed)
     tower.save_pretrained(folder / "biomedclip_toy")
     return {
-        "model_name_or_path": str(_write_language_model(folder, files["descriptions"], text_steps, seed)),
+        "model_name_or_path": str(
+            _write_language_model(folder, files["descriptions"], text_steps, seed)
+        ),
         "mm_vision_tower": str(folder / "biomedclip_toy"),
     }
 
 
-def _teach_tower(tower: VisionEncoder, captioned: Sequence[tuple[Any, str]], num_steps: int, seed: int) -> None:
+def _teach_tower(
+    tower: VisionEncoder, captioned: Sequence[tuple[Any, str]], num_steps: int, seed: int
+) -> None:
     """The words of a caption as classes: a linear head on the mean patch token, thrown away afterwards."""
     labels = sorted({caption for _, caption in captioned})
     targets = torch.tensor([labels.index(caption) for _, caption in captioned])
@@ -63,7 +73,9 @@ def _teach_tower(tower: VisionEncoder, captioned: Sequence[tuple[Any, str]], num
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         head = nn.Linear(tower.hidden_size, len(labels))
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(
+        [*tower.parameters(), *head.parameters()], lr=1e-3, weight_decay=0.05
+    )
     tower.train()
     for _ in range(num_steps):
         batch = torch.randint(len(pixels), (BATCH_SIZE,), generator=generator)
@@ -82,12 +94,19 @@ def _altered(pixels: Tensor, generator: torch.Generator) -> Tensor:
     side = pixels.shape[-1]
     size = int(torch.randint(int(0.6 * side), side + 1, (1,), generator=generator))
     top, left = torch.randint(side - size + 1, (2,), generator=generator).tolist()
-    return F.interpolate(pixels.flip(flips)[:, :, top : top + size, left : left + size], size=side, mode="bilinear")
+    return F.interpolate(
+        pixels.flip(flips)[:, :, top : top + size, left : left + size], size=side, mode="bilinear"
+    )
 
 
 def _write_language_model(folder: Path, descriptions: Path, num_steps: int, seed: int) -> Path:
     untrained = write_tinyllama(
-        folder / "untrained_llama", hidden_size=128, intermediate_size=256, vocab_size=800, corpus=corpus(), seed=seed
+        folder / "untrained_llama",
+        hidden_size=128,
+        intermediate_size=256,
+        vocab_size=800,
+        corpus=corpus(),
+        seed=seed,
     )
     recipe = {
         "stage": "tune",
@@ -103,7 +122,9 @@ def _write_language_model(folder: Path, descriptions: Path, num_steps: int, seed
         "logging": {"report_to": []},
         "seed": seed,
     }  # fmt: skip
-    trained: Any = load_pretrained_model(train(load_recipe(recipe), show_progress=False).model_folder)
+    trained: Any = load_pretrained_model(
+        train(load_recipe(recipe), show_progress=False).model_folder
+    )
     state_dict = {
         name.replace("model.language_model.", "model."): tensor
         for name, tensor in trained.model.state_dict().items()

@@ -31,7 +31,9 @@ def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path
             axis.imshow(group[0][0].image)
             for line, (example, answer) in enumerate(reversed(group)):
                 is_right = answer.strip(" .").lower() == example.answer.lower()
-                text = f"{example.question} {answer}" + ("" if is_right else f"  (truth: {example.answer})")
+                text = f"{example.question} {answer}" + (
+                    "" if is_right else f"  (truth: {example.answer})"
+                )
                 axis.text(
                     0,
                     1.01 + 0.075 * line,
@@ -41,6 +43,7 @@ def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path
                     color="black" if is_right else "red",
                 )
     figure.suptitle(
-        "moellava demo: held-out crops. An untrained toy after minutes of training, not a medical model.", y=0.99
+        "moellava demo: held-out crops. An untrained toy after minutes of training, not a medical model.",
+        y=0.99,
     )
     figure.savefig(path, dpi=70)

@@ -30,7 +30,9 @@ class Example:
     answer: str
 
 
-def make_examples(sources: list[Source], split: str, num_per_modality: int, seed: int) -> list[Example]:
+def make_examples(
+    sources: list[Source], split: str, num_per_modality: int, seed: int
+) -> list[Example]:
     """Per crop an open question, one whose answer is yes, and one whose answer is no."""
     rng = np.random.default_rng(seed)
     examples = []

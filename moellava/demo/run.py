@@ -36,7 +36,12 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, *, num_steps: int, seed: int, show_progress: bool = True, shuffle_images: bool = False
+    folder: Path,
+    *,
+    num_steps: int,
+    seed: int,
+    show_progress: bool = True,
+    shuffle_images: bool = False,
 ) -> DemoResult:
     """Train a toy on real images and answer questions about crops that it has not seen.
 
@@ -78,7 +83,9 @@ def _require_packages() -> None:
     """Say what is missing before the training, not behind it."""
     packages = ("accelerate", "matplotlib", "nilearn", "pydicom", "skimage")
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
-        raise ImportError(f'The demo needs {", ".join(missing)}. Type: pip install "moellava[demo]"')
+        raise ImportError(
+            f'The demo needs {", ".join(missing)}. Type: pip install "moellava[demo]"'
+        )
 
 
 def build_toy(parts: Path, seed: int) -> LoadedModel:
@@ -93,7 +100,11 @@ def build_toy(parts: Path, seed: int) -> LoadedModel:
         seed=seed,
     )
     return load_pretrained_model(
-        {"model_name_or_path": str(language_model), "mm_vision_tower": str(tower), "mm_hidden_size": 64},
+        {
+            "model_name_or_path": str(language_model),
+            "mm_vision_tower": str(tower),
+            "mm_hidden_size": 64,
+        },
         dtype="float32",
         seed=seed,
     )
@@ -110,7 +121,9 @@ def exchange_images(examples: Sequence[Example], seed: int) -> list[Example]:
 def share_correct(examples: Sequence[Example], answers: Sequence[str]) -> float:
     """Share of answers that are the expected word for word; case and a final period do not count."""
     pairs = zip(examples, answers, strict=True)
-    return sum(answer.strip(" .").lower() == example.answer.lower() for example, answer in pairs) / len(examples)
+    return sum(
+        answer.strip(" .").lower() == example.answer.lower() for example, answer in pairs
+    ) / len(examples)
 
 
 def majority_answers(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:
@@ -119,11 +132,16 @@ def majority_answers(train: Sequence[Example], held_out: Sequence[Example]) -> l
     per_question: dict[str, Counter[str]] = {}
     for example in train:
         per_question.setdefault(example.question, Counter())[example.answer] += 1
-    return [per_question.get(example.question, overall).most_common(1)[0][0] for example in held_out]
+    return [
+        per_question.get(example.question, overall).most_common(1)[0][0] for example in held_out
+    ]
 
 
 def answer_in_batches(
-    loaded: LoadedModel, images: Sequence[Image.Image], examples: Sequence[Example], batch_size: int = 24
+    loaded: LoadedModel,
+    images: Sequence[Image.Image],
+    examples: Sequence[Example],
+    batch_size: int = 24,
 ) -> list[str]:
     """The model's answer to each example's question, about the image at the same place in `images`."""
     answers: list[str] = []
@@ -162,7 +180,9 @@ def _train(
     )
     loaded.model.train()
     rows: Any = _as_rows(examples, seed)
-    trainer = Trainer(loaded.model, arguments, train_dataset=rows, data_collator=ChatCollator(loaded.processor))
+    trainer = Trainer(
+        loaded.model, arguments, train_dataset=rows, data_collator=ChatCollator(loaded.processor)
+    )
     trainer.train()
     loaded.model.eval()
 

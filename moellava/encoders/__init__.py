@@ -21,10 +21,11 @@ from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConf
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
 from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
 from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
-from moellava.encoders.images import BiomedClipImageProcessor
+from moellava.encoders.open_clip.files import resolve
+from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
 from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
 from moellava.encoders.siglip2 import Siglip2Encoder, Siglip2VisionConfig
-from moellava.encoders.sources import parse_source, resolve
+from moellava.storage.sources import parse_source
 
 for _config_class, _encoder_class in (
     (BiomedClipVisionConfig, BiomedClipEncoder),
@@ -38,7 +39,10 @@ for _config_class, _encoder_class in (
 # Under both names: it is the one there is, and without the second each load would warn that torchvision is missing.
 AutoImageProcessor.register(
     BiomedClipVisionConfig,
-    image_processor_classes={"pil": BiomedClipImageProcessor, "torchvision": BiomedClipImageProcessor},
+    image_processor_classes={
+        "pil": BiomedClipImageProcessor,
+        "torchvision": BiomedClipImageProcessor,
+    },
     exist_ok=True,
 )
 

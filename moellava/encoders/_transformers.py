@@ -20,8 +20,15 @@ from moellava.encoders.base import (
     check_divisible,
     check_overrides,
 )
-from moellava.encoders.sources import HUB_OPTIONS, Source, commit_of, find_file, parse_source, read_json
-from moellava.encoders.weights import first_five
+from moellava.storage.sources import (
+    Source,
+    commit_of,
+    find_file,
+    parse_source,
+    read_json,
+    split_hub_keywords,
+)
+from moellava.storage.weights import require_fit
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,11 @@ class TransformersVisionEncoder(VisionEncoder):
 
     @property
     def _norm(self) -> nn.Module:
-        return self.tower.post_layernorm if hasattr(self.tower, "post_layernorm") else self.tower.layernorm
+        return (
+            self.tower.post_layernorm
+            if hasattr(self.tower, "post_layernorm")
+            else self.tower.layernorm
+        )
 
     @property
     def num_layers(self) -> int:
@@ -111,7 +122,9 @@ class TransformersVisionEncoder(VisionEncoder):
     def _position_options(self) -> dict[str, bool]:
         """At the trained size nothing is interpolated, so the result stays the tower's own bit for bit."""
         is_resized = self.config.image_hw != self._trained_hw
-        return {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
+        return (
+            {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
+        )
 
     @property
     def layers_are_alike(self) -> bool:
@@ -126,7 +139,9 @@ class TransformersVisionEncoder(VisionEncoder):
         """What the first block takes, (B, T, D)."""
         return self.tower.embeddings(pixel_values, **self._position_options)
 
-    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
+    def run_trunk(
+        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
+    ) -> TrunkOutput:
         """See `VisionEncoder.run_trunk`; the pooled vector, `pooler_output`, costs a pass of its own."""
         vector = self.tower(**self.tower_inputs(pixel_values)).pooler_output if pooled else None
         if not layers:
@@ -160,7 +175,9 @@ class TransformersVisionEncoder(VisionEncoder):
         """The tower's own image processor, at the encoder's image size."""
         settings = dict(self.config.processor_config or {})
         if not settings:
-            raise ValueError(f"{self._label} has no processor_config; load it from a repo that has one.")
+            raise ValueError(
+                f"{self._label} has no processor_config; load it from a repo that has one."
+            )
         height, width = self.config.image_hw
         if (height, width) != self._trained_hw:
             size, crop = settings.get("size") or {}, settings.get("crop_size")
@@ -183,12 +200,12 @@ class TransformersVisionEncoder(VisionEncoder):
                 `device`; fields of the config, such as `image_size`.
         """
         if pretrained_model_name_or_path is not None and not args:
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            source = parse_source(pretrained_model_name_or_path, **hub)
+            hub, rest = split_hub_keywords(kwargs)
+            source = parse_source(pretrained_model_name_or_path, hub)
             config_file = find_file(source, "config.json", download=True)
             assert config_file is not None
             if read_json(config_file).get("model_type") != cls.config_class.model_type:
-                return cls.load(source, **{key: value for key, value in kwargs.items() if key not in hub})
+                return cls.load(source, **rest)
             pretrained_model_name_or_path = source.folder or source.repo_id
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -205,17 +222,14 @@ class TransformersVisionEncoder(VisionEncoder):
         """Load the vision tower of a transformers repo; its text tower is not built."""
         check_overrides(cls.config_class, overrides)
         name = source.folder or source.repo_id
-        hub = {key: getattr(source, key) for key in HUB_OPTIONS} if source.folder is None else {}
+        hub: Any = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
         with _no_load_report():
-            tower, info = tower_class.from_pretrained(name, dtype=dtype or "auto", output_loading_info=True, **hub)
-        problems = [
-            f"{word}: {first_five(sorted(map(str, info[word])))}"
-            for word in ("missing_keys", "mismatched_keys")
-            if info[word]
-        ]
-        if problems:
-            raise ValueError(f"{source.name} does not hold a whole {type(tower).__name__}; {'; '.join(problems)}.")
+            tower, info = tower_class.from_pretrained(
+                name, dtype=dtype or "auto", output_loading_info=True, **hub
+            )
+        # Unexpected keys are the text tower's.
+        require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
         processor = AutoImageProcessor.from_pretrained(name, **hub)
         config_file = find_file(source, "config.json", download=True)
         config_class: Any = cls.config_class

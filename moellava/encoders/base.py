@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-from moellava.encoders.weights import first_five
+from moellava.encoders.batches import encode_images
+from moellava.storage.weights import require_loaded
 
 if TYPE_CHECKING:
     from transformers.image_processing_utils import BaseImageProcessor
@@ -69,10 +70,14 @@ class VisionEncoderConfig(PreTrainedConfig):
         _check_choice("select_feature", self.select_feature, SELECT_FEATURES)
         _check_choice("patch_tokens", self.patch_tokens, PATCH_TOKENS)
         if self.select_layer == []:
-            raise ValueError("select_layer is an empty list; give a layer such as -2, or several such as [-2, -5].")
+            raise ValueError(
+                "select_layer is an empty list; give a layer such as -2, or several such as [-2, -5]."
+            )
         image_height, image_width = self.image_hw
         if image_height < 1 or image_width < 1:
-            raise ValueError(f"image_size is {self.image_size}; give a positive side, or [height, width].")
+            raise ValueError(
+                f"image_size is {self.image_size}; give a positive side, or [height, width]."
+            )
         super().__post_init__(**kwargs)
 
     @property
@@ -88,7 +93,9 @@ class VisionEncoderConfig(PreTrainedConfig):
     @property
     def layers(self) -> list[int]:
         """`select_layer` as a list."""
-        return [self.select_layer] if isinstance(self.select_layer, int) else list(self.select_layer)
+        return (
+            [self.select_layer] if isinstance(self.select_layer, int) else list(self.select_layer)
+        )
 
 
 @dataclass
@@ -148,7 +155,10 @@ def check_divisible(image_hw: tuple[int, int], patch_size: int | Sequence[int] |
         return
     patch_hw = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
     if any(side % patch for side, patch in zip(image_hw, patch_hw, strict=True)):
-        near = [max(1, round(side / patch)) * patch for side, patch in zip(image_hw, patch_hw, strict=True)]
+        near = [
+            max(1, round(side / patch)) * patch
+            for side, patch in zip(image_hw, patch_hw, strict=True)
+        ]
         raise ValueError(
             f"Images of {image_hw[0]}x{image_hw[1]} pixels do not divide into patches of "
             f"{patch_hw[0]}x{patch_hw[1]}. The nearest size that does is {near[0]}x{near[1]}."
@@ -193,7 +203,9 @@ class VisionEncoder(PreTrainedModel):
         """Whether the tokens of all layers have one shape; then the first is measured for those selected."""
         return False
 
-    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
+    def run_trunk(
+        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
+    ) -> TrunkOutput:
         """Tokens after the blocks `layers` (0 is the first block), and the pooled vector if `pooled`.
 
         Blocks behind the last one needed do not run. `norm` applies the trunk's final norm to each layer.
@@ -254,7 +266,9 @@ class VisionEncoder(PreTrainedModel):
             pooled=output_pooled or self.synthesized,
         )
         tokens = self._select_tokens(trunk, self.grid)
-        return VisionEncoderOutput(patch_tokens=tokens, pooled=trunk.pooled, synthesized=self.synthesized)
+        return VisionEncoderOutput(
+            patch_tokens=tokens, pooled=trunk.pooled, synthesized=self.synthesized
+        )
 
     def encode(self, images: Any, *, batch_size: int = 16, progress: bool = False) -> Tensor:
         """Patch tokens (B, N, D) of images, without gradients, on the encoder's device.
@@ -263,8 +277,6 @@ class VisionEncoder(PreTrainedModel):
             images: one image or a list: PIL, a path (DICOM and NIfTI included), an array or tensor (H, W),
                 (H, W, C) or (C, H, W), uint8, uint16 or float in 0..1.
         """
-        from moellava.encoders.features import encode_images
-
         return encode_images(self, images, batch_size=batch_size, progress=progress)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -286,12 +298,11 @@ class VisionEncoder(PreTrainedModel):
 
         Arguments are those of `PreTrainedModel.from_pretrained`, and `image_size` and `device`.
         """
-        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
         encoder, info = loaded
-        # transformers only logs these, and leaves a missing bare parameter as uninitialised memory.
-        problems = [f"{key}: {first_five(sorted(map(str, names)))}" for key, names in info.items() if names]
-        if problems:
-            raise ValueError(f"{pretrained_model_name_or_path} does not fit its config; {'; '.join(problems)}.")
+        require_loaded(pretrained_model_name_or_path, info)
         if image_size is not None:
             encoder.set_image_size(image_size)
         encoder = encoder if device is None else encoder.to(device)
@@ -350,7 +361,9 @@ class VisionEncoder(PreTrainedModel):
         self.eval()  # batch norm refuses a single image while training
         try:
             with torch.no_grad():
-                trunk = self.run_trunk(pixels, indices, norm=config.final_norm, pooled=self.synthesized)
+                trunk = self.run_trunk(
+                    pixels, indices, norm=config.final_norm, pooled=self.synthesized
+                )
         except (AssertionError, RuntimeError, NotImplementedError) as error:
             raise ValueError(
                 f"{self._label} cannot take images of {height}x{width} pixels with "
@@ -420,7 +433,9 @@ def _check_patch_tokens(encoder: VisionEncoder) -> None:
             "Use patch_tokens='auto' or 'synthesized', or another tower."
         )
     if config.final_norm and not encoder.has_final_norm:
-        raise ValueError(f"final_norm is True, but {encoder._label} has no norm that fits its hidden states.")
+        raise ValueError(
+            f"final_norm is True, but {encoder._label} has no norm that fits its hidden states."
+        )
     if not encoder.synthesized:
         return
     if config.select_feature not in ("patch", "default", "full"):

@@ -11,82 +11,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from moellava.encoders._open_clip import (
+from moellava.encoders.base import (
+    LayerTokens,
+    TrunkOutput,
+    VisionEncoder,
+    check_divisible,
+    check_overrides,
+)
+from moellava.encoders.batches import pixel_batches
+from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.encoders.open_clip.files import is_saved_encoder, read_open_clip_config, resolve
+from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.open_clip.text import (
+    ClipText,
+    load_tokenizer,
+    text_settings,
+    without_local_paths,
+)
+from moellava.encoders.open_clip.text import load_text as read_text
+from moellava.encoders.open_clip.towers import (
     build_visual,
     fill_computed_buffers,
     interpolate_positions,
     read_tower,
 )
-from moellava.encoders.base import (
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
-    VisionEncoderConfig,
-    check_divisible,
-    check_overrides,
-)
-from moellava.encoders.features import pixel_batches
-from moellava.encoders.images import BiomedClipImageProcessor, as_image_list
-from moellava.encoders.sources import (
-    HUB_OPTIONS,
-    Source,
-    is_saved_encoder,
-    parse_source,
-    read_open_clip_config,
-    resolve,
-)
-from moellava.encoders.text import ClipText, load_tokenizer, text_settings, without_local_paths
-from moellava.encoders.text import load_text as read_text
-from moellava.encoders.weights import assign_weights
+from moellava.images.threads import as_image_list
+from moellava.storage.sources import Source, parse_source, split_hub_keywords
+from moellava.storage.weights import assign_weights
 
 logger = logging.getLogger(__name__)
-
-# microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224, as its open_clip_config.json says.
-BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
-BIOMEDCLIP_VISION_CFG = {
-    "timm_model_name": "vit_base_patch16_224",
-    "timm_model_pretrained": False,
-    "timm_pool": "",
-    "timm_proj": "linear",
-    "image_size": 224,
-}
-
-
-@strict
-class BiomedClipVisionConfig(VisionEncoderConfig):
-    """An open_clip image tower: `vision_cfg`, `embed_dim`, `quick_gelu`, `preprocess_cfg` as it has them.
-
-    The default is BiomedCLIP. `vision_cfg["image_size"]` is the size the tower was trained at; `image_size`
-    the size it takes now.
-    """
-
-    model_type = "biomedclip_vision"
-
-    image_size: int | list[int] | tuple[int, int] | None = None  # type: ignore[assignment]  # None: as trained
-    vision_cfg: dict[str, Any] | None = None
-    embed_dim: int = 512
-    quick_gelu: bool = False
-    preprocess_cfg: dict[str, Any] | None = None
-    text_cfg: dict[str, Any] | None = None  # None: no text tower
-    text_model_config: dict[str, Any] | None = None  # of a Hugging Face text model
-    has_logit_bias: bool = False
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.vision_cfg is None:
-            self.vision_cfg = dict(BIOMEDCLIP_VISION_CFG)
-        if self.image_size is None:
-            self.image_size = self.vision_cfg.get("image_size", 224)
-        self.preprocess_cfg = dict(self.preprocess_cfg or {})
-        super().__post_init__(**kwargs)
-
-    @property
-    def trained_hw(self) -> tuple[int, int]:
-        """(height, width) that the weights were trained at."""
-        trained = (self.vision_cfg or {}).get("image_size", 224)
-        return (trained, trained) if isinstance(trained, int) else tuple(trained)
 
 
 class BiomedClipEncoder(VisionEncoder):
@@ -117,7 +72,11 @@ class BiomedClipEncoder(VisionEncoder):
     def num_layers(self) -> int:
         """Blocks of a transformer; stages of a convolutional trunk, the stem of a ResNet included."""
         if hasattr(self.visual, "trunk"):
-            return len(self._trunk.feature_info) if hasattr(self._trunk, "forward_intermediates") else 0
+            return (
+                len(self._trunk.feature_info)
+                if hasattr(self._trunk, "forward_intermediates")
+                else 0
+            )
         return len(self._trunk.transformer.resblocks) if hasattr(self._trunk, "transformer") else 5
 
     @property
@@ -133,10 +92,14 @@ class BiomedClipEncoder(VisionEncoder):
         """True for transformers whose last norm is as wide as their hidden states."""
         if hasattr(self.visual, "trunk"):
             norm = getattr(self._trunk, "norm", None)
-            return hasattr(self._trunk, "blocks") and not isinstance(norm, (nn.Identity, type(None)))
+            return hasattr(self._trunk, "blocks") and not isinstance(
+                norm, (nn.Identity, type(None))
+            )
         return hasattr(self.visual, "ln_post") and self.visual.attn_pool is None
 
-    def run_trunk(self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool) -> TrunkOutput:
+    def run_trunk(
+        self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
+    ) -> TrunkOutput:
         """See `VisionEncoder.run_trunk`; the pooled vector is open_clip's `encode_image`, bit for bit."""
         if not layers:
             return TrunkOutput([], _first(self.visual(pixel_values)))
@@ -159,17 +122,24 @@ class BiomedClipEncoder(VisionEncoder):
             final, maps = output if pooled else (None, output)
             maps, prefixes = _split_prefix(maps)
             vector = self.visual.head(self._trunk.forward_head(final)) if pooled else None
-            has_class_token = getattr(self._trunk, "cls_token", None) is not None  # else it is all registers
+            has_class_token = (
+                getattr(self._trunk, "cls_token", None) is not None
+            )  # else it is all registers
         else:
             maps, prefixes = output["image_intermediates"], output["image_intermediates_prefix"]
             vector, has_class_token = output.get("image_features"), True
         order = [wanted["indices"].index(layer) for layer in layers]
-        tokens = [_as_tokens(maps[i], prefixes[i] if prefixes and has_class_token else None) for i in order]
+        tokens = [
+            _as_tokens(maps[i], prefixes[i] if prefixes and has_class_token else None)
+            for i in order
+        ]
         return TrunkOutput(tokens, vector)
 
     def build_image_processor(self) -> BiomedClipImageProcessor:
         """open_clip's transform for this tower, at the encoder's image size."""
-        return BiomedClipImageProcessor.from_open_clip(self.config.preprocess_cfg or {}, self.config.image_hw)
+        return BiomedClipImageProcessor.from_open_clip(
+            self.config.preprocess_cfg or {}, self.config.image_hw
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -183,8 +153,12 @@ class BiomedClipEncoder(VisionEncoder):
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         if hasattr(self.visual, "attnpool"):
-            raise ValueError("open_clip's ModifiedResNet has no activation checkpointing; leave it off.")
-        self._trunk.set_grad_checkpointing(enable)  # timm's and open_clip's blocks have their own switch
+            raise ValueError(
+                "open_clip's ModifiedResNet has no activation checkpointing; leave it off."
+            )
+        self._trunk.set_grad_checkpointing(
+            enable
+        )  # timm's and open_clip's blocks have their own switch
 
     def resize_trunk(self) -> None:
         """Interpolate the position embedding to the config's image size."""
@@ -203,7 +177,9 @@ class BiomedClipEncoder(VisionEncoder):
         with torch.inference_mode():
             return text(self.tokenizer(list(texts)).to(self.device))
 
-    def zero_shot(self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}") -> Tensor:
+    def zero_shot(
+        self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}"
+    ) -> Tensor:
         """Probabilities (B, L) of each label for each image, equal to open_clip's; needs `load_text=True`.
 
         Args:
@@ -218,7 +194,8 @@ class BiomedClipEncoder(VisionEncoder):
         text_vectors = self.encode_text([template.format(label) for label in labels])
         with torch.inference_mode():
             vectors = [
-                self.visual_vectors(pixels) for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
+                self.visual_vectors(pixels)
+                for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
             return text.probabilities(torch.cat(vectors), text_vectors)
 
@@ -238,7 +215,9 @@ class BiomedClipEncoder(VisionEncoder):
     @property
     def _text_side(self) -> ClipText:
         if self.text is None:
-            raise ValueError(f"{self._label} was loaded without its text tower: load it with load_text=True.")
+            raise ValueError(
+                f"{self._label} was loaded without its text tower: load it with load_text=True."
+            )
         return self.text
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -252,15 +231,15 @@ class BiomedClipEncoder(VisionEncoder):
         """Load an open_clip repo, folder or file, or a folder that `save_pretrained` wrote.
 
         Args:
-            pretrained_model_name_or_path: see `moellava.encoders.sources.parse_source`.
+            pretrained_model_name_or_path: see `moellava.storage.sources.parse_source`.
             **kwargs: `revision`, `cache_dir`, `local_files_only`, `token`; `dtype` (float32 for an open_clip
                 checkpoint unless given), `device`; fields of the config, such as `image_size`.
         """
         if pretrained_model_name_or_path is not None and not args:
-            hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-            source = parse_source(pretrained_model_name_or_path, **hub)
+            hub, rest = split_hub_keywords(kwargs)
+            source = parse_source(pretrained_model_name_or_path, hub)
             if not is_saved_encoder(source):
-                return cls.load(source, **{key: value for key, value in kwargs.items() if key not in hub})
+                return cls.load(source, **rest)
             pretrained_model_name_or_path = source.folder or source.repo_id
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -319,14 +298,18 @@ def _to(encoder: Any, device: torch.device | str | None, dtype: torch.dtype | st
     return encoder.to(device, dtype or torch.float32)
 
 
-def _run_modified_resnet(visual: Any, x: Tensor, layers: Sequence[int], pooled: bool) -> TrunkOutput:
+def _run_modified_resnet(
+    visual: Any, x: Tensor, layers: Sequence[int], pooled: bool
+) -> TrunkOutput:
     """The stages by hand: open_clip 3.3's own loop stops early exactly when it is told not to."""
     stages = (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4)
     maps = []
     for stage in stages if pooled else stages[: max(layers) + 1]:
         x = stage(x)
         maps.append(x)
-    return TrunkOutput([_as_tokens(maps[i], None) for i in layers], visual.attnpool(x) if pooled else None)
+    return TrunkOutput(
+        [_as_tokens(maps[i], None) for i in layers], visual.attnpool(x) if pooled else None
+    )
 
 
 def _split_prefix(intermediates: list[Any]) -> tuple[list[Tensor], list[Tensor] | None]:

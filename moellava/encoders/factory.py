@@ -14,9 +14,17 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModel
+from typing_extensions import Unpack
 
 from moellava.encoders.base import VisionEncoder, VisionEncoderConfig
-from moellava.encoders.sources import Source, find_file, parse_source, read_json
+from moellava.storage.sources import (
+    HubKeywords,
+    HubOptions,
+    Source,
+    find_file,
+    parse_source,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +112,9 @@ def register_encoder(
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, encoder_class, exist_ok=True)
     if taken is None:
-        kind = EncoderKind(name=name, cls=encoder_class, model_types=(config_class.model_type,), detect=detect)
+        kind = EncoderKind(
+            name=name, cls=encoder_class, model_types=(config_class.model_type,), detect=detect
+        )
         ENCODERS.insert(0, kind)
 
 
@@ -118,11 +128,13 @@ def encoder_kinds() -> list[EncoderKind]:
     return ENCODERS
 
 
-def detect_encoder_type(path: str | Path, *, download: bool = True, **options: Any) -> str:
+def detect_encoder_type(
+    path: str | Path, *, download: bool = True, **hub: Unpack[HubKeywords]
+) -> str:
     """The family of a tower: by the files of a local folder, else by its name, else by its config on the hub.
 
     Names are read in any case: "biomedclip" or "medclip" before "siglip" before "clip".
-    With `download=False` only this machine is looked at. Other options are those of `parse_source`.
+    With `download=False` only this machine is looked at. The other keywords are those of `HubOptions`.
 
     Raises:
         ValueError: nothing matches; the known families are listed.
@@ -131,10 +143,12 @@ def detect_encoder_type(path: str | Path, *, download: bool = True, **options: A
     for kind in kinds:
         if kind.detect is not None and kind.detect(str(path)):
             return kind.name
-    source = parse_source(path, **options)
+    source = parse_source(path, HubOptions(**hub))
     if source.folder is not None and (found := _by_files(source, download)) is not None:
         return found
-    name = (source.name if source.folder is None else f"{source.folder.parent.name}/{source.name}").lower()
+    name = (
+        source.name if source.folder is None else f"{source.folder.parent.name}/{source.name}"
+    ).lower()
     for kind in kinds:
         # The last part of a name says more than the folder or the owner before it.
         if any(word in name.rsplit("/", 1)[-1] for word in kind.words):
@@ -172,7 +186,7 @@ def create_encoder(
 
     Args:
         encoder_type: a family of `ENCODERS`; None or "auto" detects it from the source.
-        model_name_or_path: see `moellava.encoders.sources.parse_source`. None is the default BiomedCLIP, for
+        model_name_or_path: see `moellava.storage.sources.parse_source`. None is the default BiomedCLIP, for
             `encoder_type="biomedclip"` only.
         image_size, select_layer, select_feature, patch_tokens, final_norm: see `VisionEncoderConfig`; None
             keeps the tower's own.
@@ -183,17 +197,16 @@ def create_encoder(
     Raises:
         ValueError, OSError: the source cannot be read as this family; never other or random weights.
     """
-    options: dict[str, Any] = {
-        "revision": revision,
-        "cache_dir": cache_dir,
-        "local_files_only": local_files_only,
-        "token": token,
-    }
+    hub = HubOptions(
+        revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+    )
     if model_name_or_path is None:
         if encoder_type != "biomedclip":
-            raise ValueError(f"Which tower? Give model_name_or_path, for example {DEFAULT_BIOMEDCLIP!r}.")
+            raise ValueError(
+                f"Which tower? Give model_name_or_path, for example {DEFAULT_BIOMEDCLIP!r}."
+            )
         model_name_or_path = DEFAULT_BIOMEDCLIP
-    kind = _kind(encoder_type, model_name_or_path, options)
+    kind = _kind(encoder_type, model_name_or_path, hub)
     given = {
         "image_size": image_size,
         "select_layer": select_layer,
@@ -208,22 +221,28 @@ def create_encoder(
     if kind.name != "biomedclip":
         for name, value in (("load_text", load_text), ("fallback_to_default", fallback_to_default)):
             if value:
-                raise ValueError(f"{name} is for encoder_type='biomedclip'; this tower is {kind.name!r}.")
-        return kind.encoder_class().from_pretrained(model_name_or_path, **options, **overrides)
-    return _create_biomedclip(kind, model_name_or_path, fallback_to_default, options, overrides)
+                raise ValueError(
+                    f"{name} is for encoder_type='biomedclip'; this tower is {kind.name!r}."
+                )
+        return kind.encoder_class().from_pretrained(model_name_or_path, **hub.keywords, **overrides)
+    return _create_biomedclip(kind, model_name_or_path, fallback_to_default, hub, overrides)
 
 
 def _create_biomedclip(
     kind: EncoderKind,
     name: str | Path,
     fallback_to_default: bool,
-    options: dict[str, Any],
+    hub: HubOptions,
     overrides: dict[str, Any],
 ) -> VisionEncoder:
-    if not any(word in str(name).lower() for word in kind.words) and not _has_open_clip_config(name, options):
-        logger.warning("%s does not look like a BiomedCLIP checkpoint; trying it all the same.", name)
+    if not any(word in str(name).lower() for word in kind.words) and not _has_open_clip_config(
+        name, hub
+    ):
+        logger.warning(
+            "%s does not look like a BiomedCLIP checkpoint; trying it all the same.", name
+        )
     try:
-        return kind.encoder_class().from_pretrained(name, **options, **overrides)
+        return kind.encoder_class().from_pretrained(name, **hub.keywords, **overrides)
     except (OSError, ValueError) as error:
         if not fallback_to_default or str(name) == DEFAULT_BIOMEDCLIP:
             raise
@@ -233,19 +252,21 @@ def _create_biomedclip(
             error,
             DEFAULT_BIOMEDCLIP,
         )
-    options = options | {"revision": None}  # a revision of the tower asked for means nothing here
-    return kind.encoder_class().from_pretrained(DEFAULT_BIOMEDCLIP, **options, **overrides)
+    hub = hub.at(None)  # a revision of the tower asked for means nothing here
+    return kind.encoder_class().from_pretrained(DEFAULT_BIOMEDCLIP, **hub.keywords, **overrides)
 
 
-def _kind(encoder_type: str | None, name: str | Path, options: dict[str, Any]) -> EncoderKind:
+def _kind(encoder_type: str | None, name: str | Path, hub: HubOptions) -> EncoderKind:
     if encoder_type in (None, "auto"):
-        encoder_type = detect_encoder_type(name, **options)
+        encoder_type = detect_encoder_type(name, **hub.keywords)
     kinds = {kind.name: kind for kind in encoder_kinds()}
     assert encoder_type is not None
     if encoder_type not in kinds:
         near = get_close_matches(encoder_type, kinds, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"Unknown encoder_type {encoder_type!r}.{hint} Known: {', '.join(sorted(kinds))}.")
+        raise ValueError(
+            f"Unknown encoder_type {encoder_type!r}.{hint} Known: {', '.join(sorted(kinds))}."
+        )
     return kinds[encoder_type]
 
 
@@ -264,9 +285,9 @@ def _by_files(source: Source, download: bool) -> str | None:
     return None
 
 
-def _has_open_clip_config(name: str | Path, options: dict[str, Any]) -> bool:
+def _has_open_clip_config(name: str | Path, hub: HubOptions) -> bool:
     try:
-        source = parse_source(name, **options)
+        source = parse_source(name, hub)
     except (OSError, ValueError):
         return False
     return source.folder is not None and (source.folder / "open_clip_config.json").is_file()

@@ -50,7 +50,9 @@ class Siglip2Encoder(TransformersVisionEncoder):
         settings = self.config.processor_config or {}
         if not settings:
             return super().build_image_processor()  # which says what is missing
-        kept = {key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings}
+        kept = {
+            key: settings[key] for key in ("image_mean", "image_std", "resample") if key in settings
+        }
         height, width = self.config.image_hw
         return SiglipImageProcessor(size={"height": height, "width": width}, **kept)
 
@@ -64,4 +66,6 @@ class Siglip2Encoder(TransformersVisionEncoder):
 
     @property
     def _spatial_shapes(self) -> Tensor:
-        return torch.tensor([self._rows_columns], device="cpu")  # the tower looks at the values, even on meta
+        return torch.tensor(
+            [self._rows_columns], device="cpu"
+        )  # the tower looks at the values, even on meta

@@ -15,7 +15,13 @@ import numpy as np
 from PIL import Image
 
 from moellava.images.optional import load_optional
-from moellava.images.view import View, montage, percentile_to_eight_bit, range_to_eight_bit, say_once
+from moellava.images.view import (
+    View,
+    montage,
+    percentile_to_eight_bit,
+    range_to_eight_bit,
+    say_once,
+)
 
 Dataset = Any  # pydicom's, which is imported when the first DICOM file is read
 Tags = dict[str, Any]  # values of elements by keyword
@@ -23,8 +29,19 @@ Tags = dict[str, Any]  # values of elements by keyword
 # What is kept of a file besides its pixels. Fewer names also mean less time: pydicom converts each of them per file.
 _KEPT = (
     *("SOPClassUID", "Modality", "PresentationLUTShape", "NumberOfFrames", "ExtendedOffsetTable"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "ExtendedOffsetTableLengths"),
-    *("Rows", "Columns", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "PixelPresentation"),
+    *(
+        "SharedFunctionalGroupsSequence",
+        "PerFrameFunctionalGroupsSequence",
+        "ExtendedOffsetTableLengths",
+    ),
+    *(
+        "Rows",
+        "Columns",
+        "SamplesPerPixel",
+        "PhotometricInterpretation",
+        "PlanarConfiguration",
+        "PixelPresentation",
+    ),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "ModalityLUTSequence"),
     *("WindowCenter", "WindowWidth", "VOILUTFunction", "VOILUTSequence"),
@@ -83,8 +100,12 @@ def decode_dicom(source: str | Path | bytes | Dataset, view: View, name: str) ->
     except (DicomError, MemoryError):
         raise
     except ValueError as error:
-        raise DicomError(str(error) if str(error).startswith(name) else f"{name}: {_one_line(error)}") from error
-    except Exception as error:  # pydicom's parser and the decoders raise whatever a broken file leads them to
+        raise DicomError(
+            str(error) if str(error).startswith(name) else f"{name}: {_one_line(error)}"
+        ) from error
+    except (
+        Exception
+    ) as error:  # pydicom's parser and the decoders raise whatever a broken file leads them to
         raise DicomError(f"{name} cannot be read as DICOM: {_one_line(error)}") from error
 
 
@@ -103,10 +124,14 @@ def _read(source: Any) -> tuple[Dataset, int | None]:
         header = pydicom.dcmread(file, specific_tags=[*_kept_tags(), *_PIXELS], force=True)
     else:
         with Path(source).open("rb") as file:
-            header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=[*_kept_tags()], force=True)
+            header = pydicom.dcmread(
+                file, stop_before_pixels=True, specific_tags=[*_kept_tags()], force=True
+            )
             pixels_at = file.tell()
     meta = getattr(header, "file_meta", None)
-    if meta is None or "TransferSyntaxUID" not in meta:  # no header of the file format: pydicom has guessed by content
+    if (
+        meta is None or "TransferSyntaxUID" not in meta
+    ):  # no header of the file format: pydicom has guessed by content
         header.file_meta = meta = meta if meta is not None else pydicom.dataset.FileMetaDataset()
         is_implicit, is_little = header.original_encoding
         explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
@@ -135,20 +160,33 @@ def _grey_numbers() -> dict[str, int]:
 def _refuse_what_is_no_picture(header: Dataset, name: str) -> None:
     if header.get("Rows") is None or header.get("Columns") is None:
         uid = _pydicom().uid
-        kind = uid.UID(str(header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")))
+        kind = uid.UID(
+            str(
+                header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")
+            )
+        )
         if kind == uid.MediaStorageDirectoryStorage:
-            raise DicomError(f"{name} is a DICOMDIR, the index of a disc. Give one of the image files that it lists.")
+            raise DicomError(
+                f"{name} is a DICOMDIR, the index of a disc. Give one of the image files that it lists."
+            )
         what = f" of the class {kind.name!r}" if kind else ""
-        raise DicomError(f"{name} is a DICOM file{what} without a picture: it has no rows and columns.")
+        raise DicomError(
+            f"{name} is a DICOM file{what} without a picture: it has no rows and columns."
+        )
     frames = header.get("NumberOfFrames", None)
     if frames is not None and not str(frames or "1").isdigit():
         raise DicomError(f"{name} has a broken Number of Frames, {frames!r}.")
 
 
-def _mapped_values(source: Any, header: Dataset, pixels_at: int | None, frame: int, name: str) -> np.ndarray | None:
+def _mapped_values(
+    source: Any, header: Dataset, pixels_at: int | None, frame: int, name: str
+) -> np.ndarray | None:
     """(H, W) of a large, uncompressed grey file of 16 allocated bits, mapped instead of read; None of any other."""
     uid, syntax = _pydicom().uid, header.file_meta.TransferSyntaxUID
-    heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}  # bytes before the pixels (PS3.5, 7.1)
+    heads = {
+        uid.ExplicitVRLittleEndian: 12,
+        uid.ImplicitVRLittleEndian: 8,
+    }  # bytes before the pixels (PS3.5, 7.1)
     is_plain = _is_grey_of_16_bits(header) and header.get("SamplesPerPixel") == 1
     if pixels_at is None or syntax not in heads or not is_plain:
         return None
@@ -160,9 +198,13 @@ def _mapped_values(source: Any, header: Dataset, pixels_at: int | None, frame: i
     if head[:4] != b"\xe0\x7f\x10\x00" or end > there:
         return None  # float or broken: pydicom says what is wrong
     if there > (size := Path(source).stat().st_size):
-        raise DicomError(f"{name} is cut short: its pixels should end at byte {there:,}, and it has {size:,}.")
+        raise DicomError(
+            f"{name} is cut short: its pixels should end at byte {there:,}, and it has {size:,}."
+        )
     kind = "<i2" if header.get("PixelRepresentation") else "<u2"
-    return np.asarray(np.memmap(source, kind, "r", end - frame_bytes, (int(header.Rows), int(header.Columns))))
+    return np.asarray(
+        np.memmap(source, kind, "r", end - frame_bytes, (int(header.Rows), int(header.Columns)))
+    )
 
 
 def _is_grey_of_16_bits(header: Dataset) -> bool:
@@ -177,7 +219,9 @@ def _stored_values(source: Any, header: Dataset, frame: int, name: str) -> np.nd
     pydicom = _pydicom()
     # pydicom would copy all pixels and shift them to and fro; the table of what is shown does that per value.
     corrects = not _is_grey_of_16_bits(header)
-    pixel_array = functools.partial(pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects)
+    pixel_array = functools.partial(
+        pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects
+    )
     syntax = header.file_meta.TransferSyntaxUID
     has_pixels = any(tag in header for tag in _PIXELS)
     try:
@@ -205,15 +249,23 @@ def _shown(stored: np.ndarray, header: Dataset, frame: int, view: View, name: st
         _choose_window(tags, view, name)
         return _grey_picture(stored, tags, full=view.window == "full")
     if view.limits() is not None or isinstance(view.window, int):
-        raise DicomError(f"{name} is in colour ({kind}); a window is for grey images. Leave window out.")
+        raise DicomError(
+            f"{name} is in colour ({kind}); a window is for grey images. Leave window out."
+        )
     if kind == "PALETTE COLOR":
         colours = _pydicom().pixels.apply_color_lut(stored, header)[..., :3]
         # Entries of 8 bits may be stored in the upper half of 16.
         return colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8)
     if kind not in _COLOUR or stored.ndim != 3:
-        raise DicomError(f"{name} has the photometric interpretation {kind!r}; expected {', '.join(_GREY + _COLOUR)}.")
+        raise DicomError(
+            f"{name} has the photometric interpretation {kind!r}; expected {', '.join(_GREY + _COLOUR)}."
+        )
     bits = int(header.BitsStored)
-    return stored if stored.dtype == np.uint8 and bits == 8 else range_to_eight_bit(stored, 0, 2**bits - 1)
+    return (
+        stored
+        if stored.dtype == np.uint8 and bits == 8
+        else range_to_eight_bit(stored, 0, 2**bits - 1)
+    )
 
 
 # -- grey values
@@ -225,14 +277,26 @@ def _grey_tags(header: Dataset, frame: int) -> Tags:
     Enhanced multi-frame files keep them in functional groups.
     """
     groups = [header]
-    for sequence, item in (("SharedFunctionalGroupsSequence", 0), ("PerFrameFunctionalGroupsSequence", frame)):
+    for sequence, item in (
+        ("SharedFunctionalGroupsSequence", 0),
+        ("PerFrameFunctionalGroupsSequence", frame),
+    ):
         items = header.get(sequence) or []
         if item < len(items):
             for macro in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
                 groups += items[item].get(macro) or []
-    found = {keyword: group[tag].value for group in groups for keyword, tag in _grey_numbers().items() if tag in group}
+    found = {
+        keyword: group[tag].value
+        for group in groups
+        for keyword, tag in _grey_numbers().items()
+        if tag in group
+    }
     tags = {keyword: value for keyword, value in found.items() if value not in (None, "")}
-    return {**tags, "PhotometricInterpretation": header.PhotometricInterpretation, "file_meta": header.file_meta}
+    return {
+        **tags,
+        "PhotometricInterpretation": header.PhotometricInterpretation,
+        "file_meta": header.file_meta,
+    }
 
 
 def _choose_window(tags: Tags, view: View, name: str) -> None:
@@ -249,7 +313,9 @@ def _choose_window(tags: Tags, view: View, name: str) -> None:
     if isinstance(view.window, int):
         _choose_own(tags, view.window, name)
     elif limits is None and not _has_window(tags) and _is_ct(tags) and "RescaleIntercept" in tags:
-        say_once("A CT image without a window of its own is shown in the soft-tissue window; choose with window=.")
+        say_once(
+            "A CT image without a window of its own is shown in the soft-tissue window; choose with window=."
+        )
         limits = View(window="soft").limits()
     if limits is not None:
         _forget_window(tags)
@@ -355,7 +421,11 @@ def _modality_range(tags: Tags) -> tuple[float, float]:
     if luts := tags.get("ModalityLUTSequence"):
         return 0.0, float(2 ** int(luts[0].LUTDescriptor[2]) - 1)
     bits = int(tags["BitsStored"])
-    ends = (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if tags.get("PixelRepresentation") else (0, 2**bits - 1)
+    ends = (
+        (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        if tags.get("PixelRepresentation")
+        else (0, 2**bits - 1)
+    )
     slope, intercept = _rescale(tags)
     low, high = sorted(end * slope + intercept for end in ends)
     return low, high
@@ -372,10 +442,14 @@ def _windowed(values: np.ndarray, tags: Tags) -> np.ndarray:
 
     PS3.3 C.11.2.1.2 and C.11.2.1.3; pydicom's function writes the same into a range of the dataset's.
     """
-    center, width = (float(_as_list(tags[keyword])[0]) for keyword in ("WindowCenter", "WindowWidth"))
+    center, width = (
+        float(_as_list(tags[keyword])[0]) for keyword in ("WindowCenter", "WindowWidth")
+    )
     function = str(tags.get("VOILUTFunction", "LINEAR")).upper()
     if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise ValueError(f"The VOI LUT Function is {function!r}; expected LINEAR, LINEAR_EXACT or SIGMOID.")
+        raise ValueError(
+            f"The VOI LUT Function is {function!r}; expected LINEAR, LINEAR_EXACT or SIGMOID."
+        )
     if width < 1 and (function == "LINEAR" or width <= 0):
         least = "at least 1" if function == "LINEAR" else "more than 0"
         raise ValueError(f"The Window Width is {width:g}; expected {least}.")

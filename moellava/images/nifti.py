@@ -46,7 +46,9 @@ def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
     except (EOFError, OSError, gzip.BadGzipFile, OverflowError, ValueError) as error:
         if str(error).startswith(name):  # one of ours
             raise
-        raise ValueError(f"{name} cannot be read as NIfTI: it is cut off or broken ({error})") from error
+        raise ValueError(
+            f"{name} cannot be read as NIfTI: it is cut off or broken ({error})"
+        ) from error
     pictures = [_square(picture, zooms) for picture in _eight_bits(slices, image, view, name)]
     view.check_size(pictures[0].shape[1] * len(pictures), pictures[0].shape[0], name)
     return montage(pictures)
@@ -59,12 +61,18 @@ def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) not in (3, 4):
-        raise ValueError(f"{name} has the shape {image.shape}; expected a volume of 3 axes, or 4 with time.")
+        raise ValueError(
+            f"{name} has the shape {image.shape}; expected a volume of 3 axes, or 4 with time."
+        )
     if not 0 <= view.volume < (shape[3] if len(shape) == 4 else 1):
-        raise ValueError(f"{name} has no volume {view.volume}: it has {shape[3] if len(shape) == 4 else 1}.")
+        raise ValueError(
+            f"{name} has no volume {view.volume}: it has {shape[3] if len(shape) == 4 else 1}."
+        )
     orientation = nibabel.io_orientation(image.affine)
     if np.isnan(orientation).any():
-        raise ValueError(f"{name} has an affine that gives no orientation. Set its sform or qform first.")
+        raise ValueError(
+            f"{name} has an affine that gives no orientation. Set its sform or qform first."
+        )
     axis = PLANES[view.plane]
     native = int(np.flatnonzero(orientation[:, 0] == axis)[0])
     others = [index for index in range(3) if index != axis]
@@ -76,16 +84,24 @@ def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[
     for number in view.frames(shape[native], name):
         # Counted from left, back or feet; the file may run the other way.
         place = number if orientation[native, 1] > 0 else shape[native] - 1 - number
-        cut: list[Any] = [slice(None)] * 3 + [view.volume] * (len(shape) - 3) + [0] * (len(image.shape) - len(shape))
+        cut: list[Any] = (
+            [slice(None)] * 3
+            + [view.volume] * (len(shape) - 3)
+            + [0] * (len(image.shape) - len(shape))
+        )
         cut[native] = slice(place, place + 1)
         values = np.asanyarray(image.dataobj[tuple(cut)])
-        flat = nibabel.apply_orientation(values, orientation).squeeze(axis)  # (first other axis, second other axis)
+        flat = nibabel.apply_orientation(values, orientation).squeeze(
+            axis
+        )  # (first other axis, second other axis)
         slices.append(flat[::-1, ::-1].T)
     sizes = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(axis=0))
     return slices, (float(sizes[up]), float(sizes[across]))
 
 
-def _eight_bits(slices: Sequence[np.ndarray], image: Any, view: View, name: str) -> list[np.ndarray]:
+def _eight_bits(
+    slices: Sequence[np.ndarray], image: Any, view: View, name: str
+) -> list[np.ndarray]:
     stack = np.stack(slices)
     if stack.dtype.names is not None:  # NIfTI's RGB24
         if view.window is not None:
@@ -94,14 +110,18 @@ def _eight_bits(slices: Sequence[np.ndarray], image: Any, view: View, name: str)
     if np.iscomplexobj(stack):
         raise ValueError(f"{name} holds complex numbers; save their magnitude first.")
     if isinstance(view.window, int):
-        raise ValueError(f"{name}: a NIfTI file has no windows to number. Give (center, width) or a preset.")
+        raise ValueError(
+            f"{name}: a NIfTI file has no windows to number. Give (center, width) or a preset."
+        )
     if (limits := view.limits()) is not None:
         return list(window_to_eight_bit(stack, *limits))
     if stack.dtype == np.uint8:  # without scaling, or nibabel would have made it float
         return list(stack)
     if view.window == "full":
         if stack.dtype.kind not in "ui":
-            raise ValueError(f"{name} holds numbers of type {stack.dtype}, which have no full range. Give a window.")
+            raise ValueError(
+                f"{name} holds numbers of type {stack.dtype}, which have no full range. Give a window."
+            )
         return list(range_to_eight_bit(stack, np.iinfo(stack.dtype).min, np.iinfo(stack.dtype).max))
     low, high = (float(image.header.get(key, 0)) for key in ("cal_min", "cal_max"))
     if high > low:
@@ -114,5 +134,12 @@ def _square(picture: np.ndarray, zooms: tuple[float, float]) -> np.ndarray:
     if not row or not column or abs(row - column) <= _SQUARE * max(row, column):
         return picture
     finest = min(row, column)
-    height, width = (max(1, round(count * size / finest)) for count, size in zip(picture.shape, zooms, strict=False))
-    return np.asarray(Image.fromarray(np.ascontiguousarray(picture)).resize((width, height), Image.Resampling.BICUBIC))
+    height, width = (
+        max(1, round(count * size / finest))
+        for count, size in zip(picture.shape, zooms, strict=False)
+    )
+    return np.asarray(
+        Image.fromarray(np.ascontiguousarray(picture)).resize(
+            (width, height), Image.Resampling.BICUBIC
+        )
+    )

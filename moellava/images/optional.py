@@ -14,4 +14,6 @@ def load_optional(module: str, why: str, *, extra: str) -> Any:
     except ImportError as error:
         if error.name != module:  # it is there, and something of its own is not
             raise
-        raise ImportError(f"{why}. To read it, type: pip install 'moellava[{extra}]'", name=module) from error
+        raise ImportError(
+            f"{why}. To read it, type: pip install 'moellava[{extra}]'", name=module
+        ) from error

@@ -48,7 +48,9 @@ def to_pil(image: Any, **view: Any) -> Image.Image:
         return read_image(image, **view)
     if isinstance(image, (bytes, bytearray, memoryview)):
         return _from_bytes(bytes(image), options, "The encoded image")
-    if isinstance(image, Mapping) and "bytes" in image and "path" in image:  # the hub's images, not decoded
+    if (
+        isinstance(image, Mapping) and "bytes" in image and "path" in image
+    ):  # the hub's images, not decoded
         return to_pil(image["path"] if image["bytes"] is None else image["bytes"], **view)
     library = type(image).__module__.partition(".")[0]
     if library in ("pydicom", "highdicom"):
@@ -56,7 +58,11 @@ def to_pil(image: Any, **view: Any) -> Image.Image:
     if library == "nibabel":
         return Image.fromarray(decode_nifti(image, options, "The volume"))
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu().float().numpy() if image.is_floating_point() else image.cpu().numpy()
+        image = (
+            image.detach().cpu().float().numpy()
+            if image.is_floating_point()
+            else image.cpu().numpy()
+        )
     if isinstance(image, np.ndarray):
         if options.window is not None and image.ndim == 2:
             return Image.fromarray(_windowed(image, options, "The array"))
@@ -90,7 +96,9 @@ def is_image_file(path: Path) -> bool:
         return False
     if path.name.lower().endswith(IMAGE_SUFFIXES):
         return True
-    if path.suffix and not path.suffix[1:].isdigit():  # names of DICOM files end in numbers, if in anything
+    if (
+        path.suffix and not path.suffix[1:].isdigit()
+    ):  # names of DICOM files end in numbers, if in anything
         return False
     with path.open("rb") as file:
         return file.read(_PREAMBLE + 4)[_PREAMBLE:] == b"DICM"
@@ -106,7 +114,9 @@ def to_eight_bit(image: Image.Image) -> Image.Image:
         return image
     if image.mode == "1":
         return image.convert("L")
-    if image.mode.startswith("I"):  # "I;16", its byte orders, and "I", as which some 16-bit files open
+    if image.mode.startswith(
+        "I"
+    ):  # "I;16", its byte orders, and "I", as which some 16-bit files open
         values = np.asarray(image, dtype=np.int64)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
@@ -117,7 +127,9 @@ def to_eight_bit(image: Image.Image) -> Image.Image:
         return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
     if image.mode == "F":
         return array_to_pil(np.asarray(image))
-    return image.convert("RGB")  # "P", "PA" and the rest: colours, not indices, are what resizing may mix
+    return image.convert(
+        "RGB"
+    )  # "P", "PA" and the rest: colours, not indices, are what resizing may mix
 
 
 def array_to_pil(array: np.ndarray) -> Image.Image:
@@ -126,7 +138,11 @@ def array_to_pil(array: np.ndarray) -> Image.Image:
         array = np.moveaxis(array, 0, -1)
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
-    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)) or 0 in array.shape:
+    if (
+        array.ndim not in (2, 3)
+        or (array.ndim == 3 and array.shape[2] not in (3, 4))
+        or 0 in array.shape
+    ):
         raise ValueError(
             f"An image array has shape {array.shape}; expected (H, W), or 1, 3 or 4 channels first or last."
         )
@@ -140,7 +156,9 @@ def array_to_pil(array: np.ndarray) -> Image.Image:
             raise ValueError(f"A float image has values {low:g} to {high:g}; expected 0 to 1.")
         array = np.rint(array * 255).astype(np.uint8)
     elif array.dtype != np.uint8:
-        raise ValueError(f"An image array has dtype {array.dtype}; expected uint8, uint16, or float in 0..1.")
+        raise ValueError(
+            f"An image array has dtype {array.dtype}; expected uint8, uint16, or float in 0..1."
+        )
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -184,9 +202,15 @@ def _grid(image: Image.Image, frames: list[int], view: View, name: str) -> Image
     pictures = []
     for frame in frames:
         image.seek(frame)
-        shown = image if view.window is None else Image.fromarray(_windowed(np.asarray(image), view, name))
+        shown = (
+            image
+            if view.window is None
+            else Image.fromarray(_windowed(np.asarray(image), view, name))
+        )
         pictures.append(to_eight_bit(shown).convert("RGB"))
-    width, height = (max(sizes) for sizes in zip(*(picture.size for picture in pictures), strict=True))
+    width, height = (
+        max(sizes) for sizes in zip(*(picture.size for picture in pictures), strict=True)
+    )
     view.check_size(width * len(frames), height, name)
     columns = int(np.ceil(np.sqrt(len(frames))))
     grid = Image.new("RGB", (columns * width, -(-len(frames) // columns) * height))
@@ -202,5 +226,7 @@ def _windowed(values: np.ndarray, view: View, name: str) -> np.ndarray:
         return np.asarray(to_eight_bit(Image.fromarray(values)))
     limits = view.limits()
     if limits is None:
-        raise ValueError(f"{name} has no windows of its own to number. Give (center, width) or a preset.")
+        raise ValueError(
+            f"{name} has no windows of its own to number. Give (center, width) or a preset."
+        )
     return window_to_eight_bit(values, *limits)

@@ -22,7 +22,11 @@ WINDOWS: dict[str, tuple[float, float]] = {
     "brain": (40, 80),
     "soft": (50, 400),
 }
-PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}  # the axis that a slice lies across, right-anterior-superior
+PLANES = {
+    "sagittal": 0,
+    "coronal": 1,
+    "axial": 2,
+}  # the axis that a slice lies across, right-anterior-superior
 # Pillow's own limit, beyond which it calls a file a decompression bomb.
 MAX_PIXELS = 178_956_970
 MAX_GRID = 16
@@ -62,7 +66,9 @@ class View:
             raise unknown_name("window", window, (*WINDOWS, "full"))
         if isinstance(window, (tuple, list)):
             if len(window) != 2 or not float(window[1]) >= 1:
-                raise ValueError(f"window is {window}; expected (center, width) with a width of at least 1.")
+                raise ValueError(
+                    f"window is {window}; expected (center, width) with a width of at least 1."
+                )
             object.__setattr__(self, "window", (float(window[0]), float(window[1])))
         elif isinstance(window, bool) or not isinstance(window, (str, int, type(None))):
             raise ValueError(
@@ -79,7 +85,9 @@ class View:
             return None
         word, _, number = self.frame.partition(":")
         if word != "grid" or (number and not number.isdigit()) or number == "0":
-            raise ValueError(f"frame is {self.frame!r}; expected a number, 'grid', or such as 'grid:9'.")
+            raise ValueError(
+                f"frame is {self.frame!r}; expected a number, 'grid', or such as 'grid:9'."
+            )
         return int(number) if number else MAX_GRID
 
     def limits(self) -> tuple[float, float] | None:
@@ -95,10 +103,14 @@ class View:
             ValueError: there is no such frame.
         """
         if (size := self.grid_size) is not None:
-            return np.unique(np.linspace(0, count - 1, min(size, count)).round().astype(int)).tolist()
+            return np.unique(
+                np.linspace(0, count - 1, min(size, count)).round().astype(int)
+            ).tolist()
         if self.frame is None:
             if default is None and count > 1:
-                say_once("Of several frames or slices the middle one is taken; choose with frame=, or frame='grid'.")
+                say_once(
+                    "Of several frames or slices the middle one is taken; choose with frame=, or frame='grid'."
+                )
             return [count // 2 if default is None else default]
         assert isinstance(self.frame, int)
         if not -count <= self.frame < count:
@@ -123,9 +135,13 @@ def parse_window(text: str | None) -> Window | None:
         try:
             if text is None:
                 return None
-            return int(parts[0]) if len(parts) == 1 else (float(parts[0]), float(",".join(parts[1:])))
+            return (
+                int(parts[0]) if len(parts) == 1 else (float(parts[0]), float(",".join(parts[1:])))
+            )
         except ValueError:
-            raise ValueError(f"--window {text}: expected a preset, 'full', CENTER,WIDTH or a number.") from None
+            raise ValueError(
+                f"--window {text}: expected a preset, 'full', CENTER,WIDTH or a number."
+            ) from None
     return text
 
 
@@ -155,7 +171,9 @@ def percentile_to_eight_bit(values: np.ndarray, used: np.ndarray | None = None) 
 def range_to_eight_bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """`low` as 0 and `high` as 255, rounded; what is not a number is 0."""
     scaled = (np.asarray(values, dtype=np.float64) - low) / ((high - low) or np.inf) * 255
-    return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255, neginf=0), 0, 255)).astype(np.uint8)
+    return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255, neginf=0), 0, 255)).astype(
+        np.uint8
+    )
 
 
 def montage(pictures: Sequence[np.ndarray]) -> np.ndarray:

@@ -8,7 +8,14 @@ from moellava.model.processing_moellava import MoeLlavaProcessor
 
 AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
 AutoModel.register(MoeLlavaConfig, MoeLlavaModel, exist_ok=True)
-AutoModelForImageTextToText.register(MoeLlavaConfig, MoeLlavaForConditionalGeneration, exist_ok=True)
+AutoModelForImageTextToText.register(
+    MoeLlavaConfig, MoeLlavaForConditionalGeneration, exist_ok=True
+)
 AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
 
-__all__ = ["MoeLlavaConfig", "MoeLlavaForConditionalGeneration", "MoeLlavaModel", "MoeLlavaProcessor"]
+__all__ = [
+    "MoeLlavaConfig",
+    "MoeLlavaForConditionalGeneration",
+    "MoeLlavaModel",
+    "MoeLlavaProcessor",
+]

@@ -1,20 +1,27 @@
 """The front door: `load_pretrained_model` joins an image encoder and a language model, or opens a saved model."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers.utils import logging as transformers_logging
 
 from moellava.encoders import VisionEncoder
-from moellava.model.assembly import assemble
-from moellava.model.build_request import CustomVisionConfig, is_description_file, read_build_request
-from moellava.model.checkpoints import open_saved
+from moellava.model.build.assembly import assemble
+from moellava.model.build.parts import load_encoder, load_tokenizer
+from moellava.model.build.request import CustomVisionConfig, is_description_file, read_build_request
+from moellava.model.checkpoint.configs import as_dtype, load_model_config
+from moellava.model.checkpoint.opening import open_saved
 from moellava.model.describe import describe, log_language_model, log_vision
 from moellava.model.language_model import quantization_config
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.parts import as_dtype, load_encoder, load_model_config, load_tokenizer
-from moellava.model.progress import progress_bars
 from moellava.model.projector import build_projector
 
 __all__ = [
@@ -54,13 +61,13 @@ def load_pretrained_model(
 
     Args:
         model: what to load. A mapping, dataclass or object, or a YAML or JSON file, with the keys of
-            `moellava.model.build_request.BuildRequest`: `model_name_or_path` (language model),
+            `moellava.model.build.request.BuildRequest`: `model_name_or_path` (language model),
             `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`, ...; or the
             folder or hub id of a model that this library saved, or of a transformers LLaVA (CLIP and Llama).
         encoder_type: `biomedclip`, `clip`, ...; None detects it from the tower's name.
         custom_vision_config: `CustomVisionConfig` or anything with its fields.
         projector_config: `{"path": ...}` loads a trained projector, strictly (see
-            `moellava.model.trained_projector.read_projector`); `{"type": ..., <options of that type>}` says what kind
+            `moellava.model.checkpoint.projector_file.read_projector`); `{"type": ..., <options of that type>}` says what kind
             a fresh one is. A mapping, a dataclass or an object.
         moe_config: True makes the language model a sparse mixture of experts by default rules, a mapping sets
             fields of `LlamaMoeConfig` (`num_experts`, `moe_layers`, ...) and how its weights are made (`noise`,
@@ -143,13 +150,20 @@ def load_vision_encoder(
 
 def _require_one_place(device: Any, device_map: Any, is_saved: bool) -> None:
     if device is not None and device_map is not None:
-        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them.")
+        raise ValueError(
+            f"device is {device!r} and device_map is {device_map!r}; give one of them."
+        )
     if device_map is not None and not is_saved:
-        raise ValueError("device_map is for a saved model: build, save_pretrained, and open the folder with it.")
+        raise ValueError(
+            "device_map is for a saved model: build, save_pretrained, and open the folder with it."
+        )
 
 
 def _build_options(
-    dtype: torch.dtype | str | None, attn_implementation: str | None, load_in_8bit: bool, load_in_4bit: bool
+    dtype: torch.dtype | str | None,
+    attn_implementation: str | None,
+    load_in_8bit: bool,
+    load_in_4bit: bool,
 ) -> dict[str, Any]:
     """Those of transformers' `from_pretrained`; what is not given is left out, except for the dtype."""
     options: dict[str, Any] = {"dtype": as_dtype(dtype)}
@@ -161,9 +175,16 @@ def _build_options(
 
 
 def _hub_options(
-    revision: str | None, cache_dir: str | Path | None, local_files_only: bool, token: str | bool | None
+    revision: str | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    token: str | bool | None,
 ) -> dict[str, Any]:
-    options: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
     return options if token is None else options | {"token": token}
 
 
@@ -174,3 +195,26 @@ def _require_no_parts(name: str, **given: Any) -> None:
             f"{name!r} is a saved model, whose parts are fixed: leave out {' and '.join(settings)}, or give a mapping "
             "to build a new model."
         )
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """transformers' switch, set for a while; it turns huggingface_hub's download bars too, so those are set back."""
+    was_shown, downloads_shown = (
+        transformers_logging.is_progress_bar_enabled(),
+        not are_progress_bars_disabled(),
+    )
+    _switch(shown, downloads_shown)
+    try:
+        yield
+    finally:
+        _switch(was_shown, downloads_shown)
+
+
+def _switch(shown: bool, downloads_shown: bool) -> None:
+    (
+        transformers_logging.enable_progress_bar
+        if shown
+        else transformers_logging.disable_progress_bar
+    )()
+    (enable_progress_bars if downloads_shown else disable_progress_bars)()

@@ -32,7 +32,9 @@ _VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 VICUNA_V1 = _CONTENT + (
-    "{%- if messages[0]['role'] != 'system' -%}{{ '" + _VICUNA_SYSTEM.replace("'", "\\'") + " ' }}{%- endif -%}"
+    "{%- if messages[0]['role'] != 'system' -%}{{ '"
+    + _VICUNA_SYSTEM.replace("'", "\\'")
+    + " ' }}{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}{{ text_of(message['content']) + ' ' }}"
     "{%- elif message['role'] == 'user' -%}{{ 'USER: ' + text_of(message['content']) + ' ' }}"
@@ -113,7 +115,9 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
             _FLATTEN.replace("TEXT", text) + _BEFORE_OWN + own + _AFTER_OWN.replace("END", end)
             for text in (_MARKED_TEXT, _MARKED_TRIMMED_TEXT)
         ]
-    return next((found for found in candidates if _render_alike(tokenizer, flattened, found)), flattened)
+    return next(
+        (found for found in candidates if _render_alike(tokenizer, flattened, found)), flattened
+    )
 
 
 def jinja_string(text: str) -> str:
@@ -123,7 +127,10 @@ def jinja_string(text: str) -> str:
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """What a template writes behind an assistant's turn, up to the first white space: `</s>`, `<|im_end|>`, ..."""
-    written = _render(tokenizer, template, [_QUESTION, {"role": "assistant", "content": _STOP}], False) or ""
+    written = (
+        _render(tokenizer, template, [_QUESTION, {"role": "assistant", "content": _STOP}], False)
+        or ""
+    )
     return next(iter(written.rpartition(_STOP)[2].split()), "")
 
 
@@ -135,7 +142,9 @@ def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool) -> Any:
+def _render(
+    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool
+) -> Any:
     try:
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=prompt

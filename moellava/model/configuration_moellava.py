@@ -31,7 +31,7 @@ class MoeLlavaConfig(PreTrainedConfig):
         language_model, language_model_revision: where the language model's weights came from: a repo id (or a local
             folder's own name) and its commit. The tower's are `vision_config.tower` and `vision_config.revision`.
         projector_tower: which tower the projector was made for, `TowerIdentity` of
-            `moellava.model.trained_projector` as a dict.
+            `moellava.model.checkpoint.projector_file` as a dict.
     """
 
     model_type = "moellava"
@@ -61,7 +61,9 @@ class MoeLlavaConfig(PreTrainedConfig):
     def projector_shape(self) -> ProjectorShape:
         """Widths and counts on both sides of the projector."""
         vision = self.vision_config
-        if vision.hidden_size is None:  # not yet built: encoders measure themselves and tell their config
+        if (
+            vision.hidden_size is None
+        ):  # not yet built: encoders measure themselves and tell their config
             with torch.device("meta"):
                 AutoModel.from_config(vision)
         return ProjectorShape(
@@ -74,13 +76,17 @@ class MoeLlavaConfig(PreTrainedConfig):
     @property
     def num_image_tokens(self) -> int:
         """Placeholders per image in a prompt: what the projector makes of the tower's patch tokens."""
-        return num_projected_tokens(self.projector_type, self.projector_shape, self.projector_options)
+        return num_projected_tokens(
+            self.projector_type, self.projector_shape, self.projector_options
+        )
 
 
 def _as_encoder_config(config: PreTrainedConfig) -> VisionEncoderConfig:
     if isinstance(config, VisionEncoderConfig):
         return config
-    own: Any = next((kind for kind in encoder_kinds() if config.model_type in kind.model_types), None)
+    own: Any = next(
+        (kind for kind in encoder_kinds() if config.model_type in kind.model_types), None
+    )
     config_class = own.encoder_class().config_class if own else None
     if config_class is None or not issubclass(config_class, TransformersVisionConfig):
         known = sorted({name for kind in encoder_kinds() for name in kind.model_types})

@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.quantization import held_bytes, held_dtype
-from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -24,14 +23,20 @@ def describe(model: PreTrainedModel) -> str:
     text, num_tokens = config.text_config, config.num_image_tokens
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     parts = [
-        ("vision_tower", tower, f"(N={config.vision_config.num_patches}, D={config.vision_config.hidden_size})"),
+        (
+            "vision_tower",
+            tower,
+            f"(N={config.vision_config.num_patches}, D={config.vision_config.hidden_size})",
+        ),
         ("multi_modal_projector", projector, f"(M={num_tokens}, D={text.hidden_size})"),
         ("language_model", model.model.language_model, f"(T, D={text.hidden_size})"),
         ("lm_head", model.lm_head, f"(T, V={text.vocab_size})"),
     ]
     rows = [["part", "class", "output", "parameters", "active per token", "dtype", "MiB"]]
     for name, module, output in parts:
-        dtypes = sorted({str(held_dtype(weight)).removeprefix("torch.") for weight in module.parameters()})
+        dtypes = sorted(
+            {str(held_dtype(weight)).removeprefix("torch.") for weight in module.parameters()}
+        )
         count = sum(weight.numel() for weight in module.parameters())
         rows.append(
             [
@@ -45,20 +50,39 @@ def describe(model: PreTrainedModel) -> str:
             ]
         )
     total, active = model.num_parameters(), count_active_parameters(model)
-    rows.append(["all", type(model).__name__, "", f"{total:,}", f"{active:,}", "", f"{_mebibytes(model):,.1f}"])
+    rows.append(
+        [
+            "all",
+            type(model).__name__,
+            "",
+            f"{total:,}",
+            f"{active:,}",
+            "",
+            f"{_mebibytes(model):,.1f}",
+        ]
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     if layers := getattr(text, "moe_layer_indices", None):
-        lines.append(f"mixtures of {text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}")
+        lines.append(
+            f"mixtures of {text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}"
+        )
     if config.tie_word_embeddings:
         lines.append("lm_head shares the token embeddings and is counted once in all")
     return "\n".join(lines)
 
 
-def log_vision(model: MoeLlavaForConditionalGeneration) -> None:
+def log_vision(model: PreTrainedModel) -> None:
     """One INFO line each for tower and projector of an opened model; a built one has told them on the way."""
-    model.get_vision_tower().log_tower()
-    logger.info("projector %s: %d image tokens per image", model.config.projector_type, model.config.num_image_tokens)
+    model.model.vision_tower.log_tower()
+    logger.info(
+        "projector %s: %d image tokens per image",
+        model.config.projector_type,
+        model.config.num_image_tokens,
+    )
 
 
 def log_language_model(model: PreTrainedModel) -> None:
@@ -75,7 +99,9 @@ def log_language_model(model: PreTrainedModel) -> None:
         )
     else:
         logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
-    logger.info("%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model))
+    logger.info(
+        "%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model)
+    )
 
 
 def count_active_parameters(module: nn.Module) -> int:
@@ -84,7 +110,11 @@ def count_active_parameters(module: nn.Module) -> int:
     for block in module.modules():
         if isinstance(block, LlamaMoeSparseBlock):
             experts = sum(weight.numel() for weight in block.experts.parameters())
-            count -= experts // block.experts.num_experts * (block.experts.num_experts - block.gate.top_k)
+            count -= (
+                experts
+                // block.experts.num_experts
+                * (block.experts.num_experts - block.gate.top_k)
+            )
     return count
 
 

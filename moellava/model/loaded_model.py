@@ -29,9 +29,13 @@ class LoadedModel(_Parts):
 
     processor: MoeLlavaProcessor
 
-    def __new__(cls, model: MoeLlavaForConditionalGeneration, processor: MoeLlavaProcessor) -> "LoadedModel":
+    def __new__(
+        cls, model: MoeLlavaForConditionalGeneration, processor: MoeLlavaProcessor
+    ) -> "LoadedModel":
         context_len = model.config.get_text_config().max_position_embeddings
-        loaded = super().__new__(cls, model, processor.image_processor, processor.tokenizer, context_len)
+        loaded = super().__new__(
+            cls, model, processor.image_processor, processor.tokenizer, context_len
+        )
         loaded.processor = processor
         return loaded
 
@@ -63,15 +67,24 @@ class LoadedModel(_Parts):
             [
                 {
                     "role": "user",
-                    "content": [*({"type": "image"} for _ in own), {"type": "text", "text": question}],
+                    "content": [
+                        *({"type": "image"} for _ in own),
+                        {"type": "text", "text": question},
+                    ],
                 }
             ]
             for own, question in zip(per_prompt, questions, strict=True)
         ]
-        prompts = self.processor.apply_chat_template(conversations, add_generation_prompt=True, tokenize=False)
+        prompts = self.processor.apply_chat_template(
+            conversations, add_generation_prompt=True, tokenize=False
+        )
         pictures = [to_pil(image) for own in per_prompt for image in own]
         inputs = self.processor(
-            text=prompts, images=pictures or None, padding=True, padding_side="left", return_tensors="pt"
+            text=prompts,
+            images=pictures or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(self.model.device)
 
         # A stored max_length (TinyLlama's is 2048) would be a second limit beside max_new_tokens.
@@ -79,7 +92,9 @@ class LoadedModel(_Parts):
         self._require_room(inputs, generation["max_new_tokens"])
         num_prompt_tokens = inputs["input_ids"].shape[1]
         generated = self.model.generate(**inputs, **generation)  # (B, T + new)
-        texts = self.tokenizer.batch_decode(generated[:, num_prompt_tokens:], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(
+            generated[:, num_prompt_tokens:], skip_special_tokens=True
+        )
         return [text.strip() for text in texts]
 
     def _require_room(self, inputs: Any, max_new_tokens: int) -> None:

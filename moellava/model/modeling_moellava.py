@@ -19,10 +19,10 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
-from moellava.encoders.weights import require_loaded
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import add_router_losses, has_router_penalty
 from moellava.model.projector import build_projector
+from moellava.storage.weights import require_fit
 
 # Beginnings of the weights' names.
 TOWER_PREFIX = "model.vision_tower."
@@ -61,11 +61,14 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        require_loaded((args and args[0]) or "the state dict", info, ("missing_keys",))
+        require_fit((args and args[0]) or "the state dict", missing=info["missing_keys"])
         return (model, info) if output_loading_info else model
 
     def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, *args: Any, **kwargs: Any
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """As transformers', but reentrant checkpointing of a mixture with router losses is refused.
 
@@ -108,11 +111,15 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with the image
             embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
         """
-        return self._project(self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens)
+        return self._project(
+            self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
+        )
 
     def _project(self, patch_tokens: Tensor) -> BaseModelOutputWithPooling:
         image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
-        return BaseModelOutputWithPooling(last_hidden_state=patch_tokens, pooler_output=image_embeds)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=patch_tokens, pooler_output=image_embeds
+        )
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     @can_return_tuple
@@ -132,7 +139,9 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_outputs: Any = (mm_encoder_outputs or {}).get("image")
         if sum(given is not None for given in (image_outputs, pixel_values, patch_tokens)) > 1:
-            raise ValueError("Give one of pixel_values, patch_tokens and mm_encoder_outputs['image'].")
+            raise ValueError(
+                "Give one of pixel_values, patch_tokens and mm_encoder_outputs['image']."
+            )
         if pixel_values is not None:
             image_outputs = self.get_image_features(pixel_values, return_dict=True)
         if patch_tokens is not None:
@@ -177,12 +186,16 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    built_from: dict[str, str] | None = None  # where this process found the parts; for save_trainable, never saved
+    built_from: dict[str, str] | None = (
+        None  # where this process found the parts; for save_trainable, never saved
+    )
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
         self.model = MoeLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
         self.post_init()
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -197,8 +210,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         return self.model.vision_tower
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Upload the model with a card that describes it; options as in `moellava.model.model_card.push_to_hub`."""
-        from moellava.model.model_card import push_to_hub
+        """Upload the model with a card that describes it; options as in `moellava.model.publish.model_card.push_to_hub`."""
+        from moellava.model.publish.model_card import push_to_hub
 
         return push_to_hub(self, repo_id, **options)
 
@@ -250,11 +263,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             output_router_logits=output_router_logits or is_penalised,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        logits = self.lm_head(
+            slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        )  # (B, T, V)
 
         loss: Tensor | None = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs
+            )
         loss, aux_loss = add_router_losses(
             text_config,
             loss,
@@ -276,7 +293,9 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         )
 
 
-def place_image_embeds(inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor) -> Tensor:
+def place_image_embeds(
+    inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor
+) -> Tensor:
     """Put image embeddings where the placeholders stand, in order.
 
     Args:

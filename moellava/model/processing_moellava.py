@@ -13,7 +13,14 @@ from moellava.model.truncation import pad_rows, shorten_text
 
 _REMOTE = ("http://", "https://", "data:")  # transformers' own business
 # What is done after truncation, in place of the tokenizer.
-AFTER_TRUNCATION = ("truncation", "max_length", "padding", "padding_side", "pad_to_multiple_of", "return_tensors")
+AFTER_TRUNCATION = (
+    "truncation",
+    "max_length",
+    "padding",
+    "padding_side",
+    "pad_to_multiple_of",
+    "return_tensors",
+)
 
 
 class MoeLlavaProcessor(ProcessorMixin):
@@ -59,7 +66,9 @@ class MoeLlavaProcessor(ProcessorMixin):
             ValueError: if images and `<image>` in the text are not as many, or if the image tokens alone are more
                 than `max_length`.
         """
-        given = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)["text_kwargs"]
+        given = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)[
+            "text_kwargs"
+        ]
         if text is None or given.get("truncation") in (None, False, "do_not_truncate"):
             return super().__call__(images=images, text=text, **kwargs)
         kwargs = {
@@ -69,12 +78,19 @@ class MoeLlavaProcessor(ProcessorMixin):
             for key, value in kwargs.items()
             if key not in AFTER_TRUNCATION
         }
-        batch = super().__call__(images=images, text=text, truncation=False, padding=False, verbose=False, **kwargs)
+        batch = super().__call__(
+            images=images, text=text, truncation=False, padding=False, verbose=False, **kwargs
+        )
         self._truncate_and_pad(batch, given)
-        return batch.convert_to_tensors(given.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion)
+        return batch.convert_to_tensors(
+            given.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion
+        )
 
     def _truncate_and_pad(self, batch: BatchFeature, given: dict[str, Any]) -> None:
-        tokenizer, max_length = self.tokenizer, given.get("max_length") or self.tokenizer.model_max_length
+        tokenizer, max_length = (
+            self.tokenizer,
+            given.get("max_length") or self.tokenizer.model_max_length,
+        )
         shorten_text(
             batch.data,
             max_length,
@@ -85,10 +101,17 @@ class MoeLlavaProcessor(ProcessorMixin):
         padding = given.get("padding", False)
         if padding in (False, "do_not_pad"):
             return
-        length = max_length if padding == "max_length" else max(len(ids) for ids in batch["input_ids"])
+        length = (
+            max_length if padding == "max_length" else max(len(ids) for ids in batch["input_ids"])
+        )
         multiple = given.get("pad_to_multiple_of") or 1
         side = given.get("padding_side") or tokenizer.padding_side
-        pad_rows(batch.data, -(-length // multiple) * multiple, pad_token_id=tokenizer.pad_token_id, side=side)
+        pad_rows(
+            batch.data,
+            -(-length // multiple) * multiple,
+            pad_token_id=tokenizer.pad_token_id,
+            side=side,
+        )
 
     def apply_chat_template(  # type: ignore[override]  # the rest of a long signature goes through
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
@@ -97,10 +120,14 @@ class MoeLlavaProcessor(ProcessorMixin):
         template = TEMPLATES.get(chat_template or "", chat_template)
         return super().apply_chat_template(conversation, template, **kwargs)
 
-    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+    def replace_image_token(
+        self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
+    ) -> str:
         return self.image_token * self.num_image_tokens
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[list[int]] | None = None, **kwargs: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[list[int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
         """Placeholders for images of the given (height, width): the same for all, since the input size is fixed."""
         if image_sizes is None:
             return MultiModalData()

@@ -37,7 +37,9 @@ class ProjectorKind:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build_projector(projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None) -> nn.Module:
+def build_projector(
+    projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None
+) -> nn.Module:
     """Build an untrained projector, a module from (B, N, D_vision) to (B, M, D_text).
 
     Args:
@@ -52,12 +54,16 @@ def build_projector(projector_type: str, shape: ProjectorShape, options: Mapping
     return _kind(projector_type).build(shape, **projector_options(projector_type, options))
 
 
-def num_projected_tokens(projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None) -> int:
+def num_projected_tokens(
+    projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None
+) -> int:
     """M, the image embeddings that the projector makes of one image."""
     return _kind(projector_type).num_tokens(shape, **projector_options(projector_type, options))
 
 
-def projector_options(projector_type: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def projector_options(
+    projector_type: str, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The options of a projector type, those given in place of their defaults."""
     known = _kind(projector_type).options
     for name in given or {}:
@@ -112,7 +118,8 @@ def _kind(projector_type: str) -> ProjectorKind:
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
         num_layers = int(match.group(1))
         return ProjectorKind(
-            build=lambda shape: _mlp(num_layers, shape.vision_width, shape.text_width), num_tokens=_keep_count
+            build=lambda shape: _mlp(num_layers, shape.vision_width, shape.text_width),
+            num_tokens=_keep_count,
         )
     raise unknown_name("projector_type", projector_type, [*PROJECTORS, "mlp2x_gelu"])
 
@@ -144,13 +151,16 @@ def _build_linear(shape: ProjectorShape) -> nn.Module:
 def _build_pixel_shuffle(shape: ProjectorShape, factor: int) -> nn.Module:
     _merged_count(shape, factor)
     return nn.Sequential(
-        PixelShuffle(shape.grid, factor), *_mlp(2, factor * factor * shape.vision_width, shape.text_width)
+        PixelShuffle(shape.grid, factor),
+        *_mlp(2, factor * factor * shape.vision_width, shape.text_width),
     )
 
 
 def _build_average_pool(shape: ProjectorShape, factor: int) -> nn.Module:
     _merged_count(shape, factor)
-    return nn.Sequential(AveragePool(shape.grid, factor), *_mlp(2, shape.vision_width, shape.text_width))
+    return nn.Sequential(
+        AveragePool(shape.grid, factor), *_mlp(2, shape.vision_width, shape.text_width)
+    )
 
 
 def _merged_count(shape: ProjectorShape, factor: int) -> int:
@@ -184,8 +194,12 @@ def _build_qformer(shape: ProjectorShape, **options: Any) -> nn.Module:
 PROJECTORS: dict[str, ProjectorKind] = {
     "identity": ProjectorKind(build=_build_identity, num_tokens=_keep_count),
     "linear": ProjectorKind(build=_build_linear, num_tokens=_keep_count),
-    "pixel_shuffle": ProjectorKind(build=_build_pixel_shuffle, num_tokens=_merged_count, options={"factor": 2}),
-    "average_pool": ProjectorKind(build=_build_average_pool, num_tokens=_merged_count, options={"factor": 2}),
+    "pixel_shuffle": ProjectorKind(
+        build=_build_pixel_shuffle, num_tokens=_merged_count, options={"factor": 2}
+    ),
+    "average_pool": ProjectorKind(
+        build=_build_average_pool, num_tokens=_merged_count, options={"factor": 2}
+    ),
     "perceiver": ProjectorKind(
         build=_build_perceiver,
         num_tokens=lambda shape, num_latents, num_layers: num_latents,

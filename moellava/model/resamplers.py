@@ -46,16 +46,27 @@ class PerceiverProjector(nn.Module):
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
         context = self.input_projection(patch_tokens)  # (B, N, D_text)
-        return self.resampler(context, torch.ones(context.shape[:2], dtype=torch.long, device=context.device))
+        return self.resampler(
+            context, torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
+        )
 
 
 class QFormerProjector(nn.Module):
     """(B, N, D_vision) → (B, num_query_tokens, D_text): BLIP-2's Q-Former (arXiv 2301.12597), then a linear map."""
 
-    def __init__(self, vision_width: int, text_width: int, num_query_tokens: int, num_layers: int, hidden_size: int):
+    def __init__(
+        self,
+        vision_width: int,
+        text_width: int,
+        num_query_tokens: int,
+        num_layers: int,
+        hidden_size: int,
+    ):
         super().__init__()
         if hidden_size % 64:
-            raise ValueError(f"hidden_size of the Q-Former is {hidden_size}; give a multiple of 64, the head's width.")
+            raise ValueError(
+                f"hidden_size of the Q-Former is {hidden_size}; give a multiple of 64, the head's width."
+            )
         config = Blip2QFormerConfig(
             hidden_size=hidden_size,
             num_hidden_layers=num_layers,
@@ -71,4 +82,6 @@ class QFormerProjector(nn.Module):
     def forward(self, patch_tokens: Tensor) -> Tensor:
         queries = self.query_tokens.expand(len(patch_tokens), -1, -1)
         output: Any = self.qformer(query_embeds=queries, encoder_hidden_states=patch_tokens)
-        return self.output_projection(output.last_hidden_state.to(self.output_projection.weight.dtype))
+        return self.output_projection(
+            output.last_hidden_state.to(self.output_projection.weight.dtype)
+        )

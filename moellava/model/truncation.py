@@ -7,13 +7,23 @@ from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 # What stands at a padded position, by the names of a tokenizer's and processor's per-token lists.
-PADDING = {"attention_mask": 0, "mm_token_type_ids": 0, "token_type_ids": 0, "special_tokens_mask": 1}
+PADDING = {
+    "attention_mask": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "special_tokens_mask": 1,
+}
 PADDING_OFFSETS = (0, 0)
 PER_TOKEN = ("input_ids", *PADDING, "offset_mapping")
 
 
 def shorten_text(
-    rows: MutableMapping[str, Any], max_length: int, *, image_token_id: int, bos_token_id: int | None, side: str
+    rows: MutableMapping[str, Any],
+    max_length: int,
+    *,
+    image_token_id: int,
+    bos_token_id: int | None,
+    side: str,
 ) -> None:
     """Drop text tokens, in place, from each row that is longer than `max_length`; image tokens stay.
 
@@ -40,14 +50,18 @@ def shorten_text(
         dropped = set(text[-excess:] if side == "right" else text[:excess])
         for name in PER_TOKEN:
             if name in rows:
-                rows[name][index] = [value for place, value in enumerate(rows[name][index]) if place not in dropped]
+                rows[name][index] = [
+                    value for place, value in enumerate(rows[name][index]) if place not in dropped
+                ]
 
 
 def pad_rows(rows: MutableMapping[str, Any], length: int, *, pad_token_id: int, side: str) -> None:
     """Make every list of `PER_TOKEN` in `rows` at least `length` long, in place."""
     for name in PER_TOKEN:
         if name in rows:
-            value: Any = {"input_ids": pad_token_id, "offset_mapping": PADDING_OFFSETS}.get(name, PADDING.get(name))
+            value: Any = {"input_ids": pad_token_id, "offset_mapping": PADDING_OFFSETS}.get(
+                name, PADDING.get(name)
+            )
             rows[name] = [_pad(row, [value] * (length - len(row)), side) for row in rows[name]]
 
 

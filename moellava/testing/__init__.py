@@ -29,7 +29,12 @@ from moellava.testing.hub import (
 )
 from moellava.testing.language_models import write_smollm2, write_tinyllama
 from moellava.testing.llava import write_llava
-from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
+from moellava.testing.towers import (
+    BIOMEDBERT,
+    write_biomedbert,
+    write_biomedclip,
+    write_openai_clip,
+)
 
 __all__ = [
     "BIOMEDBERT",

@@ -62,7 +62,9 @@ def write_vqa_rad_authors(folder: Path) -> Path:
                 "question_frame": "NULL",
                 "question_type": "PRES",
                 "answer": 3 if index == 5 else answer,  # numbers stand among the answers
-                "answer_type": f"{answer_type} " if index == 0 else answer_type,  # one has a space behind
+                "answer_type": f"{answer_type} "
+                if index == 0
+                else answer_type,  # one has a space behind
             }
         )
     (folder / "VQA_RAD Dataset Public.json").write_text(json.dumps(rows, indent=1))
@@ -102,7 +104,9 @@ def write_slake(folder: Path, *, zipped: bool = True) -> Path:
                 }
             )
             qid += 1
-        (folder / f"{split}.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+        (folder / f"{split}.json").write_text(
+            json.dumps(rows, ensure_ascii=False), encoding="utf-8"
+        )
     if zipped:
         _zip(folder / "imgs.zip", {f"imgs/{name}": path for name, path in names.items()})
         shutil.rmtree(folder / "imgs")
@@ -112,7 +116,10 @@ def write_slake(folder: Path, *, zipped: bool = True) -> Path:
 def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
     """`RadGenome/PMC-VQA`: CSV of both versions, four choices, pictures in `images.zip` and `images_2.zip`."""
     folder.mkdir(parents=True, exist_ok=True)
-    choices = [f" {letter}:{text} " for letter, text in zip("ABCD", ("CT", "MRI", "None", "X-ray"), strict=True)]
+    choices = [
+        f" {letter}:{text} "
+        for letter, text in zip("ABCD", ("CT", "MRI", "None", "X-ray"), strict=True)
+    ]
     letters = [f"Choice {letter}" for letter in "ABCD"]
     for place, number in (("images", 1), ("images_2/figures", 2)):
         (folder / place).mkdir(parents=True)
@@ -141,7 +148,9 @@ def write_medmnist(path: Path, *, multi_label: bool = False, side: int = 28) -> 
     for split, count in {"train": 6, "val": 2, "test": 3}.items():
         shape = (count, side, side) if multi_label else (count, side, side, 3)
         arrays[f"{split}_images"] = generator.integers(0, 256, shape, dtype=np.uint8)
-        labels = generator.integers(0, 2, (count, 14)) if multi_label else np.arange(count)[:, None] % 3
+        labels = (
+            generator.integers(0, 2, (count, 14)) if multi_label else np.arange(count)[:, None] % 3
+        )
         arrays[f"{split}_labels"] = labels.astype(np.uint8)
     np.savez_compressed(path, **arrays)
     return path
@@ -160,7 +169,9 @@ def _write_hub_vqa(folder: Path, splits: dict[str, int], mode: str) -> Path:
     from datasets import Image as ImageFeature
 
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    features = Features({"image": ImageFeature(), "question": Value("string"), "answer": Value("string")})
+    features = Features(
+        {"image": ImageFeature(), "question": Value("string"), "answer": Value("string")}
+    )
     seed = 0
     for split, count in splits.items():
         rows: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}

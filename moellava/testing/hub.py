@@ -11,7 +11,12 @@ from unittest import mock
 from moellava.testing.datasets import DATASETS
 from moellava.testing.language_models import write_smollm2, write_tinyllama
 from moellava.testing.llava import write_llava
-from moellava.testing.towers import BIOMEDBERT, write_biomedbert, write_biomedclip, write_openai_clip
+from moellava.testing.towers import (
+    BIOMEDBERT,
+    write_biomedbert,
+    write_biomedclip,
+    write_openai_clip,
+)
 
 BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
@@ -37,7 +42,9 @@ STAND_INS: dict[str, Callable[..., Path]] = {
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
-def fill_hub_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any) -> dict[str, Path]:
+def fill_hub_cache(
+    cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any
+) -> dict[str, Path]:
     """Write stand-ins into `cache_dir` in the layout of `HF_HUB_CACHE`, so that user code runs unchanged.
 
     Use it with the environment variables `HF_HUB_CACHE=<cache_dir>` and `HF_HUB_OFFLINE=1`, set before
@@ -52,17 +59,24 @@ def fill_hub_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), 
     """
     repo_ids = list(repo_ids)
     if options and len(repo_ids) != 1:
-        raise ValueError(f"Options {sorted(options)} go to one writer, but {len(repo_ids)} repo ids were given.")
+        raise ValueError(
+            f"Options {sorted(options)} go to one writer, but {len(repo_ids)} repo ids were given."
+        )
     return {repo_id: _write_snapshot(cache_dir, repo_id, **options) for repo_id in repo_ids}
 
 
-def fill_dataset_cache(cache_dir: Path, repo_ids: Iterable[str] = tuple(DATASETS)) -> dict[str, Path]:
+def fill_dataset_cache(
+    cache_dir: Path, repo_ids: Iterable[str] = tuple(DATASETS)
+) -> dict[str, Path]:
     """Write stand-ins of published datasets into `cache_dir`, as `fill_hub_cache` does with models.
 
     Returns:
         The snapshot folder of each repo id of `DATASETS`.
     """
-    return {repo_id: _place_snapshot(cache_dir, "datasets", repo_id, DATASETS[repo_id]) for repo_id in repo_ids}
+    return {
+        repo_id: _place_snapshot(cache_dir, "datasets", repo_id, DATASETS[repo_id])
+        for repo_id in repo_ids
+    }
 
 
 @contextmanager
@@ -84,7 +98,9 @@ def _write_snapshot(cache_dir: Path, repo_id: str, **options: Any) -> Path:
     return _place_snapshot(cache_dir, "models", repo_id, STAND_INS[repo_id], **options)
 
 
-def _place_snapshot(cache_dir: Path, kind: str, repo_id: str, write: Callable[..., Path], **options: Any) -> Path:
+def _place_snapshot(
+    cache_dir: Path, kind: str, repo_id: str, write: Callable[..., Path], **options: Any
+) -> Path:
     repo = cache_dir / f"{kind}--{repo_id.replace('/', '--')}"
     snapshot = write(repo / "snapshots" / REVISION, **options)
     (repo / "refs").mkdir(exist_ok=True)

@@ -69,7 +69,9 @@ def write_tinyllama(
         rms_norm_eps=1e-5,
         dtype=dtype,
     )
-    return _write_model(folder, config, seed, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048)
+    return _write_model(
+        folder, config, seed, bos_token_id=1, eos_token_id=2, pad_token_id=0, max_length=2048
+    )
 
 
 def write_smollm2(
@@ -134,7 +136,9 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
 
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(corpus, vocab_size=vocab_size, special_tokens=specials, show_progress=False)
+    learner.train_from_iterator(
+        corpus, vocab_size=vocab_size, special_tokens=specials, show_progress=False
+    )
     learned = json.loads(learner.to_str())["model"]
     pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
     pieces += [f"<placeholder_{index}>" for index in range(vocab_size - len(pieces))]
@@ -151,7 +155,9 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
     tokenizer.save_pretrained(folder)
 
 
-def write_llama_tokenizer(folder: Path, corpus: Iterable[str] = _CORPUS, vocab_size: int = 32000) -> None:
+def write_llama_tokenizer(
+    folder: Path, corpus: Iterable[str] = _CORPUS, vocab_size: int = 32000
+) -> None:
     """Write the tokenizer files of TinyLlama, which are Llama 2's, with merges learned from `corpus`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer

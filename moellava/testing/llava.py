@@ -17,7 +17,11 @@ LLAVA_CHAT_TEMPLATE = (
 
 
 def write_llava(
-    folder: Path, *, dtype: torch.dtype = torch.float32, text: dict[str, Any] | None = None, **options: Any
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    text: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Path:
     """Write a repo laid out like `llava-hf/llava-1.5-7b-hf`: CLIP, Llama, 16 image tokens per image of 56 pixels.
 
@@ -43,9 +47,16 @@ def write_llava(
     folder.mkdir(parents=True, exist_ok=True)
     write_llama_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False), "<pad>"], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken("<image>", special=True, normalized=False), "<pad>"], special_tokens=True
+    )
     vision_config = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, image_size=56, patch_size=14
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=56,
+        patch_size=14,
     )
     text_config = LlamaConfig(
         vocab_size=32064,  # LLaVA-1.5's: padded to a multiple of 64
@@ -57,7 +68,11 @@ def write_llava(
         **(text or {}),
     )
     config = LlavaConfig(
-        vision_config=vision_config, text_config=text_config, image_token_index=32000, image_seq_length=16, **options
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=32000,
+        image_seq_length=16,
+        **options,
     )
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(config)

@@ -50,7 +50,9 @@ def write_biomedclip(
     torch.manual_seed(seed)
     visual = TimmModel(vision, embed_dim=embed_dim, image_size=image_size, pool="", proj="linear")
     state_dict = {f"visual.{key}": value for key, value in visual.state_dict().items()}
-    state_dict |= _text_tower(BertConfig() if full_text else _bert_config(num_text_layers), embed_dim)
+    state_dict |= _text_tower(
+        BertConfig() if full_text else _bert_config(num_text_layers), embed_dim
+    )
     state_dict["logit_scale"] = torch.tensor(4.4454)
     torch.save(state_dict, folder / "open_clip_pytorch_model.bin")
 
@@ -87,13 +89,20 @@ def write_biomedbert(folder: Path, *, num_text_layers: int = 1) -> Path:
     return folder
 
 
-def write_openai_clip(folder: Path, *, image_size: int = 224, patch_size: int = 32, seed: int = 0) -> Path:
+def write_openai_clip(
+    folder: Path, *, image_size: int = 224, patch_size: int = 32, seed: int = 0
+) -> Path:
     """Write a transformers CLIP repo: `config.json`, `model.safetensors`, `preprocessor_config.json`."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     config = CLIPConfig(
         vision_config={**size, "image_size": image_size, "patch_size": patch_size},
         text_config={**size, "vocab_size": 1000, "bos_token_id": 998, "eos_token_id": 999},
@@ -122,7 +131,9 @@ def _write_bert_tokenizer(folder: Path) -> None:
     from transformers import BertTokenizer
 
     vocabulary = _bert_vocabulary()
-    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(vocabulary)}, do_lower_case=True)
+    tokenizer = BertTokenizer(
+        vocab={token: index for index, token in enumerate(vocabulary)}, do_lower_case=True
+    )
     tokenizer.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
 

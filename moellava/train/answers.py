@@ -16,7 +16,12 @@ from moellava.model.loaded_model import LoadedModel
 
 @torch.inference_mode()
 def answer_rows(
-    loaded: LoadedModel, rows: Sequence[Any], collator: ChatCollator, *, max_new_tokens: int, batch_size: int = 8
+    loaded: LoadedModel,
+    rows: Sequence[Any],
+    collator: ChatCollator,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
 ) -> list[dict[str, Any]]:
     """Ask what each row asks first, greedily, in the format that it was trained in.
 
@@ -30,20 +35,37 @@ def answer_rows(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(rows), batch_size):
         asked, truths = zip(
-            *(_first_question(messages_of(row)) for row in rows[start : start + batch_size]), strict=True
+            *(_first_question(messages_of(row)) for row in rows[start : start + batch_size]),
+            strict=True,
         )
-        images = [collator.load_image(item["image"]) for messages in asked for item in image_items(messages)]
+        images = [
+            collator.load_image(item["image"])
+            for messages in asked
+            for item in image_items(messages)
+        ]
         prompts = [
-            processor.apply_chat_template(without_pictures(messages), tokenize=False, add_generation_prompt=True)
+            processor.apply_chat_template(
+                without_pictures(messages), tokenize=False, add_generation_prompt=True
+            )
             for messages in asked
         ]
         inputs = processor(
-            text=prompts, images=images or None, padding=True, padding_side="left", return_tensors="pt"
+            text=prompts,
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
         ).to(loaded.model.device)
         generated = loaded.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, max_length=None, use_cache=True
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            max_length=None,
+            use_cache=True,
         )
-        texts = processor.tokenizer.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        texts = processor.tokenizer.batch_decode(
+            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         for index, (messages, truth, text) in enumerate(zip(asked, truths, texts, strict=True)):
             row = rows[start + index]
             answers.append(
@@ -64,7 +86,9 @@ def share_exact(answers: Sequence[dict[str, Any]]) -> float:
     def plain(text: str) -> str:
         return text.strip(" .\n").lower()
 
-    return sum(plain(answer["answer"]) == plain(answer["truth"]) for answer in answers) / len(answers)
+    return sum(plain(answer["answer"]) == plain(answer["truth"]) for answer in answers) / len(
+        answers
+    )
 
 
 def _first_question(messages: Sequence[Any]) -> tuple[list[Any], str]:

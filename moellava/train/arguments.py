@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from moellava.messages import unknown_name
 from moellava.train.recipe import Recipe
@@ -34,7 +37,9 @@ def run_folder(recipe: Recipe) -> Path:
     return Path(recipe.output_dir).expanduser()
 
 
-def training_arguments(recipe: Recipe, *, show_progress: bool = True, resumes: bool = False) -> TrainingArguments:
+def training_arguments(
+    recipe: Recipe, *, show_progress: bool = True, resumes: bool = False
+) -> TrainingArguments:
     """transformers' arguments.
 
     Args:
@@ -95,9 +100,13 @@ def training_arguments(recipe: Recipe, *, show_progress: bool = True, resumes: b
         if f"trainer.{name}" not in known:
             raise unknown_name("recipe key", f"trainer.{name}", known)
         if name in settings:
-            raise ValueError(f"trainer.{name} has a key of its own in the recipe: see moellava.train.Recipe.")
+            raise ValueError(
+                f"trainer.{name} has a key of its own in the recipe: see moellava.train.Recipe."
+            )
         if name in _REFUSED:
-            raise ValueError(f"trainer.{name} would break whole checkpoints or exact resuming. Leave it out.")
+            raise ValueError(
+                f"trainer.{name} would break whole checkpoints or exact resuming. Leave it out."
+            )
     _require_engine(recipe)
     _require_reporters(recipe.logging.report_to)
     return TrainingArguments(**{**defaults, **settings, **trainer})
@@ -113,15 +122,23 @@ def _require_engine(recipe: Recipe) -> None:
         )
     wants_deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED") or bool(recipe.trainer.get("deepspeed"))
     if recipe.parallel == "fsdp2" and (wants_fsdp or wants_deepspeed):
-        raise ValueError("parallel=fsdp2 shards by itself. Leave it out, or accelerate's FSDP or DeepSpeed config.")
+        raise ValueError(
+            "parallel=fsdp2 shards by itself. Leave it out, or accelerate's FSDP or DeepSpeed config."
+        )
     if wants_deepspeed and not is_deepspeed_available():
-        raise ImportError("The accelerate config asks for DeepSpeed, which is not installed. pip install deepspeed")
+        raise ImportError(
+            "The accelerate config asks for DeepSpeed, which is not installed. pip install deepspeed"
+        )
     if recipe.lora is not None and wants_fsdp:
         raise ValueError(
             "Adapters under accelerate's FSDP could not be merged whole at the end. Use parallel=fsdp2 with torchrun, "
             "or DDP."
         )
-    if recipe.lora is not None and wants_deepspeed and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if (
+        recipe.lora is not None
+        and wants_deepspeed
+        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+    ):
         raise ValueError(
             "Adapters under DeepSpeed's ZeRO-3 could not be merged whole at the end. Use ZeRO-2 or less, DDP, or "
             "parallel=fsdp2."
@@ -133,7 +150,9 @@ def _require_reporters(names: Iterable[str]) -> None:
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown_name("name in logging.report_to:", name, INTEGRATION_TO_CALLBACK)
         if name not in get_available_reporting_integrations():
-            raise ImportError(f"logging.report_to names {name!r}, which is not installed. pip install {name}")
+            raise ImportError(
+                f"logging.report_to names {name!r}, which is not installed. pip install {name}"
+            )
 
 
 def _is_set(variable: str) -> bool:

@@ -35,7 +35,11 @@ def writing(run: Path, name: str) -> Iterator[Path]:
     folder = staging_folder(run) / name
     try:
         yield folder
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save says RuntimeError for a full disk
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch.save says RuntimeError for a full disk
         shutil.rmtree(folder, ignore_errors=True)
         good = newest_checkpoint(run)
         raise OSError(
@@ -54,7 +58,9 @@ def publish(written: Path, target: Path) -> None:
         if path.is_file():
             _to_disk(path)
     _to_disk(written)
-    if target.exists():  # an older run's; a kill between the two moves leaves neither, never half of one
+    if (
+        target.exists()
+    ):  # an older run's; a kill between the two moves leaves neither, never half of one
         remove(target, written.parent)
     os.rename(written, target)
     _to_disk(target.parent)
@@ -70,7 +76,11 @@ def remove(folder: Path, staging: Path) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, oldest first; each is whole."""
-    found = [(int(match[1]), path) for path in run.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path)
+        for path in run.glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from moellava.data.images import load_image
 from moellava.encoders import VisionEncoder
-from moellava.encoders.features import encode_files
-from moellava.model.tower_identity import weights_fingerprint
+from moellava.encoders.feature_file import encode_files
+from moellava.model.checkpoint.tower_identity import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,10 @@ def image_key(image: Any) -> str:
         return "sha256:" + hashlib.sha256(image).hexdigest()
     pixels = np.asarray(image)
     shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
-    return "sha256:" + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    return (
+        "sha256:"
+        + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+    )
 
 
 class FeatureFile:
@@ -52,7 +55,9 @@ class FeatureFile:
     def __call__(self, image: Any) -> Tensor:
         key = image_key(image)
         if key not in self._row_of:
-            raise ValueError(f"{self.path} has no features of the image {key}. Delete the file to have it made anew.")
+            raise ValueError(
+                f"{self.path} has no features of the image {key}. Delete the file to have it made anew."
+            )
         if self._tokens is None:  # opened in the process that reads
             self._tokens = safe_open(self.path, framework="pt").get_slice("patch_tokens")
         tokens: Tensor = self._tokens[self._row_of[key]]
@@ -63,7 +68,15 @@ class FeatureFile:
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:
         """Raise `ValueError` unless the file is of this tower, as exact as `dtype`, and holds all these images."""
-        for name in ("tower", "revision", "image_size", "grid", "select_layer", "select_feature", "final_norm"):
+        for name in (
+            "tower",
+            "revision",
+            "image_size",
+            "grid",
+            "select_layer",
+            "select_feature",
+            "final_norm",
+        ):
             found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
             if found != wanted:
                 raise ValueError(
@@ -116,11 +129,15 @@ def encode_rows(
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
     while not encodes and not path.exists():
-        time.sleep(0.2)  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
+        time.sleep(
+            0.2
+        )  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)
-        context = torch.autocast(encoder.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
+        context = (
+            torch.autocast(encoder.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
+        )
         with context:
             encode_files(
                 encoder,

@@ -20,7 +20,9 @@ class EpochSampler(Sampler[int]):
         group_size: rows of an optimizer step, within which lengths should be alike.
     """
 
-    def __init__(self, num_rows: int, *, seed: int, lengths: Sequence[int] | None = None, group_size: int = 1):
+    def __init__(
+        self, num_rows: int, *, seed: int, lengths: Sequence[int] | None = None, group_size: int = 1
+    ):
         self.num_rows, self.seed, self.group_size = num_rows, seed, group_size
         self.lengths = None if lengths is None else list(lengths)
         self.epoch = 0

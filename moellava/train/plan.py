@@ -21,8 +21,8 @@ from moellava.data.collate import messages_of
 from moellava.model.describe import count_active_parameters
 from moellava.model.language_model import moe_config_from_dense
 from moellava.train.arguments import run_folder, training_arguments
+from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.recipe import Recipe
-from moellava.train.rows import TrainData, build_collator, read_data, row_lengths
 from moellava.train.stages import outline_model, prepare_model
 
 GIB = 2**30
@@ -65,7 +65,9 @@ def plan(recipe: Recipe) -> Plan:
     optim, lengths = recipe.optim, row_lengths(data.train, build_collator(recipe, loaded.processor))
     per_epoch = math.ceil(len(lengths) / optim.batch_size)
     num_steps = optim.max_steps or math.ceil(per_epoch * optim.epochs)
-    num_rows = num_steps * optim.batch_size if optim.max_steps else math.ceil(optim.epochs * len(lengths))
+    num_rows = (
+        num_steps * optim.batch_size if optim.max_steps else math.ceil(optim.epochs * len(lengths))
+    )
     memory = estimate_memory(model, recipe, longest=max(lengths))
     images = 0.0 if recipe.data.features else _images_per_row(data)
     flops = num_rows * estimate_flops(model, recipe, length=mean(lengths), images_per_row=images)
@@ -98,7 +100,9 @@ def _plan_router(recipe: Recipe) -> Plan:
     loaded.model.requires_grad_(False)
     memory = estimate_memory(loaded.model, recipe, longest=max(lengths))
     images = _images_per_row(data)
-    flops = len(lengths) * estimate_flops(loaded.model, recipe, length=mean(lengths), images_per_row=images)
+    flops = len(lengths) * estimate_flops(
+        loaded.model, recipe, length=mean(lengths), images_per_row=images
+    )
     lines = [
         f"stage router: trains {trained:,} parameters; the model's {total:,} stay as they are",
         f"  router.weight ({mixture.num_experts}, {mixture.hidden_size}), router.bias ({mixture.num_experts},), for "
@@ -152,7 +156,11 @@ def _ranges(numbers: Sequence[int]) -> str:
     """Ascending whole numbers in few words: 0-21, or 0,2,...,20."""
     if len(numbers) > 2 and len({b - a for a, b in pairwise(numbers)}) == 1:
         step = numbers[1] - numbers[0]
-        return f"{numbers[0]}-{numbers[-1]}" if step == 1 else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}"
+        return (
+            f"{numbers[0]}-{numbers[-1]}"
+            if step == 1
+            else f"{numbers[0]},{numbers[1]},...,{numbers[-1]}"
+        )
     return ",".join(map(str, numbers))
 
 
@@ -201,10 +209,18 @@ def _activation_bytes(model: Any, recipe: Recipe, longest: int) -> float:
     # Per token of a layer: norms (input, its float32 twin, output), q k v and their rotations, attention's output;
     # gate, up, their activation and product, each for the MLPs that a token meets.
     layers, num_mlps = text.num_hidden_layers, _mlps_per_layer(text)
-    one_layer = 2 * hidden * (2 * wide + narrow) + narrow * (3 * hidden + 4 * kv) + num_mlps * 4 * inner * narrow
+    one_layer = (
+        2 * hidden * (2 * wide + narrow)
+        + narrow * (3 * hidden + 4 * kv)
+        + num_mlps * 4 * inner * narrow
+    )
     if not any(weight.requires_grad for weight in model.parameters()):
         return tokens * (one_layer + text.vocab_size * narrow)
-    kept = layers * hidden * wide + one_layer if recipe.optim.activation_checkpointing else layers * one_layer
+    kept = (
+        layers * hidden * wide + one_layer
+        if recipe.optim.activation_checkpointing
+        else layers * one_layer
+    )
     logits = text.vocab_size * (narrow + 2 * 4)  # float32 for the loss, and their gradient
     return tokens * (kept + logits)
 
@@ -226,10 +242,14 @@ def estimate_flops(model: Any, recipe: Recipe, *, length: float, images_per_row:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     text, vision = base.config.text_config, base.config.vision_config
     language_model = base.model.language_model
-    active = count_active_parameters(language_model)  # the table, which costs nothing, stands for the head
+    active = count_active_parameters(
+        language_model
+    )  # the table, which costs nothing, stands for the head
     learning = sum(weight.numel() for weight in language_model.parameters() if weight.requires_grad)
     share = learning / sum(weight.numel() for weight in language_model.parameters())
-    forward = 2 * active + 4 * length * text.hidden_size * text.num_hidden_layers / 2  # half: attention is causal
+    forward = (
+        2 * active + 4 * length * text.hidden_size * text.num_hidden_layers / 2
+    )  # half: attention is causal
     is_trained = any(weight.requires_grad for weight in model.parameters())
     passes = 1 + is_trained * (1 + share + recipe.optim.activation_checkpointing)
     tower = sum(weight.numel() for weight in base.model.vision_tower.parameters())

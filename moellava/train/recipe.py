@@ -35,7 +35,9 @@ class DataOptions:
     chat_template: str | None = None  # `plain`, `tinyllama`, ...; None is the model's own
     max_length: int | None = 2048  # tokens of a row, image placeholders included
     long_rows: Literal["error", "truncate"] = "error"
-    packing: bool = False  # rows of a device's batch in one sequence instead of padded; none attends to another
+    packing: bool = (
+        False  # rows of a device's batch in one sequence instead of padded; none attends to another
+    )
     group_by_length: bool = True
     num_workers: int = 4  # processes that open images and tokenize
     # A file that keeps what the frozen tower makes of each image, so that it runs once. Images in files are known by
@@ -48,7 +50,9 @@ class Optim:
     """Batches, schedule, optimizer and precision."""
 
     learning_rate: float = 2e-5
-    batch_size: int = 128  # rows per optimizer step, over all devices; what does not fit at once is accumulated
+    batch_size: int = (
+        128  # rows per optimizer step, over all devices; what does not fit at once is accumulated
+    )
     per_device_batch_size: int = 8
     epochs: float = 1.0
     max_steps: int | None = None  # optimizer steps, in place of `epochs`
@@ -86,7 +90,9 @@ class Moe:
 @dataclass(frozen=True, kw_only=True)
 class Logging:
     every: int = 1  # optimizer steps
-    report_to: tuple[str, ...] = ("tensorboard",)  # also wandb, mlflow, ...: transformers' own names
+    report_to: tuple[str, ...] = (
+        "tensorboard",
+    )  # also wandb, mlflow, ...: transformers' own names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +133,9 @@ class Recipe:
     logging: Logging = field(default_factory=Logging)
     saving: Saving = field(default_factory=Saving)
     evaluation: Evaluation = field(default_factory=Evaluation)
-    parallel: Literal["ddp", "fsdp2"] = "ddp"  # of several processes; FSDP and DeepSpeed configs of accelerate win
+    parallel: Literal["ddp", "fsdp2"] = (
+        "ddp"  # of several processes; FSDP and DeepSpeed configs of accelerate win
+    )
     seed: int = 0
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -147,10 +155,14 @@ def load_recipe(source: str | Path | Mapping[str, Any], overrides: Iterable[str]
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
-            raise ValueError(f"{override!r} is no setting. Type key=value, such as optim.learning_rate=1e-4.")
+            raise ValueError(
+                f"{override!r} is no setting. Type key=value, such as optim.learning_rate=1e-4."
+            )
         _set(settings, name, yaml.safe_load(text))
     if "stage" not in settings:
-        raise ValueError(f"The recipe has no stage. Choose one of {', '.join(typing.get_args(Stage))}.")
+        raise ValueError(
+            f"The recipe has no stage. Choose one of {', '.join(typing.get_args(Stage))}."
+        )
     recipe = _from_mapping(Recipe, settings, "")
     _require_used(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
@@ -210,13 +222,17 @@ def _read(source: str | Path) -> dict[str, Any]:
         path = FOLDER / f"{source}.yaml"
     if not path.is_file():
         near = str(unknown_name("recipe", str(source), recipe_names()))
-        raise FileNotFoundError(f"There is no recipe file {str(source)!r}, and no packaged one. {near}")
+        raise FileNotFoundError(
+            f"There is no recipe file {str(source)!r}, and no packaged one. {near}"
+        )
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} holds a {type(settings).__name__}; expected keys such as stage and data.")
+        raise ValueError(
+            f"{path} holds a {type(settings).__name__}; expected keys such as stage and data."
+        )
     return settings
 
 
@@ -237,7 +253,9 @@ def _unknown_key(name: str) -> ValueError:
     known = _known_keys(Recipe)
     same_word = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
     if same_word and name not in known:
-        return ValueError(f"Unknown recipe key {name!r}. Did you mean {same_word[0]!r}? Known: {', '.join(known)}.")
+        return ValueError(
+            f"Unknown recipe key {name!r}. Did you mean {same_word[0]!r}? Known: {', '.join(known)}."
+        )
     return unknown_name("recipe key", name, known)
 
 
@@ -255,7 +273,12 @@ def _from_mapping(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
     for name in settings:
         if name not in hints:
             raise _unknown_key(f"{prefix}{name}")
-    return cls(**{name: _convert(value, hints[name], f"{prefix}{name}") for name, value in settings.items()})
+    return cls(
+        **{
+            name: _convert(value, hints[name], f"{prefix}{name}")
+            for name, value in settings.items()
+        }
+    )
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -267,7 +290,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
             return _from_mapping(inner, value, f"{key}.")
         if value is None and type(None) in options:
             return None
-        raise ValueError(f"{key} is {value!r}, but it is a section with the keys {', '.join(_known_keys(inner))}.")
+        raise ValueError(
+            f"{key} is {value!r}, but it is a section with the keys {', '.join(_known_keys(inner))}."
+        )
     for option in options:
         origin = typing.get_origin(option) or option
         if origin is Literal:
@@ -283,9 +308,14 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
                 continue
         if origin in (Mapping, typing.get_origin(Mapping[str, Any])) and isinstance(value, Mapping):
             return dict(value)
-        if isinstance(origin, type) and isinstance(value, origin) and (origin is bool) == isinstance(value, bool):
+        if (
+            isinstance(origin, type)
+            and isinstance(value, origin)
+            and (origin is bool) == isinstance(value, bool)
+        ):
             return value
     wanted = " or ".join(
-        "nothing" if option is type(None) else str(getattr(option, "__name__", option)) for option in options
+        "nothing" if option is type(None) else str(getattr(option, "__name__", option))
+        for option in options
     )
     raise ValueError(f"{key} is {value!r}, a {type(value).__name__}; expected {wanted}.")

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from moellava.model.language_model import moe_config_from_dense
+from moellava.train.batches import TrainData, build_collator
 from moellava.train.recipe import Recipe
-from moellava.train.rows import TrainData, build_collator
 from moellava.train.stages import ROUTER_FILE, build_model
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,9 @@ def fit_router(
         ValueError: if a row has no `modality`, there are not as many modalities as experts, or several processes.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("Stage 'router' fits one linear layer, in one process. Start it by moellava train alone.")
+        raise ValueError(
+            "Stage 'router' fits one linear layer, in one process. Start it by moellava train alone."
+        )
     names = [_label(row) for row in data.train]
     labels = sorted(set(names))
     loaded = build_model(recipe)
@@ -82,12 +84,17 @@ def fit_router(
 
 def save_router(router: nn.Linear, labels: Sequence[str], folder: Path) -> None:
     """`router.safetensors` with `weight` (E, H) and `bias` (E,), and `labels.json`, in the experts' order."""
-    save_file({"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()}, folder / ROUTER_FILE)
+    save_file(
+        {"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()},
+        folder / ROUTER_FILE,
+    )
     (folder / LABELS_FILE).write_text(json.dumps(labels) + "\n")
 
 
 @torch.no_grad()
-def mean_hidden_states(model: Any, batches: Iterable[dict[str, Tensor]], layers: Sequence[int]) -> Tensor:
+def mean_hidden_states(
+    model: Any, batches: Iterable[dict[str, Tensor]], layers: Sequence[int]
+) -> Tensor:
     """What the routers of `layers` would see, averaged over a row's tokens and over layers: (rows, H) float32."""
     seen: list[Tensor] = []
     handles = [
@@ -99,7 +106,11 @@ def mean_hidden_states(model: Any, batches: Iterable[dict[str, Tensor]], layers:
     means = []
     try:
         for labelled in batches:
-            batch = {name: tensor.to(model.device) for name, tensor in labelled.items() if name != "labels"}
+            batch = {
+                name: tensor.to(model.device)
+                for name, tensor in labelled.items()
+                if name != "labels"
+            }
             seen.clear()
             model(**batch, use_cache=False)
             mask = batch["attention_mask"][..., None].float()  # (B, T, 1)
@@ -119,7 +130,9 @@ def fit_linear(features: Tensor, targets: Tensor, num_labels: int, recipe: Recip
         router = nn.Linear(features.shape[1], num_labels)
     optimizer = torch.optim.Adam(router.parameters(), lr=recipe.optim.learning_rate)
     for _ in range(math.ceil(recipe.optim.epochs)):
-        for batch in torch.randperm(len(features), generator=generator).split(recipe.optim.batch_size):
+        for batch in torch.randperm(len(features), generator=generator).split(
+            recipe.optim.batch_size
+        ):
             optimizer.zero_grad()
             F.cross_entropy(router(features[batch]), targets[batch]).backward()
             optimizer.step()
@@ -129,5 +142,7 @@ def fit_linear(features: Tensor, targets: Tensor, num_labels: int, recipe: Recip
 def _label(row: Any) -> str:
     label = row.extra.get(LABEL_KEY)
     if label is None:
-        raise ValueError(f"Row {row.id!r} has no {LABEL_KEY!r}; the router learns it from every row.")
+        raise ValueError(
+            f"Row {row.id!r} has no {LABEL_KEY!r}; the router learns it from every row."
+        )
     return str(label)

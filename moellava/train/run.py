@@ -17,20 +17,31 @@ from transformers.trainer import TRAINER_STATE_NAME
 from moellava.model.loaded_model import LoadedModel
 from moellava.train import sharding
 from moellava.train.arguments import run_folder, training_arguments
-from moellava.train.checkpoints import clear_staging, newest_checkpoint, publish, staging_folder, writing
+from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
+from moellava.train.checkpoints import (
+    clear_staging,
+    newest_checkpoint,
+    publish,
+    staging_folder,
+    writing,
+)
 from moellava.train.features import FeatureFile, encode_rows
-from moellava.train.history import write_history
-from moellava.train.picture import save_picture
+from moellava.train.log.history import write_history
+from moellava.train.log.picture import save_picture
 from moellava.train.recipe import Recipe, recipe_to_dict
 from moellava.train.router_fit import fit_router, save_router
-from moellava.train.rows import TrainData, build_collator, read_data, row_lengths
 from moellava.train.stages import MODEL_FOLDER, build_model, find_start, prepare_model
 from moellava.train.trainable import merge_adapters
 from moellava.train.trainer import MoeLlavaTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE, LOG_FILE, PICTURE_FILE, ADAPTER_FOLDER = "recipe.yaml", "log.json", "training.png", "adapter"
+RECIPE_FILE, LOG_FILE, PICTURE_FILE, ADAPTER_FOLDER = (
+    "recipe.yaml",
+    "log.json",
+    "training.png",
+    "adapter",
+)
 # Keys that may change between a kill and going on: they do not change the weights.
 _FREE_KEYS = ("output_dir", "logging", "saving", "evaluation")
 
@@ -60,13 +71,17 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> TrainResult:
     _require_same_recipe(recipe, run)
     if (run / MODEL_FOLDER).is_dir():
         logger.info("%s has finished before", run)
-        return TrainResult(run / MODEL_FOLDER, json.loads((run / LOG_FILE).read_text()), was_finished=True)
+        return TrainResult(
+            run / MODEL_FOLDER, json.loads((run / LOG_FILE).read_text()), was_finished=True
+        )
     if recipe.stage == "router":
         return _train_router(recipe, run, show_progress=show_progress)
     checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
         logger.info("going on from %s", checkpoint)
-    arguments = training_arguments(recipe, show_progress=show_progress, resumes=checkpoint is not None)
+    arguments = training_arguments(
+        recipe, show_progress=show_progress, resumes=checkpoint is not None
+    )
     data = read_data(recipe)
     model, loaded = prepare_model(recipe)
     if recipe.parallel == "fsdp2":
@@ -110,11 +125,15 @@ def build_trainer(
     )
 
 
-def _features(recipe: Recipe, arguments: TrainingArguments, data: TrainData, loaded: LoadedModel) -> FeatureFile:
+def _features(
+    recipe: Recipe, arguments: TrainingArguments, data: TrainData, loaded: LoadedModel
+) -> FeatureFile:
     """What the frozen tower makes of every image; encoded by the first process, while the others wait for the file."""
     tower = loaded.model.model.vision_tower
     if any(weight.requires_grad for weight in tower.parameters()):
-        raise ValueError("data.features keeps what a frozen tower gives, but trainable names 'vision_tower'.")
+        raise ValueError(
+            "data.features keeps what a frozen tower gives, but trainable names 'vision_tower'."
+        )
     return encode_rows(
         tower.to(arguments.device),
         [*data.train, *(data.evaluation or ())],
@@ -173,9 +192,15 @@ def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
             _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
         trainer.accelerator.wait_for_everyone()
         if is_main:
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle, with paths of this machine
+            (folder / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle, with paths of this machine
             trainer.loaded.processor.save_pretrained(folder)
-            numbers = {"steps": trainer.state.global_step, "rows": len(trainer.sampler), "seed": recipe.seed}
+            numbers = {
+                "steps": trainer.state.global_step,
+                "rows": len(trainer.sampler),
+                "seed": recipe.seed,
+            }
             write_history(folder, find_start(recipe), stage=recipe.stage, **numbers)
             (run / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
             save_picture(log, run / PICTURE_FILE, title=f"stage {recipe.stage}")
@@ -208,7 +233,9 @@ def _train_router(recipe: Recipe, run: Path, *, show_progress: bool) -> TrainRes
     with writing(run, MODEL_FOLDER) as folder:
         folder.mkdir(parents=True)
         save_router(router, labels, folder)
-        write_history(folder, find_start(recipe), stage="router", rows=len(data.train), seed=recipe.seed)
+        write_history(
+            folder, find_start(recipe), stage="router", rows=len(data.train), seed=recipe.seed
+        )
         (run / LOG_FILE).write_text(json.dumps(log, indent=1) + "\n")
         publish(folder, run / MODEL_FOLDER)
     clear_staging(run)

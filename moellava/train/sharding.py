@@ -73,7 +73,9 @@ def save_model(model: Any, base: Any, folder: Path, *, should_save: bool) -> Non
         base: what was given to `shard`.
         should_save: whether this process writes; the weights are gathered on the CPU of the first.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=_has_adapters(model))
+    options = StateDictOptions(
+        full_state_dict=True, cpu_offload=True, ignore_frozen_params=_has_adapters(model)
+    )
     state_dict = get_model_state_dict(model, options=options)
     if should_save:
         distributed, base.config.distributed_config = base.config.distributed_config, None
@@ -90,7 +92,9 @@ def full_optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
 
 def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
     """Split what `full_optimizer_state` gave, the same on every process."""
-    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    set_optimizer_state_dict(
+        model, optimizer, state, options=StateDictOptions(full_state_dict=True)
+    )
 
 
 def _has_adapters(model: Any) -> bool:

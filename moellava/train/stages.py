@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from moellava.messages import unknown_name
-from moellava.model.assembly import configure
-from moellava.model.build_request import read_build_request
+from moellava.model.build.assembly import configure
+from moellava.model.build.request import read_build_request
+from moellava.model.build.upcycle import upcycle_loaded, upcycled_config
 from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.parts import load_model_config
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.upcycle_loaded import upcycle_loaded, upcycled_config
 from moellava.train.checkpoints import checkpoints
-from moellava.train.history import HISTORY_FILE, read_history
+from moellava.train.log.history import HISTORY_FILE, read_history
 from moellava.train.recipe import Recipe
 from moellava.train.trainable import set_trainable, with_adapters
 
@@ -39,9 +39,15 @@ class Stage:
 
 STAGES = {
     "align": Stage(after=None, trainable=("projector",), advice="moellava train stage1_align"),
-    "tune": Stage(after="align", trainable=("language_model", "projector"), advice="moellava train stage2_tune"),
+    "tune": Stage(
+        after="align",
+        trainable=("language_model", "projector"),
+        advice="moellava train stage2_tune",
+    ),
     "router": Stage(after="tune", trainable=(), advice="moellava train med_moe_router"),
-    "experts": Stage(after="tune", trainable=("experts", "router"), advice="moellava train stage3_experts"),
+    "experts": Stage(
+        after="tune", trainable=("experts", "router"), advice="moellava train stage3_experts"
+    ),
 }
 
 
@@ -70,7 +76,9 @@ def build_model(recipe: Recipe) -> LoadedModel:
     """As `prepare_model`, before anything is chosen to be trained."""
     start = find_start(recipe)
     if start is None:
-        loaded = load_pretrained_model(recipe.model, moe_config=False, dtype=_dtype(recipe), seed=recipe.seed)
+        loaded = load_pretrained_model(
+            recipe.model, moe_config=False, dtype=_dtype(recipe), seed=recipe.seed
+        )
     else:
         loaded = load_pretrained_model(start, dtype=_dtype(recipe))
     if not _is_upcycled(recipe, loaded.model.config):
@@ -91,10 +99,14 @@ def outline_model(recipe: Recipe) -> LoadedModel:
     start = find_start(recipe)
     config: Any
     if start is None:
-        config, processor = configure(read_build_request(recipe.model), moe_config=False, dtype=_dtype(recipe))
+        config, processor = configure(
+            read_build_request(recipe.model), moe_config=False, dtype=_dtype(recipe)
+        )
     else:
         config = load_model_config(start)
-        if not isinstance(config, MoeLlavaConfig):  # a LLaVA, whose sizes are known once it has been read
+        if not isinstance(
+            config, MoeLlavaConfig
+        ):  # a LLaVA, whose sizes are known once it has been read
             return build_model(recipe)
         processor = MoeLlavaProcessor.from_pretrained(start)
     if _is_upcycled(recipe, config):
@@ -136,7 +148,9 @@ def find_start(recipe: Recipe) -> str | None:
                 f"(That stage: {STAGES[after].advice if after in STAGES else after})"
             )
         if not recipe.model:
-            raise ValueError("The recipe names no model: set model.model_name_or_path and model.mm_vision_tower.")
+            raise ValueError(
+                "The recipe names no model: set model.model_name_or_path and model.mm_vision_tower."
+            )
         return None
     if recipe.model:
         raise ValueError(
@@ -156,8 +170,14 @@ def find_start(recipe: Recipe) -> str | None:
     model_folder = folder / MODEL_FOLDER if (folder / MODEL_FOLDER).is_dir() else folder
     if not (model_folder / "config.json").is_file():
         unfinished = ", ".join(path.name for path in checkpoints(folder))
-        found = f"only {unfinished}: that run has not finished; start it again, it goes on" if unfinished else "none"
-        raise FileNotFoundError(f"start_from is {recipe.start_from!r}, but there is no finished model in it ({found}).")
+        found = (
+            f"only {unfinished}: that run has not finished; start it again, it goes on"
+            if unfinished
+            else "none"
+        )
+        raise FileNotFoundError(
+            f"start_from is {recipe.start_from!r}, but there is no finished model in it ({found})."
+        )
     _require_stage(recipe, after, model_folder)
     return str(model_folder)
 
@@ -169,7 +189,11 @@ def _require_stage(recipe: Recipe, after: str | None, model_folder: Path) -> Non
     last = history[-1]["stage"] if history else None
     if last == after:
         return
-    made = f"made by stage {last!r}" if last else f"no model of `moellava train` (it has no {HISTORY_FILE})"
+    made = (
+        f"made by stage {last!r}"
+        if last
+        else f"no model of `moellava train` (it has no {HISTORY_FILE})"
+    )
     raise ValueError(
         f"Stage {recipe.stage!r} starts from a model of stage {after!r}, but {recipe.start_from!r} is {made}. What is "
         f"missing: {STAGES[after].advice} start_from={recipe.start_from} output_dir=... "

@@ -21,7 +21,9 @@ PARTS = {
     "router": r"\.mlp\.gate\.",
 }
 # With adapters: the parts whose linear layers or experts get one, and the modules of others that are trained whole.
-_ADAPTED_LINEARS = r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+_ADAPTED_LINEARS = (
+    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+)
 _ADAPTED_META_EXPERTS = r".*\.meta_expert\.(gate_proj|up_proj|down_proj)"
 _EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _WHOLE = {"projector": "multi_modal_projector", "router": "gate", "vision_tower": "vision_tower"}
@@ -89,12 +91,18 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
     from peft import LoraConfig, get_peft_model
 
     linears = (
-        _ADAPTED_LINEARS if "language_model" in parts else _ADAPTED_META_EXPERTS if "meta_expert" in parts else None
+        _ADAPTED_LINEARS
+        if "language_model" in parts
+        else _ADAPTED_META_EXPERTS
+        if "meta_expert" in parts
+        else None
     )
     is_mixture = hasattr(model.config.text_config, "num_experts")
     experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
     if linears is None and experts is None:
-        raise ValueError(f"lora adapts the language model or its experts, but trainable is {list(parts)}.")
+        raise ValueError(
+            f"lora adapts the language model or its experts, but trainable is {list(parts)}."
+        )
     if experts and lora.dropout:
         raise ValueError(
             f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set lora.dropout=0."

@@ -20,12 +20,19 @@ from moellava.data.collate import ChatCollator
 from moellava.model.loaded_model import LoadedModel
 from moellava.train import sharding
 from moellava.train.answers import answer_rows, share_exact
-from moellava.train.checkpoints import checkpoints, newest_checkpoint, publish, remove, staging_folder, writing
+from moellava.train.checkpoints import (
+    checkpoints,
+    newest_checkpoint,
+    publish,
+    remove,
+    staging_folder,
+    writing,
+)
+from moellava.train.log.progress import ProgressBar
+from moellava.train.log.router_load import load_by_name
+from moellava.train.log.step_log import StepLog
 from moellava.train.nonfinite import first_nonfinite_module, nonfinite_tensors
 from moellava.train.order import EpochSampler
-from moellava.train.progress import ProgressBar
-from moellava.train.router_load import load_by_name
-from moellava.train.step_log import StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +85,17 @@ class MoeLlavaTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.num_answers, self.max_new_tokens = num_answers, max_new_tokens
         tower = loaded.model.model.vision_tower
-        self.frozen_tower = None if any(weight.requires_grad for weight in tower.parameters()) else tower
+        self.frozen_tower = (
+            None if any(weight.requires_grad for weight in tower.parameters()) else tower
+        )
         self.step_log = StepLog(loaded.model.config)
         self.sampler = EpochSampler(
             len(train_rows),
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
             lengths=lengths,
-            group_size=arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size,
+            group_size=arguments.train_batch_size
+            * arguments.gradient_accumulation_steps
+            * arguments.world_size,
         )
         self._row_ids: list[Any] = []  # of the optimizer step at hand
         self._output_dir = self.run
@@ -99,7 +110,9 @@ class MoeLlavaTrainer(Trainer):
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.sampler.epoch = kwargs["epoch"]  # accelerate's loaders do not reach it through all of their wrappers
+        self.sampler.epoch = kwargs[
+            "epoch"
+        ]  # accelerate's loaders do not reach it through all of their wrappers
         super()._run_epoch(*args, **kwargs)
 
     # One step
@@ -124,7 +137,9 @@ class MoeLlavaTrainer(Trainer):
         inputs["use_cache"] = False
         if self.step_log.is_mixture:
             inputs["output_router_logits"] = True
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        loss, outputs = super().compute_loss(
+            model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+        )
         if not bool(loss.isfinite()):
             self._stop("loss", row_ids, self._bad_weights() or self._where_it_began(inputs))
         if model.training:
@@ -144,7 +159,9 @@ class MoeLlavaTrainer(Trainer):
         return f"The weights {', '.join(names)} are not finite" if names else ""
 
     def _bad_gradients(self) -> str:
-        names = nonfinite_tensors((name, weight.grad) for name, weight in self.loaded.model.named_parameters())
+        names = nonfinite_tensors(
+            (name, weight.grad) for name, weight in self.loaded.model.named_parameters()
+        )
         return f"The gradients of {', '.join(names) or 'some weights'} are not finite"
 
     def _where_it_began(self, inputs: Mapping[str, Any]) -> str:
@@ -152,7 +169,11 @@ class MoeLlavaTrainer(Trainer):
             return "Where it began cannot be searched in a sharded model"
         inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
         first = first_nonfinite_module(self.loaded.model, inputs)
-        return f"The first output that is not finite is that of {first}" if first else "The outputs are finite"
+        return (
+            f"The first output that is not finite is that of {first}"
+            if first
+            else "The outputs are finite"
+        )
 
     def _stop(self, what: str, row_ids: Sequence[Any], where: str) -> None:
         """Raise before a weight or a checkpoint is spoilt."""
@@ -243,7 +264,12 @@ class MoeLlavaTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if self.is_sharded:
-            sharding.save_model(self.model, self.loaded.model, Path(str(output_dir)), should_save=self.args.should_save)
+            sharding.save_model(
+                self.model,
+                self.loaded.model,
+                Path(str(output_dir)),
+                should_save=self.args.should_save,
+            )
         else:
             super().save_model(output_dir, _internal_call)
 

@@ -31,7 +31,9 @@ from moellava.testing import write_biomedclip
 from moellava.testing.datasets import picture
 
 
-def in_turns(ours: Callable[[], object], rival: Callable[[], object], repeats: int) -> tuple[list[float], list[float]]:
+def in_turns(
+    ours: Callable[[], object], rival: Callable[[], object], repeats: int
+) -> tuple[list[float], list[float]]:
     """Milliseconds of both, taken alternately after one call each that does not count."""
     times: tuple[list[float], list[float]] = ([], [])
     ours(), rival()
@@ -47,7 +49,9 @@ def row(name: str, ours: list[float], rival: list[float]) -> None:
     def text(values: list[float]) -> str:
         return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
-    print(f"| {name} | {text(ours)} | {text(rival)} | {statistics.median(ours) / statistics.median(rival):.2f} |")
+    print(
+        f"| {name} | {text(ours)} | {text(rival)} | {statistics.median(ours) / statistics.median(rival):.2f} |"
+    )
 
 
 def large_file(folder: Path, side: int) -> str:
@@ -56,7 +60,11 @@ def large_file(folder: Path, side: int) -> str:
     pixels = np.random.default_rng(0).integers(0, 4096, (side, side), dtype=np.uint16)
     dataset.Rows = dataset.Columns = side
     dataset.BitsStored, dataset.HighBit, dataset.PixelRepresentation = 12, 11, 0
-    dataset.PhotometricInterpretation, dataset.WindowCenter, dataset.WindowWidth = "MONOCHROME1", 1000, 2000
+    dataset.PhotometricInterpretation, dataset.WindowCenter, dataset.WindowWidth = (
+        "MONOCHROME1",
+        1000,
+        2000,
+    )
     dataset.PixelData = pixels.tobytes()
     path = folder / f"radiograph_{side}.dcm"
     dataset.save_as(path)
@@ -68,16 +76,26 @@ def decode_with_pydicom(path: str) -> np.ndarray:
 
 
 def dicom(folder: Path) -> None:
-    print("| file to 8-bit picture, ms | moellava: median (range) | pydicom's pixel_array | ratio, asked <= 1.3 |")
+    print(
+        "| file to 8-bit picture, ms | moellava: median (range) | pydicom's pixel_array | ratio, asked <= 1.3 |"
+    )
     print("|---|---|---|---|")
-    names = ("CT_small.dcm", "MR_small_RLE.dcm", "693_J2KI.dcm", "examples_rgb_color.dcm", "image_dfl.dcm")
+    names = (
+        "CT_small.dcm",
+        "MR_small_RLE.dcm",
+        "693_J2KI.dcm",
+        "examples_rgb_color.dcm",
+        "image_dfl.dcm",
+    )
     files = [str(get_testdata_file(name, download=False)) for name in names]
     files += [large_file(folder, side) for side in (512, 1024, 2048)]
     for path in files:
         ours, rival = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 30)
         row(Path(path).name, ours, rival)
     path = str(get_testdata_file("examples_ybr_color.dcm", download=False))
-    ours, rival = in_turns(partial(read_image, path, frame=7), partial(decode_with_pydicom, path), 10)
+    ours, rival = in_turns(
+        partial(read_image, path, frame=7), partial(decode_with_pydicom, path), 10
+    )
     row("one of 30 frames, examples_ybr_color.dcm, against all", ours, rival)
     every_file()
 
@@ -98,8 +116,13 @@ def every_file() -> None:
         seen.append((ours / rival, Path(path).name, ours, rival))
     ratios, _, all_ours, all_rival = zip(*seen, strict=True)
     summed = sum(all_ours) / sum(all_rival)
-    print(f"\n{len(seen)} files: median ratio {statistics.median(ratios):.2f}, of the summed times {summed:.2f}")
-    print("beyond 1.3: " + ", ".join(f"{name} {ratio:.2f}" for ratio, name, *_ in sorted(seen) if ratio > 1.3))
+    print(
+        f"\n{len(seen)} files: median ratio {statistics.median(ratios):.2f}, of the summed times {summed:.2f}"
+    )
+    print(
+        "beyond 1.3: "
+        + ", ".join(f"{name} {ratio:.2f}" for ratio, name, *_ in sorted(seen) if ratio > 1.3)
+    )
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -112,7 +135,9 @@ class Pictures(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return self.processor(load_image(self.rows[index].images[0]), return_tensors="pt")["pixel_values"][0]
+        return self.processor(load_image(self.rows[index].images[0]), return_tensors="pt")[
+            "pixel_values"
+        ][0]
 
 
 def loader(folder: Path) -> None:
@@ -123,7 +148,9 @@ def loader(folder: Path) -> None:
         if number % 2:
             picture(number, size=(800, 600)).save(folder / f"{number}.jpg", quality=90)
         else:
-            Image.fromarray(np.asarray(picture(number, size=(512, 512), mode="L"))).save(folder / f"{number}.jpg")
+            Image.fromarray(np.asarray(picture(number, size=(512, 512), mode="L"))).save(
+                folder / f"{number}.jpg"
+            )
         turns = [{"from": "human", "value": "<image>\nWhy?"}, {"from": "gpt", "value": "No."}]
         rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "train.json").write_text(json.dumps(rows * 4))
@@ -141,11 +168,16 @@ def loader(folder: Path) -> None:
             tower(first)
             encoded.append(len(first) / (time.perf_counter() - start))
     rate = statistics.median(encoded)
-    print(f"loader, 1 worker: {loaded:.1f} images/s; tower, 1 thread: {rate:.2f}; ratio {loaded / rate:.1f}, asked 1.5")
+    print(
+        f"loader, 1 worker: {loaded:.1f} images/s; tower, 1 thread: {rate:.2f}; ratio {loaded / rate:.1f}, asked 1.5"
+    )
 
 
 def json_rows(folder: Path) -> None:
-    turns = [{"from": "human", "value": "<image>\n" + "word " * 60}, {"from": "gpt", "value": "word " * 20}]
+    turns = [
+        {"from": "human", "value": "<image>\n" + "word " * 60},
+        {"from": "gpt", "value": "word " * 20},
+    ]
     rows = [{"id": f"r{n}", "image": f"{n}.jpg", "conversations": turns} for n in range(100_000)]
     path = folder / "big.json"
     path.write_text(json.dumps(rows))

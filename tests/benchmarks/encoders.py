@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from moellava.encoders import BiomedClipEncoder
-from moellava.encoders.features import encode_files
+from moellava.encoders.feature_file import encode_files
 from moellava.testing import write_biomedclip
 
 # Run in a fresh process: the seconds, or the peak resident megabytes, that loading costs above the imports. One at a
@@ -83,7 +83,10 @@ def write_repo(folder: Path) -> Path:
     state = {key: value for key, value in state.items() if not key.startswith("text.transformer")}
     state |= {f"text.transformer.{key}": value for key, value in bert.state_dict().items()}
     state["text.transformer.embeddings.position_ids"] = torch.arange(512).unsqueeze(0)
-    state["text.proj.0.weight"], state["text.proj.2.weight"] = torch.randn(640, 768), torch.randn(512, 640)
+    state["text.proj.0.weight"], state["text.proj.2.weight"] = (
+        torch.randn(640, 768),
+        torch.randn(512, 640),
+    )
     torch.save(state, file)
     # open_clip asks for the text model's config by name; a folder spares it the hub (open_clip#772).
     BertConfig().save_pretrained(folder / "bert")
@@ -116,7 +119,9 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
     return seconds
 
 
-def row(what: str, unit: str, ours: list[float], theirs: list[float], ratio: float, bound: str) -> None:
+def row(
+    what: str, unit: str, ours: list[float], theirs: list[float], ratio: float, bound: str
+) -> None:
     def spread(values: list[float]) -> str:
         return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 

@@ -22,13 +22,19 @@ NUM_ROUNDS = 7
 def main() -> None:
     rounds = []
     for _ in range(NUM_ROUNDS + 1):
-        output = subprocess.run([sys.executable, "-c", TIMED], check=True, capture_output=True, text=True).stdout
+        output = subprocess.run(
+            [sys.executable, "-c", TIMED], check=True, capture_output=True, text=True
+        ).stdout
         rounds.append([float(number) for number in output.split()])
     llama, more = zip(*rounds[1:], strict=True)  # the first round warms the disk
     print("| import | seconds, median (range) | asked |")
     print("|---|---|---|")
-    print(f"| transformers' Llama | {statistics.median(llama):.2f} ({min(llama):.2f}-{max(llama):.2f}) | |")
-    print(f"| moellava besides | {statistics.median(more):.2f} ({min(more):.2f}-{max(more):.2f}) | 0.5 |")
+    print(
+        f"| transformers' Llama | {statistics.median(llama):.2f} ({min(llama):.2f}-{max(llama):.2f}) | |"
+    )
+    print(
+        f"| moellava besides | {statistics.median(more):.2f} ({min(more):.2f}-{max(more):.2f}) | 0.5 |"
+    )
 
 
 if __name__ == "__main__":

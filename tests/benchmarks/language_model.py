@@ -18,7 +18,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 from transformers.initialization import no_init_weights
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -56,7 +62,9 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
     """Against one LlamaMLP pass for each expert hit, over just its tokens, and against Mixtral's block."""
-    print("| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours fwd+bwd | Mixtral |")
+    print(
+        "| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours fwd+bwd | Mixtral |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype in dtypes:
         ours, mixtral, mlps = make_blocks(dtype)
@@ -64,7 +72,9 @@ def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
             rounds = {1: 15, 4: 15, 16: 9, 64: 9, 256: 9, 2048: 3}[num_tokens]
             x = torch.randn(1, num_tokens, 2048).to(dtype)
             parts = tokens_of_experts(ours, x)
-            forward = medians(block_runs(ours, mixtral, mlps, x, parts, with_backward=False), rounds)
+            forward = medians(
+                block_runs(ours, mixtral, mlps, x, parts, with_backward=False), rounds
+            )
             row = [str(dtype).removeprefix("torch."), num_tokens, len(parts), *ratios(forward)]
             with_backward = block_runs(ours, mixtral, mlps, x, parts, with_backward=True)
             row += ratios(medians(with_backward, max(1, rounds // 3)))
@@ -73,10 +83,16 @@ def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
 
 def ratios(seconds: dict[str, float]) -> list[str]:
     bound = seconds["bound"]
-    return [f"{bound * 1e3:.1f}", f"{seconds['ours'] / bound:.2f}", f"{seconds['mixtral'] / bound:.2f}"]
+    return [
+        f"{bound * 1e3:.1f}",
+        f"{seconds['ours'] / bound:.2f}",
+        f"{seconds['mixtral'] / bound:.2f}",
+    ]
 
 
-def make_blocks(dtype: torch.dtype) -> tuple[LlamaMoeSparseBlock, MixtralSparseMoeBlock, list[LlamaMLP]]:
+def make_blocks(
+    dtype: torch.dtype,
+) -> tuple[LlamaMoeSparseBlock, MixtralSparseMoeBlock, list[LlamaMLP]]:
     config = LlamaMoeConfig(**TINYLLAMA)
     config._experts_implementation = "fastest"
     ours = LlamaMoeSparseBlock(config)
@@ -96,7 +112,9 @@ def make_blocks(dtype: torch.dtype) -> tuple[LlamaMoeSparseBlock, MixtralSparseM
             mlp = LlamaMLP(config)
         gate, up = ours.experts.gate_up_proj.data[expert].chunk(2)
         down = ours.experts.down_proj.data[expert]
-        mlp.load_state_dict({"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}, assign=True)
+        mlp.load_state_dict(
+            {"gate_proj.weight": gate, "up_proj.weight": up, "down_proj.weight": down}, assign=True
+        )
         mlps.append(mlp.requires_grad_())
     return ours, mixtral, mlps
 
@@ -139,7 +157,9 @@ def bench_decode() -> None:
     print(
         f"11 of 22 layers sparse: {1 / seconds['ours']:.2f} tokens/s, {bound / seconds['ours']:.2f} of {1 / bound:.2f}"
     )
-    print(f"{seconds['products'] / seconds['ours']:.2f} of the tokens/s of torch's products of the same weights alone")
+    print(
+        f"{seconds['products'] / seconds['ours']:.2f} of the tokens/s of torch's products of the same weights alone"
+    )
     del model
 
     # Every layer sparse, as Mixtral's must be, and the width that gives the same number of weights.
@@ -166,7 +186,10 @@ def build(cls: type, config: LlamaConfig, dtype: torch.dtype = torch.bfloat16) -
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mlp.gate." in name or "embed" in name:
-                parameter.data = torch.randn(parameter.shape, dtype=torch.float32 if "gate" in name else dtype) * 0.02
+                parameter.data = (
+                    torch.randn(parameter.shape, dtype=torch.float32 if "gate" in name else dtype)
+                    * 0.02
+                )
             else:
                 parameter.fill_(1e-3 if parameter.dim() > 1 else 1.0)
     return model.eval()
@@ -192,7 +215,10 @@ def products(model: LlamaMoeForCausalLM) -> Callable[[], None]:
             matrices += weight.detach()[: model.config.num_experts_per_tok]
         elif weight.dim() == 2 and "embed_tokens" not in name:
             matrices.append(weight.detach())
-    rows = {(matrix.shape[1], matrix.dtype): torch.ones(1, matrix.shape[1], dtype=matrix.dtype) for matrix in matrices}
+    rows = {
+        (matrix.shape[1], matrix.dtype): torch.ones(1, matrix.shape[1], dtype=matrix.dtype)
+        for matrix in matrices
+    }
 
     def run() -> None:
         for matrix in matrices:
@@ -214,7 +240,10 @@ def memory_reads() -> tuple[int, dict[str, Callable[[], object]]]:
     """Ways to read so many bytes once."""
     matrix = torch.full((64 * 1024, 4096), 1e-3, dtype=torch.bfloat16)  # 512 MiB
     vector = torch.ones(1, 4096, dtype=torch.bfloat16)
-    runs = {"sum": lambda: matrix.view(torch.float32).sum(), "product": lambda: F.linear(vector, matrix)}
+    runs = {
+        "sum": lambda: matrix.view(torch.float32).sum(),
+        "product": lambda: F.linear(vector, matrix),
+    }
     return matrix.numel() * 2, runs
 
 
@@ -237,7 +266,9 @@ def upcycle_once(folder: str) -> None:
     base = peak_rss()
     start = time.perf_counter()
     model = upcycle(folder, dtype=torch.bfloat16)
-    sum(float(parameter.detach().view(-1)[::1024].sum()) for parameter in model.parameters())  # touch every mapped page
+    sum(
+        float(parameter.detach().view(-1)[::1024].sum()) for parameter in model.parameters()
+    )  # touch every mapped page
     seconds = time.perf_counter() - start
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     peak = peak_rss() - base
@@ -251,7 +282,10 @@ def upcycle_once(folder: str) -> None:
         torch.empty(1 << 28, dtype=torch.uint8).fill_(1)
     bound = time.perf_counter() - start
     print(f"  {seconds:.1f} s, {seconds / bound:.2f} x reading and writing ({bound:.1f} s)")
-    print(f"  peak {peak / 1e6:.0f} MB, {peak / size:.3f} x the model's {size / 1e6:.0f} MB", flush=True)
+    print(
+        f"  peak {peak / 1e6:.0f} MB, {peak / size:.3f} x the model's {size / 1e6:.0f} MB",
+        flush=True,
+    )
 
 
 def peak_rss() -> int:
@@ -267,9 +301,14 @@ def bench_training() -> None:
     """Four layers at real width, float32, 128 tokens: against the dense model, by active and by held weights."""
     found = {}
     for kind in ("dense", "mixture"):
-        done = subprocess.run([sys.executable, __file__, f"train-{kind}"], check=True, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, __file__, f"train-{kind}"], check=True, capture_output=True, text=True
+        )
         found[kind] = [float(value) for value in done.stdout.split()]
-    (seconds, peak, held, active), (moe_seconds, moe_peak, moe_held, moe_active) = found["dense"], found["mixture"]
+    (seconds, peak, held, active), (moe_seconds, moe_peak, moe_held, moe_active) = (
+        found["dense"],
+        found["mixture"],
+    )
     time_ratio, memory_ratio = moe_seconds / seconds, moe_peak / peak
     print(f"time {time_ratio:.2f} x dense; active weights {moe_active / active:.2f} x; so", end=" ")
     print(f"{time_ratio / (moe_active / active):.2f} x what the active weights ask for")
@@ -315,11 +354,16 @@ def bench_int8() -> None:
             folder, quantization_config=quantization_config(), dtype=torch.bfloat16
         ).eval()
     after = logits_and_routes(quantized, ids)
-    print(f"{held:,} bytes before, {weight_bytes(quantized):,} after: {weight_bytes(quantized) / held:.2f}")
+    print(
+        f"{held:,} bytes before, {weight_bytes(quantized):,} after: {weight_bytes(quantized) / held:.2f}"
+    )
     for name in ("top-2", "all experts"):
         difference = (after[name] - before[name]).norm() / before[name].norm()
         print(f"{name}: logits differ by {difference:.1%} of their norm")
-    same = [(a == b).all(-1).float().mean().item() for a, b in zip(before["routes"], after["routes"], strict=True)]
+    same = [
+        (a == b).all(-1).float().mean().item()
+        for a, b in zip(before["routes"], after["routes"], strict=True)
+    ]
     print(f"tokens that keep both experts, by layer: {min(same):.0%} to {max(same):.0%}")
 
 
@@ -328,7 +372,9 @@ def logits_and_routes(model: LlamaMoeForCausalLM, ids: Tensor) -> dict[str, obje
     """Logits as routed and with every expert at work, and the experts chosen in each layer."""
     output = model(ids, output_router_logits=True)
     routers = [module for module in model.modules() if isinstance(module, LlamaMoeRouter)]
-    routes = [logits.topk(routers[0].top_k).indices.sort().values for logits in output.router_logits]
+    routes = [
+        logits.topk(routers[0].top_k).indices.sort().values for logits in output.router_logits
+    ]
     as_routed = routers[0].top_k
     for router in routers:
         router.top_k = model.config.num_experts
@@ -348,9 +394,13 @@ SECTIONS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     internal = ("upcycle-once", "train-dense", "train-mixture")
-    parser.add_argument("section", choices=(*SECTIONS, *internal), metavar=f"{{{','.join(SECTIONS)}}}")
+    parser.add_argument(
+        "section", choices=(*SECTIONS, *internal), metavar=f"{{{','.join(SECTIONS)}}}"
+    )
     parser.add_argument("folder", nargs="?", help=argparse.SUPPRESS)
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     parser.add_argument("--dtype", choices=dtypes, help="of the section `block`; both unless given")

@@ -37,7 +37,7 @@ from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
 from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor
 from moellava.model.builder_enhanced import LoadedModel, load_tokenizer
 from moellava.model.chat_templates import multimodal_chat_template
-from moellava.model.checkpoints import load_weights
+from moellava.model.checkpoint.strict import load_weights
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM
 from moellava.testing import write_biomedclip, write_tinyllama
 from tests.benchmarks.encoders import alternate
@@ -111,7 +111,9 @@ result = {{}}
 
 def measure(statement: str, **names: object) -> dict[str, Any]:
     code = MEASURED.format(statement=statement.format(**names))
-    output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
     return json.loads(output.splitlines()[-1])
 
 
@@ -134,7 +136,10 @@ def bench_build(folder: Path) -> None:
     assert measure(ANSWER, saved=str(saved), image=image)["answer"] == first["answer"]
     build = measure(BUILD, **parts, save="", image=image)
     statements = {"reopen": REOPEN, "read": READ}
-    warm = {name: [measure(code, saved=str(saved)) for _ in range(5)] for name, code in statements.items()}
+    warm = {
+        name: [measure(code, saved=str(saved)) for _ in range(5)]
+        for name, code in statements.items()
+    }
     cold: dict[str, list[dict[str, Any]]] = {name: [] for name in statements}
     for name, code in [*statements.items()] * 3:
         forget(saved)
@@ -150,7 +155,9 @@ def bench_build(folder: Path) -> None:
     ratio = reopen["peak"] / reopen["bytes"]
     print(f"| reopen, memory | | {reopen['peak']:,.0f} | {ratio:.2f}x the model's bytes | 1.05x |")
     for where, runs in (("disk", cold), ("the page cache", warm)):
-        ours, bound = (statistics.median(run["seconds"] for run in runs[name]) for name in ("reopen", "read"))
+        ours, bound = (
+            statistics.median(run["seconds"] for run in runs[name]) for name in ("reopen", "read")
+        )
         ratio = f"{ours / bound:.2f}x reading with safetensors ({bound:.2f})"
         print(f"| reopen from {where} | {ours:.2f} | | {ratio} | 1.5x |")
 
@@ -167,11 +174,18 @@ def forget(folder: Path) -> None:
 
 
 def random_model(
-    vision: PreTrainedConfig, text: PreTrainedConfig, dtype: torch.dtype, projector: str = "mlp2x_gelu"
+    vision: PreTrainedConfig,
+    text: PreTrainedConfig,
+    dtype: torch.dtype,
+    projector: str = "mlp2x_gelu",
 ) -> MoeLlavaForConditionalGeneration:
     """A model whose weights are drawn in memory; it never ends an answer early."""
     config = MoeLlavaConfig(
-        vision_config=vision, text_config=text, image_token_id=32000, projector_type=projector, dtype=dtype
+        vision_config=vision,
+        text_config=text,
+        image_token_id=32000,
+        projector_type=projector,
+        dtype=dtype,
     )
     with torch.device("meta"):
         empty = MoeLlavaForConditionalGeneration(config).state_dict()
@@ -200,28 +214,43 @@ def ready(model: MoeLlavaForConditionalGeneration) -> LoadedModel:
 
 def random_images(count: int) -> list[Image.Image]:
     random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (512, 512, 3), dtype=np.uint8)) for _ in range(count)]
+    return [
+        Image.fromarray(random.integers(0, 256, (512, 512, 3), dtype=np.uint8))
+        for _ in range(count)
+    ]
 
 
 def prompt(loaded: LoadedModel, images: list[Image.Image]) -> dict[str, Tensor]:
     """What the model takes: the question about each image."""
     message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-    text = loaded.processor.apply_chat_template([[message]] * len(images), add_generation_prompt=True, tokenize=False)
-    return dict(loaded.processor(images=images, text=text, padding=True, padding_side="left", return_tensors="pt"))
+    text = loaded.processor.apply_chat_template(
+        [[message]] * len(images), add_generation_prompt=True, tokenize=False
+    )
+    return dict(
+        loaded.processor(
+            images=images, text=text, padding=True, padding_side="left", return_tensors="pt"
+        )
+    )
 
 
 @torch.inference_mode()
 def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
     """`answer`, from the picture to the text, against encoder and language model run one after the other by hand."""
-    model = random_model(BiomedClipVisionConfig(), LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001}), dtype)
+    model = random_model(
+        BiomedClipVisionConfig(), LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001}), dtype
+    )
     loaded, images = ready(model), random_images(batch)
     inputs = prompt(loaded, images)
     with torch.device("meta"):
         language_model = LlamaMoeForCausalLM(model.config.text_config)
     language_model.model, language_model.lm_head = model.model.language_model, model.lm_head
-    image_embeds = torch.cat(model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output)
+    image_embeds = torch.cat(
+        model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output
+    )
     is_image = (inputs["input_ids"] == model.config.image_token_id).unsqueeze(-1)
-    inputs_embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(is_image, image_embeds)
+    inputs_embeds = model.get_input_embeddings()(inputs["input_ids"]).masked_scatter(
+        is_image, image_embeds
+    )
     state: dict[str, Any] = {}
 
     def encoder() -> None:
@@ -244,23 +273,36 @@ def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
         "answer": lambda: loaded.answer(images, [QUESTION] * batch, max_new_tokens=NEW_TOKENS),
     }
     seconds = alternate(runs, rounds)
-    parts = [sum(turn) for turn in zip(seconds["encoder"], seconds["prefill"], seconds["decode"], strict=True)]
+    parts = [
+        sum(turn)
+        for turn in zip(seconds["encoder"], seconds["prefill"], seconds["decode"], strict=True)
+    ]
     label = f"answer, {name_of(dtype)}, batch {batch}, {inputs['input_ids'].shape[1]} + {NEW_TOKENS} tokens"
     print_ratio(label, seconds["answer"], parts, "1.05")
-    print("| of these | s | |", *(f"{name} {statistics.median(seconds[name]):.3g}" for name in list(runs)[:3]), "| | |")
+    print(
+        "| of these | s | |",
+        *(f"{name} {statistics.median(seconds[name]):.3g}" for name in list(runs)[:3]),
+        "| | |",
+    )
 
 
 @torch.inference_mode()
 def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
     """`generate` against that of transformers' LLaVA, the very same weights: CLIP ViT-B/16, a dense TinyLlama."""
     vision = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=16
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        patch_size=16,
     )
     text = LlamaConfig(**{**TINYLLAMA, "vocab_size": 32001})
     ours = random_model(vision, text, dtype)
     with torch.device("meta"):
         theirs: Any = LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision, text_config=text, image_token_index=32000, dtype=dtype)
+            LlavaConfig(
+                vision_config=vision, text_config=text, image_token_index=32000, dtype=dtype
+            )
         ).eval()
     theirs.model.vision_tower = ours.model.vision_tower.tower
     theirs.model.language_model, theirs.lm_head = ours.model.language_model, ours.lm_head
@@ -269,7 +311,12 @@ def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
     theirs.model.multi_modal_projector.linear_2 = projector[2]
     inputs = prompt(ready(ours), random_images(batch))
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
+    options = {
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "pad_token_id": 2,
+        "eos_token_id": None,
+    }
     answers: dict[str, Tensor] = {}
 
     def generate(name: str, model: Any) -> Callable[[], None]:
@@ -278,7 +325,10 @@ def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
 
         return run
 
-    seconds = alternate({name: generate(name, model) for name, model in (("ours", ours), ("theirs", theirs))}, rounds)
+    seconds = alternate(
+        {name: generate(name, model) for name, model in (("ours", ours), ("theirs", theirs))},
+        rounds,
+    )
     assert torch.equal(answers["ours"], answers["theirs"])
     label = f"generate, dense, {name_of(dtype)}, batch {batch}, {inputs['input_ids'].shape[1]} + {NEW_TOKENS} tokens"
     print_ratio(label, seconds["ours"], seconds["theirs"], "1.03")
@@ -292,7 +342,10 @@ def bench_prefill(batch: int, dtype: torch.dtype, rounds: int) -> None:
     with torch.device("meta"):
         config = MoeLlavaConfig(**{**full.config.to_dict(), "projector_type": "pixel_shuffle"})
         small = MoeLlavaForConditionalGeneration(config).eval()
-    small.model.vision_tower, small.model.language_model = full.model.vision_tower, full.model.language_model
+    small.model.vision_tower, small.model.language_model = (
+        full.model.vision_tower,
+        full.model.language_model,
+    )
     small.lm_head = full.lm_head
     projector = small.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
     for weight in projector.parameters():
@@ -302,11 +355,16 @@ def bench_prefill(batch: int, dtype: torch.dtype, rounds: int) -> None:
         name: lambda model=model: model(**inputs[model], logits_to_keep=1)
         for name, model in (("small", small), ("full", full))
     }
-    calls["encoder"] = lambda: full.get_image_features(inputs[full]["pixel_values"], return_dict=True)
+    calls["encoder"] = lambda: full.get_image_features(
+        inputs[full]["pixel_values"], return_dict=True
+    )
     seconds = alternate(calls, rounds)
     lengths = "against".join(f" {inputs[model]['input_ids'].shape[1]} " for model in (small, full))
     print_ratio(
-        f"first token, {name_of(dtype)}, batch {batch},{lengths}tokens", seconds["small"], seconds["full"], "0.5"
+        f"first token, {name_of(dtype)}, batch {batch},{lengths}tokens",
+        seconds["small"],
+        seconds["full"],
+        "0.5",
     )
     without = {
         name: [whole - part for whole, part in zip(seconds[name], seconds["encoder"], strict=True)]
@@ -326,7 +384,10 @@ def print_ratio(what: str, ours: list[float], theirs: list[float], bound: str) -
         return f"{statistics.median(values):.3g} ({min(values):.3g}-{max(values):.3g})"
 
     ratio = statistics.median(ours) / statistics.median(theirs)
-    print(f"| {what} | s | {spread(ours)} | {spread(theirs)} | **{ratio:.3f}** | <= {bound} |", flush=True)
+    print(
+        f"| {what} | s | {spread(ours)} | {spread(theirs)} | **{ratio:.3f}** | <= {bound} |",
+        flush=True,
+    )
 
 
 GENERATION = {"answer": bench_answer, "llava": bench_llava, "prefill": bench_prefill}
@@ -334,9 +395,13 @@ GENERATION = {"answer": bench_answer, "llava": bench_llava, "prefill": bench_pre
 
 def main() -> None:
     """Print the table of one benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("section", choices=("build", *GENERATION))
-    parser.add_argument("folder", nargs="?", type=Path, help="for the files of `build`; default: a temporary one")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="for the files of `build`; default: a temporary one"
+    )
     parser.add_argument("--batch", type=int, default=1, help="images, one question each")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=int, help="default: 5, and 1 for more than one image")

@@ -24,10 +24,21 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.testing.datasets import picture
 from moellava.train import load_recipe, train
-from moellava.train.run import build_collator, build_trainer, read_data, row_lengths, training_arguments
+from moellava.train.run import (
+    build_collator,
+    build_trainer,
+    read_data,
+    row_lengths,
+    training_arguments,
+)
 from moellava.train.stages import prepare_model
 
-SIZES = {"hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32, "num_key_value_heads": 4}
+SIZES = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
 SMALL = {"hidden_size": 256, "intermediate_size": 704}
 
 
@@ -37,7 +48,10 @@ def write_rows(folder: Path, count: int) -> Path:
     rows = []
     for number in range(count):
         picture(number, size=(512, 512)).save(folder / "images" / f"{number}.jpg")
-        turns = [{"from": "human", "value": "<image>\n" + "What is it? " * 8}, {"from": "gpt", "value": "It is. " * 8}]
+        turns = [
+            {"from": "human", "value": "<image>\n" + "What is it? " * 8},
+            {"from": "gpt", "value": "It is. " * 8},
+        ]
         rows.append({"id": str(number), "image": f"{number}.jpg", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
@@ -46,9 +60,16 @@ def write_rows(folder: Path, count: int) -> Path:
 def write_parts(folder: Path, *, num_hidden_layers: int, sizes: dict[str, int]) -> dict[str, str]:
     """BiomedCLIP's ViT-B/16 and a Llama; the vocabulary is small, since its size is no business of the trainer."""
     model = write_tinyllama(
-        folder / "llama", num_hidden_layers=num_hidden_layers, vocab_size=2000, dtype=torch.float32, **sizes
+        folder / "llama",
+        num_hidden_layers=num_hidden_layers,
+        vocab_size=2000,
+        dtype=torch.float32,
+        **sizes,
     )
-    return {"model_name_or_path": str(model), "mm_vision_tower": str(write_biomedclip(folder / "tower"))}
+    return {
+        "model_name_or_path": str(model),
+        "mm_vision_tower": str(write_biomedclip(folder / "tower")),
+    }
 
 
 def recipe_of(folder: Path, rows: Path, *, steps: int, batch_size: int, **settings):
@@ -89,11 +110,19 @@ class Turns(TrainerCallback):
 def step(folder: Path, steps: int = 12) -> None:
     """Stage 3: one cycle of the trainer (batch, step, clipping, counts of the routers, log) against the bare step."""
     rows = write_rows(folder, 2 * steps)
-    loaded = load_pretrained_model(write_parts(folder, num_hidden_layers=2, sizes=SIZES), moe_config=False)
+    loaded = load_pretrained_model(
+        write_parts(folder, num_hidden_layers=2, sizes=SIZES), moe_config=False
+    )
     loaded.model.save_pretrained(folder / "dense")
     loaded.processor.save_pretrained(folder / "dense")
     recipe = recipe_of(
-        folder / "run", rows, steps=steps, batch_size=2, stage="experts", start_from=str(folder / "dense"), after="any"
+        folder / "run",
+        rows,
+        steps=steps,
+        batch_size=2,
+        stage="experts",
+        start_from=str(folder / "dense"),
+        after="any",
     )
     arguments = training_arguments(recipe, show_progress=False)
     data, (model, loaded) = read_data(recipe), prepare_model(recipe)
@@ -105,32 +134,55 @@ def step(folder: Path, steps: int = 12) -> None:
     trainer.train()
     ours, bare = turns.ours[2:], turns.bare[2:]
     learning = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    print(f"{learning / 1e6:.0f} M weights learn; batch of {tuple(batch['input_ids'].shape)} tokens")
+    print(
+        f"{learning / 1e6:.0f} M weights learn; batch of {tuple(batch['input_ids'].shape)} tokens"
+    )
     print("| trainer, s a step | bare, s a step | ratio, asked <= 1.1 |\n|---|---|---|")
-    print(f"| {spread(ours)} | {spread(bare)} | {statistics.median(ours) / statistics.median(bare):.3f} |")
+    print(
+        f"| {spread(ours)} | {spread(bare)} | {statistics.median(ours) / statistics.median(bare):.3f} |"
+    )
 
 
 def features(folder: Path, steps: int = 6, batch_size: int = 8) -> None:
     """Stage 1, every step on the same rows: patch tokens read from the file against the tower run each time."""
     rows = write_rows(folder, steps * batch_size)
-    print("| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 | largest difference of losses |")
+    print(
+        "| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 | largest difference of losses |"
+    )
     print("|---|---|---|---|---|")
-    for name, num_hidden_layers, sizes in (("4 layers of 256", 4, SMALL), ("1 layer of 2048", 1, SIZES)):
+    for name, num_hidden_layers, sizes in (
+        ("4 layers of 256", 4, SMALL),
+        ("1 layer of 2048", 1, SIZES),
+    ):
         place = folder / name.replace(" ", "_")
         parts, logs = write_parts(place, num_hidden_layers=num_hidden_layers, sizes=sizes), {}
         for kind, data in (("encoding", {}), ("cached", {"features": str(place / "features")})):
             recipe = recipe_of(
-                place / kind, rows, steps=steps, batch_size=batch_size, stage="align", model=parts, data=data
+                place / kind,
+                rows,
+                steps=steps,
+                batch_size=batch_size,
+                stage="align",
+                model=parts,
+                data=data,
             )
-            logs[kind] = [entry for entry in train(recipe, show_progress=False).log if "loss" in entry]
+            logs[kind] = [
+                entry for entry in train(recipe, show_progress=False).log if "loss" in entry
+            ]
         tokens = batch_size * num_tokens_of_a_row(recipe)
         median = {
             kind: statistics.median(entry["tokens_per_second"] for entry in log[1:]) / tokens
             for kind, log in logs.items()
         }
-        apart = max(abs(a["loss"] - b["loss"]) for a, b in zip(logs["cached"], logs["encoding"], strict=True))
+        apart = max(
+            abs(a["loss"] - b["loss"])
+            for a, b in zip(logs["cached"], logs["encoding"], strict=True)
+        )
         ratio = median["cached"] / median["encoding"]
-        print(f"| {name} | {median['cached']:.2f} | {median['encoding']:.2f} | {ratio:.2f} | {apart:.1e} |", flush=True)
+        print(
+            f"| {name} | {median['cached']:.2f} | {median['encoding']:.2f} | {ratio:.2f} | {apart:.1e} |",
+            flush=True,
+        )
 
 
 def num_tokens_of_a_row(recipe) -> int:
@@ -151,5 +203,7 @@ if __name__ == "__main__":
     transformers.logging.disable_progress_bar()
     for section in parser.parse_args().sections:
         with tempfile.TemporaryDirectory() as folder:
-            print(f"\n{section}: torch {torch.__version__}, transformers {transformers.__version__}")
+            print(
+                f"\n{section}: torch {torch.__version__}, transformers {transformers.__version__}"
+            )
             sections[section](Path(folder))

@@ -12,7 +12,9 @@ from moellava.testing import TINYLLAMA
 @pytest.fixture(scope="module")
 def checkpoint(hub_cache, small_biomedclip, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("ask") / "checkpoint"
-    loaded = load_pretrained_model({"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)})
+    loaded = load_pretrained_model(
+        {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)}
+    )
     loaded.model.save_pretrained(folder)
     loaded.processor.save_pretrained(folder)
     return str(folder)
@@ -37,18 +39,24 @@ def ask(*arguments: str):
 
 def test_one_answer_is_printed_alone(checkpoint, scans):
     result = ask(checkpoint, scans[0], "What modality is this?")
-    expected = load_pretrained_model(checkpoint).answer(scans[0], "What modality is this?", max_new_tokens=4)
+    expected = load_pretrained_model(checkpoint).answer(
+        scans[0], "What modality is this?", max_new_tokens=4
+    )
     assert (result.exit_code, result.stdout) == (0, f"{expected[0]}\n")
 
 
 def test_every_question_is_asked_about_each_image(checkpoint, scans):
     result = ask(checkpoint, *scans, "What modality is this?", "Why?")
     rows = [line.split("\t") for line in result.stdout.splitlines()]
-    assert [row[:2] for row in rows] == [[scan, q] for scan in scans for q in ("What modality is this?", "Why?")]
+    assert [row[:2] for row in rows] == [
+        [scan, q] for scan in scans for q in ("What modality is this?", "Why?")
+    ]
 
 
 def test_each_answer_stands_beside_its_question(checkpoint, scans, monkeypatch):
-    monkeypatch.setattr(LoadedModel, "answer", lambda self, image, questions, **_: [q.upper() for q in questions])
+    monkeypatch.setattr(
+        LoadedModel, "answer", lambda self, image, questions, **_: [q.upper() for q in questions]
+    )
     result = ask(checkpoint, *scans[:2], "a why?", "b why?")
     assert result.stdout.splitlines() == [
         f"{scan}\t{q}\t{q.upper()}" for scan in scans[:2] for q in ("a why?", "b why?")

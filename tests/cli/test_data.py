@@ -23,14 +23,23 @@ def folder(tmp_path):
             {"from": "human", "value": f"<image>\nWhat is {number}?"},
             {"from": "gpt", "value": "It is " * number + "so."},
         ]
-        rows.append({"id": f"r{number}", "image": f"{number}.png", "conversations": turns, "answer_type": "OPEN"})
+        rows.append(
+            {
+                "id": f"r{number}",
+                "image": f"{number}.png",
+                "conversations": turns,
+                "answer_type": "OPEN",
+            }
+        )
     (tmp_path / "train.json").write_text(json.dumps(rows[:3]))
     (tmp_path / "test.json").write_text(json.dumps(rows[3:]))
     return tmp_path
 
 
 def test_a_sound_file_passes_with_summary_and_histogram(folder):
-    result = run("check", folder / "train.json", "--images", folder, "--against", folder / "test.json")
+    result = run(
+        "check", folder / "train.json", "--images", folder, "--against", folder / "test.json"
+    )
     assert result.exit_code == 0
     assert "read as llava: 3 rows, 3 images" in result.stdout
     assert "answer type  OPEN 3" in result.stdout
@@ -40,7 +49,9 @@ def test_a_sound_file_passes_with_summary_and_histogram(folder):
 
 def test_problems_are_listed_and_make_the_status_one(folder):
     (folder / "1.png").unlink()
-    result = run("check", folder / "train.json", "--images", folder, "--against", folder / "train.json")
+    result = run(
+        "check", folder / "train.json", "--images", folder, "--against", folder / "train.json"
+    )
     assert result.exit_code == 1
     assert "ERROR   missing image: 2" in result.stdout
     assert "ERROR   leak: same id: 3" in result.stdout
@@ -52,7 +63,17 @@ def test_report_and_picture_are_written(folder, tmp_path, hub_cache):
     from moellava.testing import TINYLLAMA
 
     out = tmp_path / "report"
-    result = run("check", folder / "train.json", "--images", folder, "--tokenizer", TINYLLAMA, "--out", out, "--json")
+    result = run(
+        "check",
+        folder / "train.json",
+        "--images",
+        folder,
+        "--tokenizer",
+        TINYLLAMA,
+        "--out",
+        out,
+        "--json",
+    )
     printed = json.loads(result.stdout)
     assert printed == json.loads((out / "report.json").read_text())
     assert printed["rows"] == 3
@@ -83,7 +104,9 @@ def test_without_skip_bad_the_row_is_named_on_one_line(folder, capsys, monkeypat
     rows[1]["conversations"] = None
     (folder / "train.json").write_text(json.dumps(rows))
     monkeypatch.setattr(
-        sys, "argv", ["moellava", "data", "convert", str(folder / "train.json"), str(folder / "o.json")]
+        sys,
+        "argv",
+        ["moellava", "data", "convert", str(folder / "train.json"), str(folder / "o.json")],
     )
     with pytest.raises(SystemExit) as stop:
         main()

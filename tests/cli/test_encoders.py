@@ -53,18 +53,26 @@ def test_show_prints_the_cached_files_and_revision_of_a_repo(hub_cache, no_netwo
 def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
     code, text = run("encoders", "show", "openai/clip-not-here")
     assert code == 0
-    assert "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors" in text
+    assert (
+        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
+        in text
+    )
     code, text = run("encoders", "show", tmp_path / "nowhere")
     assert code == 1
     assert "nowhere does not exist" in text
     code, text = run("encoders", "show", "someone/BiomedCLIP-like")
     assert code == 1
-    assert "hf download someone/BiomedCLIP-like open_clip_config.json open_clip_pytorch_model.bin" in text
+    assert (
+        "hf download someone/BiomedCLIP-like open_clip_config.json open_clip_pytorch_model.bin"
+        in text
+    )
 
 
 def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip, tmp_path):
     out = tmp_path / "features.safetensors"
-    code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip, "--batch-size", 2)
+    code, text = run(
+        "encode", folder, "--out", out, "--encoder", small_biomedclip, "--batch-size", 2
+    )
     assert code == 0, text
     assert "5 images, 196 patch tokens of width 192" in text
     with safe_open(out, "pt") as file:
@@ -72,7 +80,9 @@ def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip
     names = json.loads(metadata["names"])
     assert names == ["0.png", "2.png", "4.png", "sub/1.png", "sub/3.png"]
     assert json.loads(metadata["tower"]) == "biomedclip_small"
-    expected = create_encoder("biomedclip", small_biomedclip).encode([folder / name for name in names])
+    expected = create_encoder("biomedclip", small_biomedclip).encode(
+        [folder / name for name in names]
+    )
     assert torch.allclose(load_file(out)["patch_tokens"], expected, atol=1e-5)
     code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip)
     assert code == 1
@@ -132,7 +142,9 @@ def test_encode_takes_dicom_and_nifti_through_a_window(medical_folder, small_bio
         metadata = file.metadata()
     assert json.loads(metadata["names"]) == ["IM0001", "a.dcm", "v.nii.gz"]
     assert json.loads(metadata["view"]) == {"window": "lung"}
-    pictures = [to_pil(medical_folder / name, window="lung") for name in json.loads(metadata["names"])]
+    pictures = [
+        to_pil(medical_folder / name, window="lung") for name in json.loads(metadata["names"])
+    ]
     expected = create_encoder("biomedclip", small_biomedclip).encode(pictures)
     tokens = load_file(out)["patch_tokens"]
     assert torch.allclose(tokens, expected, atol=1e-5)
@@ -149,7 +161,18 @@ def test_encode_of_a_path_is_encode_of_its_picture(medical_folder, small_biomedc
 
 
 def test_a_window_that_does_not_fit_is_said_before_anything_is_loaded(medical_folder, tmp_path):
-    code, text = run("classify", medical_folder / "a.dcm", "--labels", "a,b", "--window", "lnug", "--encoder", "none")
+    code, text = run(
+        "classify",
+        medical_folder / "a.dcm",
+        "--labels",
+        "a,b",
+        "--window",
+        "lnug",
+        "--encoder",
+        "none",
+    )
     assert (code, "Unknown window 'lnug'. Did you mean 'lung'" in text) == (1, True)
-    code, text = run("classify", medical_folder / "a.dcm", "--labels", "a,b", "--frame", "3", "--encoder", "none")
+    code, text = run(
+        "classify", medical_folder / "a.dcm", "--labels", "a,b", "--frame", "3", "--encoder", "none"
+    )
     assert (code, "has no frame 3: it has 1, 0 to 0" in text) == (1, True)

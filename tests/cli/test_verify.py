@@ -28,15 +28,21 @@ def test_a_folder_tower_and_a_cached_language_model_pass(hub_cache, small_biomed
     assert "FAIL" not in result.stdout
 
 
-def test_a_missing_language_model_says_what_to_fetch_and_ends_with_status_1(hub_cache, small_biomedclip):
-    result = verify("--tower", str(small_biomedclip), "--language-model", "nobody/no-llama", "--json")
+def test_a_missing_language_model_says_what_to_fetch_and_ends_with_status_1(
+    hub_cache, small_biomedclip
+):
+    result = verify(
+        "--tower", str(small_biomedclip), "--language-model", "nobody/no-llama", "--json"
+    )
     steps = json.loads(result.stdout)
     assert result.exit_code == 1
     assert [step["passed"] for step in steps] == [True, True, False]
     assert "hf download nobody/no-llama" in steps[-1]["detail"]
 
 
-def test_a_language_model_of_pickled_weights_passes(hub_cache, small_biomedclip, tmp_path, no_network):
+def test_a_language_model_of_pickled_weights_passes(
+    hub_cache, small_biomedclip, tmp_path, no_network
+):
     folder = shutil.copytree(hub_cache[TINYLLAMA], tmp_path / "llama")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -59,7 +65,10 @@ def test_the_guides_script_runs_alone(hub_cache, small_biomedclip):
     script = ROOT / "tests" / "integration" / "test_biomedclip_encoder.py"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, str(script), str(small_biomedclip)], env=environment, capture_output=True, text=True
+        [sys.executable, str(script), str(small_biomedclip)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "pass  encoder alone: 196 patch tokens of width 192, real, 14x14 grid" in result.stdout

@@ -48,7 +48,9 @@ def found(report) -> list[tuple[str, str]]:
 
 
 def test_a_sound_dataset_has_no_problems(folder):
-    report = report_of(folder, [row(number) for number in range(4)], [row(number) for number in (4, 5)])
+    report = report_of(
+        folder, [row(number) for number in range(4)], [row(number) for number in (4, 5)]
+    )
     assert found(report) == []
     assert (report.num_rows, report.num_images, report.num_errors) == (4, 4, 0)
 
@@ -59,11 +61,27 @@ def test_a_sound_dataset_has_no_problems(folder):
         ({"image": "none.png"}, "missing image", "none.png does not exist"),
         ({"image": "broken.png"}, "unreadable image", "broken.png cannot be read as an image"),
         ({"image": "patient.dcm"}, "unreadable image", "patient.dcm"),
-        ({"conversations": conversation("<image> Why?", " ")}, "empty turn", "turn 1 (assistant) is empty"),
-        ({"conversations": conversation("Why?")}, "placeholder mismatch", "0 <image> marks for 1 images"),
-        ({"conversations": conversation("<image> <image>")}, "placeholder mismatch", "2 <image> marks for 1 images"),
+        (
+            {"conversations": conversation("<image> Why?", " ")},
+            "empty turn",
+            "turn 1 (assistant) is empty",
+        ),
+        (
+            {"conversations": conversation("Why?")},
+            "placeholder mismatch",
+            "0 <image> marks for 1 images",
+        ),
+        (
+            {"conversations": conversation("<image> <image>")},
+            "placeholder mismatch",
+            "2 <image> marks for 1 images",
+        ),
         ({"conversations": "Why?"}, "malformed", "expected a list"),
-        ({"conversations": conversation("<image>\nQuestion 1?")} | {"image": "1.png"}, "duplicate row", "row 1"),
+        (
+            {"conversations": conversation("<image>\nQuestion 1?")} | {"image": "1.png"},
+            "duplicate row",
+            "row 1",
+        ),
     ],
 )
 def test_a_planted_defect_is_the_one_problem(folder, changes, kind, detail):
@@ -119,7 +137,9 @@ class TestLeaks:
     def test_row_numbers_in_place_of_ids_are_no_leak(self, folder, dataset_cache):
         name = "flaviagiammarino/vqa-rad"
         train, test = (read_rows(name, split=split) for split in ("train", "test"))
-        assert not [kind for kind, _ in found(check_rows(train, against=test)) if kind == "leak: same id"]
+        assert not [
+            kind for kind, _ in found(check_rows(train, against=test)) if kind == "leak: same id"
+        ]
 
 
 def test_near_pairs_are_those_of_imagehash():
@@ -143,7 +163,11 @@ def test_lengths_are_the_tokenizers_and_the_summary_counts(folder, hub_cache):
 
     from moellava.testing import TINYLLAMA
 
-    rows = [row(0, answer_type="OPEN"), row(1, answer_type="closed", split="x"), row(2, answer_type="close")]
+    rows = [
+        row(0, answer_type="OPEN"),
+        row(1, answer_type="closed", split="x"),
+        row(2, answer_type="close"),
+    ]
     tokenizer = AutoTokenizer.from_pretrained(TINYLLAMA)
     report = report_of(folder, rows, tokenizer=tokenizer)
     text = "<|user|>\n\nQuestion 0?</s>\n<|assistant|>\nNo.</s>\n"
@@ -158,7 +182,9 @@ def test_each_image_is_read_once(folder, monkeypatch):
     from moellava.data import check
 
     reads = []
-    monkeypatch.setattr(check, "fingerprint", lambda image: reads.append(image) or fingerprint(image))
+    monkeypatch.setattr(
+        check, "fingerprint", lambda image: reads.append(image) or fingerprint(image)
+    )
     rows = [row(number, image="0.png") for number in range(5)]
     assert report_of(folder, rows).num_images == 1
     assert len(reads) == 1

@@ -27,7 +27,12 @@ def grey():
 
 def test_labels_are_the_assistants_tokens_and_nothing_else(collator, grey):
     tokenizer = collator.processor.tokenizer
-    batch = collator([row("Is this a CT image?", "yes", grey), row("What is this?", "Stained tissue, I think.", grey)])
+    batch = collator(
+        [
+            row("Is this a CT image?", "yes", grey),
+            row("What is this?", "Stained tissue, I think.", grey),
+        ]
+    )
     for labels, answer in zip(batch["labels"], ("yes", "Stained tissue, I think."), strict=True):
         assert tokenizer.decode(labels[labels != -100]) == f"{answer}</s>"
     ids, labels = batch["input_ids"], batch["labels"]
@@ -43,11 +48,15 @@ def test_labels_equal_a_mask_written_by_hand(collator):
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert ids == expected
     num_prompt = len(prompt)
-    assert labels == [-100] * num_prompt + expected[num_prompt:-1] + [-100]  # the last newline is the template's
+    assert labels == [-100] * num_prompt + expected[num_prompt:-1] + [
+        -100
+    ]  # the last newline is the template's
 
 
 def test_padding_is_on_the_right_and_not_supervised(collator, grey):
-    batch = collator([row("Is this?", "no", grey), row("Is this a CT image of the lungs, or not?", "no", grey)])
+    batch = collator(
+        [row("Is this?", "no", grey), row("Is this a CT image of the lungs, or not?", "no", grey)]
+    )
     short = batch["attention_mask"][0]
     assert short.diff().max() <= 0
     assert (batch["labels"][0][short == 0] == -100).all()
@@ -125,12 +134,18 @@ def test_labels_of_each_template_equal_a_mask_written_by_hand(template, collator
 
 
 @pytest.mark.parametrize("marked", [True, False])
-def test_chatml_is_read_by_our_marks_and_without_marks_turn_by_turn(collator, grey, monkeypatch, marked):
+def test_chatml_is_read_by_our_marks_and_without_marks_turn_by_turn(
+    collator, grey, monkeypatch, marked
+):
     from moellava.model.chat_templates import _FLATTEN, multimodal_chat_template
 
     processor = collator.processor
     monkeypatch.setattr(processor.tokenizer, "chat_template", CHATML)
-    template = multimodal_chat_template(processor.tokenizer) if marked else _FLATTEN.replace("TEXT", "text") + CHATML
+    template = (
+        multimodal_chat_template(processor.tokenizer)
+        if marked
+        else _FLATTEN.replace("TEXT", "text") + CHATML
+    )
     assert ("generation -%}" in template) == marked
     batch = ChatCollator(processor, chat_template=template)([{"messages": conversation(grey)}])
     ids, labels = ids_and_labels_by_hand(CHATML_BY_HAND, processor)
@@ -163,7 +178,9 @@ def test_tokens_and_labels_equal_transformers_own(collator, grey):
 
 
 def test_a_placeholder_written_into_the_text_is_an_error(collator, grey):
-    with pytest.raises(ValueError, match=r"Row 'x': the text holds 2 <image>, but the messages hold 1 images"):
+    with pytest.raises(
+        ValueError, match=r"Row 'x': the text holds 2 <image>, but the messages hold 1 images"
+    ):
         collator([row("Is <image> this?", "no", grey, id="x")])
 
 
@@ -195,16 +212,27 @@ def test_lengths_are_those_of_the_collated_rows(collator, grey):
     assert lengths == [collator([{"messages": chat}])["input_ids"].shape[1] for chat in chats]
 
 
-def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(hub_cache, small_biomedclip, grey):
+def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(
+    hub_cache, small_biomedclip, grey
+):
     """Each row alone, weighted by its labels, against all of them in one sequence."""
     parts = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)}
-    model, processor = (loaded := load_pretrained_model(parts, dtype="float32"))[0], loaded.processor
+    model, processor = (
+        (loaded := load_pretrained_model(parts, dtype="float32"))[0],
+        loaded.processor,
+    )
     model.train()
     model.config.text_config.router_aux_loss_coef = 0.0  # over a batch's tokens, not a row's
-    rows = [{"messages": conversation(grey)}, row("Why?", "no"), row("Is this a CT image of it?", "yes", grey)]
+    rows = [
+        {"messages": conversation(grey)},
+        row("Why?", "no"),
+        row("Is this a CT image of it?", "yes", grey),
+    ]
     alone = [ChatCollator(processor)([one]) for one in rows]
     counts = [(batch["labels"][:, 1:] != -100).sum() for batch in alone]
-    expected = sum(model(**batch).loss * count for batch, count in zip(alone, counts, strict=True)) / sum(counts)
+    expected = sum(
+        model(**batch).loss * count for batch, count in zip(alone, counts, strict=True)
+    ) / sum(counts)
     expected.backward()
     gradient = model.model.multi_modal_projector[0].weight.grad.clone()
     model.zero_grad()
@@ -213,7 +241,9 @@ def test_packed_rows_give_the_loss_and_gradients_of_separate_ones(hub_cache, sma
     loss = model(**packed).loss
     loss.backward()
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(model.model.multi_modal_projector[0].weight.grad, gradient, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        model.model.multi_modal_projector[0].weight.grad, gradient, rtol=1e-4, atol=1e-7
+    )
     # The oracle can say no: without the new beginnings, rows look at each other.
     unseparated = {**packed, "position_ids": torch.arange(packed["input_ids"].shape[1])[None]}
     assert not torch.allclose(model(**unseparated).loss, expected, rtol=1e-4)

@@ -34,7 +34,10 @@ def sources(tmp_path_factory, dataset_cache):
             "answer_type": "close",
             "nested": {"a": [1, 2.5, None, "图"]},
         },
-        {"id": "y", "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}]},
+        {
+            "id": "y",
+            "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "No."}],
+        },
     ]
     slake = write_slake(folder / "slake", zipped=False)
     (slake / "own.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -43,7 +46,9 @@ def sources(tmp_path_factory, dataset_cache):
         "slake": read_rows(slake / "train.json"),
         "pmc_vqa": read_rows("RadGenome/PMC-VQA", split="test_2"),
         "authors": read_rows(write_vqa_rad_authors(folder / "rad")),
-        "medmnist": read_rows(write_medmnist(folder / "a.npz"), split="val", class_names=["a", "b", "c"]),
+        "medmnist": read_rows(
+            write_medmnist(folder / "a.npz"), split="val", class_names=["a", "b", "c"]
+        ),
         "llava": read_rows(slake / "own.json"),
     }
 
@@ -67,11 +72,15 @@ def test_nothing_is_lost_on_the_way_there_and_back(sources, tmp_path, source, su
     rows = sources[source]
     out = tmp_path / f"out{suffix}"
     assert convert_rows(rows, out) == len(rows)
-    again = read_rows(out, images=None if isinstance(rows[0].images[0], (bytes, np.ndarray)) else rows.image_root)
+    again = read_rows(
+        out, images=None if isinstance(rows[0].images[0], (bytes, np.ndarray)) else rows.image_root
+    )
     assert [content(row) for row in again] == [content(row) for row in rows]
     twice = tmp_path / "twice.json"
     convert_rows(again, twice, images=tmp_path / "twice_images", copy_images=True)
-    assert [content(row) for row in read_rows(twice, images=tmp_path / "twice_images")] == [content(r) for r in rows]
+    assert [content(row) for row in read_rows(twice, images=tmp_path / "twice_images")] == [
+        content(r) for r in rows
+    ]
 
 
 def test_the_json_is_what_llava_reads(sources, tmp_path):
@@ -82,7 +91,11 @@ def test_the_json_is_what_llava_reads(sources, tmp_path):
         {"from": "human", "value": "<image>\nIs there evidence of an aortic aneurysm?"},
         {"from": "gpt", "value": "yes"},
     ]
-    assert (first["answer_type"], first["modality"], first["source"]) == ("CLOSED", "X-Ray", "slake")
+    assert (first["answer_type"], first["modality"], first["source"]) == (
+        "CLOSED",
+        "X-Ray",
+        "slake",
+    )
 
 
 def test_an_image_of_several_rows_is_written_once_beside_the_file(sources, tmp_path):
@@ -105,5 +118,7 @@ def test_errors(sources, tmp_path):
     (tmp_path / "there.json").touch()
     with pytest.raises(FileExistsError, match=r"there\.json is there already"):
         convert_rows(sources["llava"], tmp_path / "there.json")
-    with pytest.raises(ValueError, match=r"out\.csv: which kind of file\? .* \.json, \.jsonl, \.parquet"):
+    with pytest.raises(
+        ValueError, match=r"out\.csv: which kind of file\? .* \.json, \.jsonl, \.parquet"
+    ):
         convert_rows(sources["llava"], tmp_path / "out.csv")

@@ -15,7 +15,9 @@ from moellava.data.rows import RowError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
@@ -28,7 +30,12 @@ def folder(tmp_path_factory):
 @settings(max_examples=100, deadline=None)
 @example([None, [], -0.0], None, False, False)  # a window ends behind `-0.`
 @example([12, 1e-30, 1e30], None, False, False)  # ... behind `1e` and `1e+`
-@given(st.lists(VALUES, min_size=1, max_size=8), st.sampled_from([None, 1]), st.booleans(), st.booleans())
+@given(
+    st.lists(VALUES, min_size=1, max_size=8),
+    st.sampled_from([None, 1]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_records_equal_those_of_the_whole_list(folder, values, indent, ascii_only, with_mark):
     """Whatever the layout, and wherever the window of text ends (here every 7 bytes)."""
     path = folder / "a.json"
@@ -44,7 +51,9 @@ def test_records_equal_those_of_the_whole_list(folder, values, indent, ascii_onl
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.dictionaries(st.text(), VALUES, min_size=1), min_size=1, max_size=6), st.booleans())
+@given(
+    st.lists(st.dictionaries(st.text(), VALUES, min_size=1), min_size=1, max_size=6), st.booleans()
+)
 def test_records_equal_the_lines(folder, values, ends_in_newline):
     path = folder / "a.jsonl"
     path.write_text("\n\n".join(json.dumps(value) for value in values) + "\n" * ends_in_newline)
@@ -58,7 +67,10 @@ def test_records_equal_the_lines(folder, values, ends_in_newline):
         ('[{"a": 1}, {"a": "x', r"broken JSON at byte 11, after 1 complete rows"),
         ('[{"a": 1}', r"after 1 complete rows: the file ends in the middle"),
         ('[{"a": 1} {"a": 2}]', r"expected ',', found '{'"),
-        ('{\n "data": [\n  {"a": 1}\n ]\n}', r"neither a JSON list of rows nor JSON lines.*list to a file of its own"),
+        (
+            '{\n "data": [\n  {"a": 1}\n ]\n}',
+            r"neither a JSON list of rows nor JSON lines.*list to a file of its own",
+        ),
         ("[]", "holds no rows"),
         ("", "holds no rows"),
     ],

@@ -22,7 +22,9 @@ def llava_row(**changes):
 
 class TestLlava:
     def test_a_row_as_llava_has_it(self, tmp_path):
-        (row,) = read_rows(write(tmp_path / "train.json", [llava_row(domain="ct")]), images=tmp_path)
+        (row,) = read_rows(
+            write(tmp_path / "train.json", [llava_row(domain="ct")]), images=tmp_path
+        )
         assert row == Row(
             id="a-1",
             images=(str(tmp_path / "a.jpg"),),
@@ -37,17 +39,25 @@ class TestLlava:
         assert read_rows(write(tmp_path / "t.json", [row]))[0].answer == "No."
 
     def test_lists_of_images_text_only_rows_and_marks_anywhere(self, tmp_path):
-        two = [{"from": "human", "value": "Is <image> older than <image>?"}, {"from": "gpt", "value": "Yes."}]
+        two = [
+            {"from": "human", "value": "Is <image> older than <image>?"},
+            {"from": "gpt", "value": "Yes."},
+        ]
         none = [{"from": "human", "value": "What is CT?"}, {"from": "gpt", "value": "Tomography."}]
         last = [{"from": "human", "value": "Why?\n<image>"}, {"from": "gpt", "value": "No."}]
-        rows = [llava_row(image=["a.jpg", "b.jpg"], conversations=two), {"id": 7, "conversations": none}]
+        rows = [
+            llava_row(image=["a.jpg", "b.jpg"], conversations=two),
+            {"id": 7, "conversations": none},
+        ]
         rows += [llava_row(conversations=last), llava_row(image=["a.jpg"])]
         read = read_rows(write(tmp_path / "t.json", rows))
         assert [len(row.images) for row in read] == [2, 0, 1, 1]
         assert read[1].id == "7"
         assert read[2].turns[0].text == "Why?\n<image>"
 
-    @pytest.mark.parametrize(("written", "read"), [("OPEN", "OPEN"), ("close", "CLOSED"), ("yes/no", "yes/no")])
+    @pytest.mark.parametrize(
+        ("written", "read"), [("OPEN", "OPEN"), ("close", "CLOSED"), ("yes/no", "yes/no")]
+    )
     def test_answer_types_in_every_spelling(self, tmp_path, written, read):
         path = write(tmp_path / "t.json", [llava_row(answer_type=written)])
         assert read_rows(path)[0].answer_type == read
@@ -55,17 +65,29 @@ class TestLlava:
     def test_json_lines_are_the_same(self, tmp_path):
         rows = [llava_row(id=str(number)) for number in range(5)]
         (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-        assert list(read_rows(tmp_path / "t.jsonl")) == list(read_rows(write(tmp_path / "t.json", rows)))
+        assert list(read_rows(tmp_path / "t.jsonl")) == list(
+            read_rows(write(tmp_path / "t.json", rows))
+        )
 
     def test_questions_without_answers(self, tmp_path):
-        (tmp_path / "q.jsonl").write_text(json.dumps({"question_id": 3, "image": "a.jpg", "text": "Why?"}))
+        (tmp_path / "q.jsonl").write_text(
+            json.dumps({"question_id": 3, "image": "a.jpg", "text": "Why?"})
+        )
         (row,) = read_rows(tmp_path / "q.jsonl")
         assert (row.id, row.answer, row.turns) == ("3", None, (Turn("user", "<image>\nWhy?"),))
 
     def test_messages_of_chat_templates(self, tmp_path):
-        turns = [{"role": "user", "content": "<image>Why?"}, {"role": "assistant", "content": "No."}]
+        turns = [
+            {"role": "user", "content": "<image>Why?"},
+            {"role": "assistant", "content": "No."},
+        ]
         (row,) = read_rows(write(tmp_path / "t.json", [{"messages": turns, "images": ["a.jpg"]}]))
-        assert (row.source, row.question, row.answer, len(row.images)) == ("messages", "Why?", "No.", 1)
+        assert (row.source, row.question, row.answer, len(row.images)) == (
+            "messages",
+            "Why?",
+            "No.",
+            1,
+        )
 
 
 class TestHub:
@@ -78,19 +100,26 @@ class TestHub:
             ("flaviagiammarino/path-vqa", "path_vqa", ("train", "validation", "test")),
         ],
     )
-    def test_parquet_equals_what_datasets_reads(self, dataset_cache, no_network, name, source, splits):
+    def test_parquet_equals_what_datasets_reads(
+        self, dataset_cache, no_network, name, source, splits
+    ):
         from datasets import load_dataset
 
         for split in splits:
             rows = read_rows(name, split=split)
             theirs = load_dataset(
-                "parquet", data_files=str(dataset_cache[name] / "data" / f"{split}-*.parquet"), split="train"
+                "parquet",
+                data_files=str(dataset_cache[name] / "data" / f"{split}-*.parquet"),
+                split="train",
             )
             assert len(rows) == len(theirs)
             for row, record in zip(rows, theirs, strict=True):
                 assert (row.question, row.answer) == (record["question"], record["answer"])
                 assert (row.source, row.split, row.answer_type) == (source, split, None)
-                assert np.array_equal(np.asarray(load_image(row.images[0])), np.asarray(record["image"].convert("RGB")))
+                assert np.array_equal(
+                    np.asarray(load_image(row.images[0])),
+                    np.asarray(record["image"].convert("RGB")),
+                )
 
     def test_a_folder_of_parquet_is_the_same(self, dataset_cache):
         name = "flaviagiammarino/vqa-rad"
@@ -104,7 +133,11 @@ class TestHub:
         records = [record for record in records if record["q_lang"] == "en"]
         assert rows.num_not_asked == 3
         for row, record in zip(rows, records, strict=True):
-            assert (row.id, row.question, row.answer) == (str(record["qid"]), record["question"], record["answer"])
+            assert (row.id, row.question, row.answer) == (
+                str(record["qid"]),
+                record["question"],
+                record["answer"],
+            )
             assert row.answer_type == record["answer_type"]
             assert row.extra["modality"] == record["modality"]
             assert load_image(row.images[0]).size == (64, 48)
@@ -115,12 +148,18 @@ class TestHub:
         (row, _) = read_rows("RadGenome/PMC-VQA", split=split)
         assert row.choices == ("CT", "MRI", "None", "X-ray")
         assert row.answer == letter
-        assert row.turns[0].text.startswith("<image>\nWhat modality is shown, in short?\nA: CT\nB: MRI\nC: None\n")
+        assert row.turns[0].text.startswith(
+            "<image>\nWhat modality is shown, in short?\nA: CT\nB: MRI\nC: None\n"
+        )
         assert load_image(row.images[0]).size == (64, 48)
-        assert row.images[0].endswith("images/PMC1_0.jpg" if split == "train" else "figures/PMC2_0.jpg")
+        assert row.images[0].endswith(
+            "images/PMC1_0.jpg" if split == "train" else "figures/PMC2_0.jpg"
+        )
 
     def test_an_unknown_id_says_how_to_fetch_it(self, no_network):
-        with pytest.raises(FileNotFoundError, match="hf download nobody/nothing --repo-type dataset"):
+        with pytest.raises(
+            FileNotFoundError, match="hf download nobody/nothing --repo-type dataset"
+        ):
             read_rows("nobody/nothing")
 
 
@@ -128,7 +167,10 @@ class TestAuthorsFiles:
     def test_vqa_rad_splits_by_phrase_type(self, tmp_path):
         folder = write_vqa_rad_authors(tmp_path / "rad")
         test, train = (read_rows(folder, split=split) for split in ("test", "train"))
-        assert ([row.id for row in test], [row.id for row in train]) == (["2", "5"], ["0", "1", "3", "4"])
+        assert ([row.id for row in test], [row.id for row in train]) == (
+            ["2", "5"],
+            ["0", "1", "3", "4"],
+        )
         assert (train[0].answer_type, test[1].answer) == ("CLOSED", "3")
         assert len(read_rows(folder)) == 6
         assert load_image(test[0].images[0]).size == (64, 48)
@@ -173,7 +215,10 @@ class TestClassification:
         features = Features({"image": Image(), "label": ClassLabel(names=["benign", "malignant"])})
         table = {"image": [picture(0), picture(1)], "label": [1, 0]}
         Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train.parquet")
-        assert [row.answer for row in read_rows(tmp_path / "train.parquet")] == ["malignant", "benign"]
+        assert [row.answer for row in read_rows(tmp_path / "train.parquet")] == [
+            "malignant",
+            "benign",
+        ]
 
     def test_errors(self, tmp_path):
         path = write_medmnist(tmp_path / "my.npz")
@@ -189,8 +234,14 @@ class TestErrors:
     BROKEN = (
         ({"conversations": None}, "'conversations' is missing"),
         ({"conversations": [{"from": "human"}]}, r"turn 0 has no 'value'; it has \['from'\]"),
-        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 0 is from 'alien'; expected one of human"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "'value' of turn 0 is a int; expected text"),
+        (
+            {"conversations": [{"from": "alien", "value": "x"}]},
+            "turn 0 is from 'alien'; expected one of human",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": 3}]},
+            "'value' of turn 0 is a int; expected text",
+        ),
         ({"conversations": ["Why?"]}, "turn 0 is a str"),
         ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks for 2 images"),
         ({"image": None}, "1 <image> marks for 0 images"),
@@ -209,9 +260,14 @@ class TestErrors:
             llava_row(id="good"),
             *(llava_row(id=f"bad-{n}", **change) for n, (change, _) in enumerate(self.BROKEN)),
         ]
-        read = read_rows(write(tmp_path / "t.json", [*rows, "no object", llava_row(id="also good")]), skip_bad=True)
+        read = read_rows(
+            write(tmp_path / "t.json", [*rows, "no object", llava_row(id="also good")]),
+            skip_bad=True,
+        )
         assert [row.id for row in read] == ["good", "also good"]
-        assert [bad.id for bad in read.bad] == [f"bad-{n}" for n in range(len(self.BROKEN))] + [None]
+        assert [bad.id for bad in read.bad] == [f"bad-{n}" for n in range(len(self.BROKEN))] + [
+            None
+        ]
         assert [bad.index for bad in read.bad] == list(range(1, 11))
         assert "10 of 12 rows left out" in caplog.text
         assert [read.number(0), read.number(1)] == [0, 11]
@@ -226,7 +282,9 @@ class TestErrors:
 
         from moellava.testing.datasets import picture
 
-        features = Features({"image": Image(), "question": Value("string"), "answer": Value("string")})
+        features = Features(
+            {"image": Image(), "question": Value("string"), "answer": Value("string")}
+        )
         table = {"image": [picture(0), None], "question": ["Why?"] * 2, "answer": ["No"] * 2}
         Dataset.from_dict(table, features=features).to_parquet(tmp_path / "train.parquet")
         with pytest.raises(RowError, match=r"row 1: it has no image"):
@@ -245,9 +303,13 @@ class TestErrors:
             read_rows("flaviagiammarino/path-vqa")
         with pytest.raises(ValueError, match="Did you mean 'validation'"):
             read_rows("flaviagiammarino/path-vqa", split="validatoin")
-        with pytest.raises(ValueError, match=r"no usable row of split 'train' among 1\. Leave split out"):
+        with pytest.raises(
+            ValueError, match=r"no usable row of split 'train' among 1\. Leave split out"
+        ):
             read_rows(path, split="train")
-        with pytest.raises(ValueError, match=r"Cannot tell the layout of .* from its columns \['x'\]"):
+        with pytest.raises(
+            ValueError, match=r"Cannot tell the layout of .* from its columns \['x'\]"
+        ):
             read_rows(write(tmp_path / "x.json", [{"x": 1}]))
         with pytest.raises(FileNotFoundError, match=r"no file or folder .*nowhere\.json"):
             read_rows(tmp_path / "nowhere.json")
@@ -260,7 +322,8 @@ class TestErrors:
 
 def test_answer_types_are_derived_only_where_asked(dataset_cache):
     plain, derived = (
-        read_rows("flaviagiammarino/vqa-rad", split="train", derive_answer_type=derive) for derive in (False, True)
+        read_rows("flaviagiammarino/vqa-rad", split="train", derive_answer_type=derive)
+        for derive in (False, True)
     )
     assert {row.answer_type for row in plain} == {None}
     assert [row.answer_type for row in derived] == [
@@ -273,10 +336,14 @@ def test_a_layout_of_ones_own_is_registered(tmp_path, monkeypatch):
 
     def to_row(record, index, context):
         turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", record["finding"]))
-        return Row(id=record["case"], images=(str(context.image_root / record["scan"]),), turns=turns)
+        return Row(
+            id=record["case"], images=(str(context.image_root / record["scan"]),), turns=turns
+        )
 
     register_reader("cases", to_row, matches=lambda columns, name: "finding" in columns)
-    rows = read_rows(write(tmp_path / "c.json", [{"case": "1", "scan": "a.dcm", "finding": "none"}]))
+    rows = read_rows(
+        write(tmp_path / "c.json", [{"case": "1", "scan": "a.dcm", "finding": "none"}])
+    )
     assert (rows.format, rows[0].answer) == ("cases", "none")
     with pytest.raises(ValueError, match="'cases' is taken"):
         register_reader("cases", lambda record, index, context: None)

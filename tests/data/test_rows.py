@@ -41,7 +41,9 @@ def test_the_template_writes_what_llavas_text_says(hub_cache):
 
     tokenizer = AutoTokenizer.from_pretrained(NAME)
     text = tokenizer.apply_chat_template(
-        row("<image>\nWhy?", "No.", images=["a.png"]).messages(), chat_template=TINYLLAMA, tokenize=False
+        row("<image>\nWhy?", "No.", images=["a.png"]).messages(),
+        chat_template=TINYLLAMA,
+        tokenize=False,
     )
     assert text == "<|user|>\n<image>\nWhy?</s>\n<|assistant|>\nNo.</s>\n"
 
@@ -64,11 +66,23 @@ def test_a_row_prints_short():
     [
         (row(), "malformed", "no turns"),
         (row("Why?", " \n"), "empty turn", r"turn 1 \(assistant\) is empty"),
-        (row("Why?", "No.", roles=("assistant", "user")), "malformed", "assistant comes where user should"),
-        (row("Why?", "How?", roles=("user", "user")), "malformed", "user comes where assistant should"),
+        (
+            row("Why?", "No.", roles=("assistant", "user")),
+            "malformed",
+            "assistant comes where user should",
+        ),
+        (
+            row("Why?", "How?", roles=("user", "user")),
+            "malformed",
+            "user comes where assistant should",
+        ),
         (row("<image> Why?", "No."), "placeholder mismatch", "1 <image> marks for 0 images"),
         (row("Why?", "No.", images=["a"]), "placeholder mismatch", "0 <image> marks for 1 images"),
-        (row("Why?", "See <image>", images=["a"]), "placeholder mismatch", r"turn 1 \(assistant\) has <image>"),
+        (
+            row("Why?", "See <image>", images=["a"]),
+            "placeholder mismatch",
+            r"turn 1 \(assistant\) has <image>",
+        ),
         (row("Why?", "Be kind.", roles=("user", "system")), "malformed", "turn 1 is a system turn"),
     ],
 )

@@ -22,7 +22,9 @@ def test_the_demo_beats_blank_images_and_the_majority_answer(tmp_path, no_networ
 
 @pytest.mark.slow
 def test_a_model_trained_on_exchanged_images_does_not(tmp_path, no_network):
-    result = run_demo(tmp_path, num_steps=NUM_STEPS, seed=0, show_progress=False, shuffle_images=True)
+    result = run_demo(
+        tmp_path, num_steps=NUM_STEPS, seed=0, show_progress=False, shuffle_images=True
+    )
     assert not beats_both_baselines(result), result
 
 
@@ -30,7 +32,9 @@ def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
     import importlib.util
 
     find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nilearn" else find_spec(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "nilearn" else find_spec(name)
+    )
     with pytest.raises(ImportError, match=r'needs nilearn. Type: pip install "moellava\[demo\]"'):
         run_demo(tmp_path, num_steps=1, seed=0)
 

@@ -18,9 +18,13 @@ ARCHITECTURES: dict[str, dict] = {
     "biomedclip": timm_trunk("vit_tiny_patch16_224", timm_pool="", timm_proj="linear"),
     "timm_pre_norm": timm_trunk("vit_xsmall_patch16_clip_224", timm_pool=""),
     "timm_small": timm_trunk("test_vit", timm_pool="", image_size=160),
-    "timm_register_no_class": timm_trunk("test_vit2", timm_pool="", timm_proj="mlp", image_size=160),
+    "timm_register_no_class": timm_trunk(
+        "test_vit2", timm_pool="", timm_proj="mlp", image_size=160
+    ),
     "timm_class_and_register": timm_trunk("test_vit4", timm_pool="", image_size=160),
-    "timm_attention_pool": timm_trunk("test_vit3", timm_pool="map", timm_proj="none", image_size=160),
+    "timm_attention_pool": timm_trunk(
+        "test_vit3", timm_pool="map", timm_proj="none", image_size=160
+    ),
     "timm_eva": timm_trunk("eva02_tiny_patch14_224", timm_pool="", timm_proj="mlp"),
     "timm_convnext": timm_trunk("test_convnext", timm_pool="", timm_proj="linear", image_size=160),
     "timm_resnet": timm_trunk("test_resnet", timm_pool="avg", timm_proj="linear", image_size=160),
@@ -28,13 +32,16 @@ ARCHITECTURES: dict[str, dict] = {
     "timm_swin": timm_trunk("swin_tiny_patch4_window7_224", timm_pool=""),
     "vit": _VIT,
     "vit_without_pre_norm": _VIT | {"no_ln_pre": True},
-    "vit_layer_scale_average": _VIT | {"ls_init_value": 0.1, "pool_type": "avg", "final_ln_after_pool": True},
+    "vit_layer_scale_average": _VIT
+    | {"ls_init_value": 0.1, "pool_type": "avg", "final_ln_after_pool": True},
     "vit_coca": _VIT | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True},
     "modified_resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
 }
 
 
-def write_open_clip(folder: Path, vision_cfg: dict, *, embed_dim: int = 32, quick_gelu: bool = False) -> Path:
+def write_open_clip(
+    folder: Path, vision_cfg: dict, *, embed_dim: int = 32, quick_gelu: bool = False
+) -> Path:
     """An open_clip repo with random weights in every tensor, the text tower a tiny transformer."""
     import open_clip
 

@@ -27,7 +27,9 @@ def no_gradients(request):
 
 
 def random_pixels(encoder, batch: int = 2) -> torch.Tensor:
-    return torch.randn(batch, 3, *encoder.config.image_hw, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        batch, 3, *encoder.config.image_hw, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def blocks_of(visual) -> list:
@@ -56,7 +58,9 @@ def encode_image(model, pixels: torch.Tensor) -> torch.Tensor:
 def hooked(model, pixels: torch.Tensor, index: int) -> torch.Tensor:
     """What block `index` returned while open_clip's own encode_image ran."""
     seen = []
-    hook = blocks_of(model.visual)[index].register_forward_hook(lambda module, args, output: seen.append(output))
+    hook = blocks_of(model.visual)[index].register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
     model.visual(pixels)
     hook.remove()
     return seen[0]
@@ -108,7 +112,9 @@ def test_bfloat16_tower_equals_open_clips_bfloat16(repo):
     assert {p.dtype for p in encoder.parameters()} == {torch.bfloat16}
     output = encoder(pixels, output_pooled=True)
     assert torch.equal(output.pooled, encode_image(model, pixels))
-    expected = flat(repo.name.removeprefix("open_clip_"), hooked(model, pixels, -2), encoder.num_patches)
+    expected = flat(
+        repo.name.removeprefix("open_clip_"), hooked(model, pixels, -2), encoder.num_patches
+    )
     assert torch.equal(output.patch_tokens, expected)
 
 
@@ -120,7 +126,9 @@ def test_cuda_tower_equals_open_clips(repo, dtype):
     model = open_clip_model(repo).to("cuda", dtype)
     pixels = random_pixels(encoder).to("cuda", dtype)
     with torch.no_grad():
-        torch.testing.assert_close(encoder(pixels, output_pooled=True).pooled, encode_image(model, pixels))
+        torch.testing.assert_close(
+            encoder(pixels, output_pooled=True).pooled, encode_image(model, pixels)
+        )
 
 
 def test_tokens_equal_timms_forward_intermediates_for_every_layer(architecture):
@@ -128,13 +136,20 @@ def test_tokens_equal_timms_forward_intermediates_for_every_layer(architecture):
     trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     state = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True)
     prefix = "visual.trunk."
-    trunk.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    trunk.load_state_dict(
+        {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    )
     encoder = BiomedClipEncoder.from_pretrained(repo)
     pixels = random_pixels(encoder)
     with torch.no_grad():
-        expected = trunk.forward_intermediates(pixels, norm=False, output_fmt="NLC", intermediates_only=True)
+        expected = trunk.forward_intermediates(
+            pixels, norm=False, output_fmt="NLC", intermediates_only=True
+        )
         for index in range(12):
-            for layer in (index - 12, index + 1):  # LLaVA counts hidden states from the embeddings on
+            for layer in (
+                index - 12,
+                index + 1,
+            ):  # LLaVA counts hidden states from the embeddings on
                 encoder.config.select_layer = layer
                 assert torch.equal(encoder(pixels).patch_tokens, expected[index])
 
@@ -150,10 +165,14 @@ def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
     assert (encoder.num_patches, encoder.hidden_size, encoder.grid) == (196, 768, (14, 14))
     assert sum(p.numel() for p in encoder.parameters()) == 85_798_656 + 393_216
     assert (encoder.config.tower, encoder.config.revision) == (BIOMEDCLIP, REVISION)
-    config = repo / "open_clip_config.json"  # open_clip itself builds the text tower too: show it a BERT of that size
+    config = (
+        repo / "open_clip_config.json"
+    )  # open_clip itself builds the text tower too: show it a BERT of that size
     BertConfig().save_pretrained(tmp_path / "bert")
     config.write_text(
-        config.read_text().replace(f'"hf_model_name": "{BIOMEDBERT}"', f'"hf_model_name": "{tmp_path}/bert"')
+        config.read_text().replace(
+            f'"hf_model_name": "{BIOMEDBERT}"', f'"hf_model_name": "{tmp_path}/bert"'
+        )
     )
     model = open_clip_model(repo)
     pixels = random_pixels(encoder)
@@ -165,20 +184,32 @@ def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
 @pytest.mark.slow
 def test_real_size_vit_large_gives_timms_tokens(tmp_path):
     name, prefix = "vit_large_patch14_224", "visual.trunk."
-    repo = write_biomedclip(tmp_path / "biomedclip_large", vision=name, image_size=224, embed_dim=768)
+    repo = write_biomedclip(
+        tmp_path / "biomedclip_large", vision=name, image_size=224, embed_dim=768
+    )
     state = torch.load(repo / "open_clip_pytorch_model.bin", weights_only=True, mmap=True)
     with torch.device("meta"):
         trunk = timm.create_model(name, num_classes=0).eval()
-    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    weights = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
+    }
     trunk.load_state_dict(weights, assign=True)
-    for image_size, num_patches in ((224, 256), (336, 576)):  # timm's trunk follows from one to the other
+    for image_size, num_patches in (
+        (224, 256),
+        (336, 576),
+    ):  # timm's trunk follows from one to the other
         encoder = BiomedClipEncoder.from_pretrained(repo, image_size=image_size)
         assert (encoder.num_patches, encoder.hidden_size) == (num_patches, 1024)
         trunk.set_input_size(image_size)
         pixels = random_pixels(encoder)[:1]
         with torch.no_grad():
             (expected,) = trunk.forward_intermediates(
-                pixels, indices=[22], norm=False, output_fmt="NLC", intermediates_only=True, stop_early=True
+                pixels,
+                indices=[22],
+                norm=False,
+                output_fmt="NLC",
+                intermediates_only=True,
+                stop_early=True,
             )
             assert torch.equal(encoder(pixels).patch_tokens, expected)
 
@@ -203,7 +234,9 @@ def test_select_feature_names_what_llava_means(architecture):
 
 def test_list_of_layers_concatenates_along_the_width(architecture):
     repo = architecture("vit")
-    encoder = BiomedClipEncoder.from_pretrained(repo, select_layer=[-1, 1, -2], select_feature="cls_patch")
+    encoder = BiomedClipEncoder.from_pretrained(
+        repo, select_layer=[-1, 1, -2], select_feature="cls_patch"
+    )
     pixels = random_pixels(encoder)
     model = open_clip_model(repo)
     expected = torch.cat([hooked(model, pixels, index) for index in (-1, 0, -2)], dim=-1)
@@ -242,11 +275,15 @@ def test_registers_are_no_patches_and_no_class_token(architecture):
 
 def test_class_token_is_told_from_registers():
     vision_cfg = timm_trunk("vit_small_patch14_reg4_dinov2", timm_pool="", image_size=518)
-    config = BiomedClipVisionConfig(vision_cfg=vision_cfg, image_size=56, select_feature="cls_patch")
+    config = BiomedClipVisionConfig(
+        vision_cfg=vision_cfg, image_size=56, select_feature="cls_patch"
+    )
     encoder = BiomedClipEncoder(config).eval()
     assert encoder.num_patches == 1 + 16
     seen = []
-    hook = encoder.visual.trunk.blocks[-2].register_forward_hook(lambda *call: seen.append(call[-1]))
+    hook = encoder.visual.trunk.blocks[-2].register_forward_hook(
+        lambda *call: seen.append(call[-1])
+    )
     tokens = encoder(random_pixels(encoder, 1)).patch_tokens
     hook.remove()
     assert torch.equal(tokens, torch.cat([seen[0][:, :1], seen[0][:, 5:]], dim=1))
@@ -254,20 +291,32 @@ def test_class_token_is_told_from_registers():
 
 @pytest.mark.parametrize("layer", [0, -13, 13, 99])
 def test_layer_out_of_range_lists_the_range(architecture, layer):
-    with pytest.raises(ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"):
+    with pytest.raises(
+        ValueError, match=rf"select_layer is {layer}, but the trunk has 12 layers: use -12 to -1"
+    ):
         BiomedClipEncoder.from_pretrained(architecture("biomedclip"), select_layer=layer)
 
 
 def test_layers_of_different_grids_do_not_join(architecture):
-    with pytest.raises(ValueError, match=r"joins layers of different grids \[\(5, 5\), \(10, 10\)\]"):
+    with pytest.raises(
+        ValueError, match=r"joins layers of different grids \[\(5, 5\), \(10, 10\)\]"
+    ):
         BiomedClipEncoder.from_pretrained(architecture("timm_convnext"), select_layer=[-1, -2])
 
 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("select_feature", "patches", "select_feature is 'patches'; choose one of 'patch', 'default'"),
-        ("patch_tokens", "fake", "patch_tokens is 'fake'; choose one of 'auto', 'real', 'synthesized'"),
+        (
+            "select_feature",
+            "patches",
+            "select_feature is 'patches'; choose one of 'patch', 'default'",
+        ),
+        (
+            "patch_tokens",
+            "fake",
+            "patch_tokens is 'fake'; choose one of 'auto', 'real', 'synthesized'",
+        ),
         ("select_layer", [], "select_layer is an empty list"),
         ("image_size", [1, 2, 3], r"image_size is \[1, 2, 3\]; give one side"),
         ("image_size", 0, "image_size is 0"),
@@ -292,7 +341,9 @@ def test_forced_synthesis_repeats_encode_image_and_warns_once(architecture, capl
         encoder = BiomedClipEncoder.from_pretrained(repo, patch_tokens="synthesized")
         output = encoder(random_pixels(encoder))
         encoder(random_pixels(encoder))
-    warnings = [r.message for r in caplog.records if "synthesized" in r.message and r.levelname == "WARNING"]
+    warnings = [
+        r.message for r in caplog.records if "synthesized" in r.message and r.levelname == "WARNING"
+    ]
     assert len(warnings) == 1
     assert "no spatial detail" in warnings[0].replace("  ", " ")
     pooled = encode_image(open_clip_model(repo), random_pixels(encoder))
@@ -375,10 +426,14 @@ def test_saved_encoder_reloads_bit_for_bit(repo, tmp_path):
     assert not again.training
     pixels = random_pixels(encoder)
     with torch.no_grad():
-        for a, b in zip(encoder(pixels, True).to_tuple(), again(pixels, True).to_tuple(), strict=True):
+        for a, b in zip(
+            encoder(pixels, True).to_tuple(), again(pixels, True).to_tuple(), strict=True
+        ):
             assert a is b if isinstance(a, bool) else torch.equal(a, b)
     assert again.config.to_dict() == encoder.config.to_dict() | {"dtype": "float32"} | {
-        k: v for k, v in again.config.to_dict().items() if k in ("_name_or_path", "architectures", "dtype")
+        k: v
+        for k, v in again.config.to_dict().items()
+        if k in ("_name_or_path", "architectures", "dtype")
     }
 
 
@@ -409,13 +464,17 @@ def test_incomplete_saved_encoder_is_refused_with_the_missing_names(architecture
     state = encoder.state_dict()
     del state["visual.trunk.cls_token"]
     encoder.save_pretrained(tmp_path, state_dict=state)
-    with pytest.raises(ValueError, match=r"does not fit its config; missing_keys: visual\.trunk\.cls_token"):
+    with pytest.raises(
+        ValueError, match=r"does not fit its config; missing_keys: visual\.trunk\.cls_token"
+    ):
         BiomedClipEncoder.from_pretrained(tmp_path)
 
 
 class ParentConfig(PreTrainedConfig):
     model_type = "encoder_test_parent"
-    sub_configs_defaults = {"vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")}
+    sub_configs_defaults = {
+        "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="biomedclip_vision")
+    }
     vision_config: dict | PreTrainedConfig | None = None
 
 
@@ -504,7 +563,9 @@ def test_exported_program_gives_the_same_tokens(architecture, name):
 # ---- files ----
 
 
-def test_text_tower_is_neither_built_nor_asked_for(hub_cache, small_biomedclip, no_network, monkeypatch):
+def test_text_tower_is_neither_built_nor_asked_for(
+    hub_cache, small_biomedclip, no_network, monkeypatch
+):
     monkeypatch.setattr(open_clip.model, "HFTextEncoder", None)
     encoder = BiomedClipEncoder.from_pretrained(small_biomedclip)
     assert not [name for name, _ in encoder.named_parameters() if "text" in name]
@@ -533,5 +594,9 @@ def test_without_open_clip_the_error_says_what_to_install(monkeypatch):
 
 
 def test_unknown_timm_model_is_named():
-    with pytest.raises(ValueError, match=r"open_clip cannot build the image tower.*vit_huge_from_nowhere"):
-        BiomedClipEncoder(BiomedClipVisionConfig(vision_cfg={"timm_model_name": "vit_huge_from_nowhere"}))
+    with pytest.raises(
+        ValueError, match=r"open_clip cannot build the image tower.*vit_huge_from_nowhere"
+    ):
+        BiomedClipEncoder(
+            BiomedClipVisionConfig(vision_cfg={"timm_model_name": "vit_huge_from_nowhere"})
+        )

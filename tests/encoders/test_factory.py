@@ -54,17 +54,23 @@ def test_files_of_a_folder_say_more_than_its_name(hub_cache, tmp_path, no_networ
     assert detect_encoder_type(misnamed) == "clip"
     assert type(create_encoder("auto", misnamed)) is ClipEncoder
     assert detect_encoder_type(hub_cache[BIOMEDCLIP]) == "biomedclip"
-    assert detect_encoder_type(hub_cache[BIOMEDCLIP] / "open_clip_pytorch_model.bin") == "biomedclip"
+    assert (
+        detect_encoder_type(hub_cache[BIOMEDCLIP] / "open_clip_pytorch_model.bin") == "biomedclip"
+    )
 
 
 def test_unknown_source_lists_the_known_families(tmp_path):
     for name in ("someone/mystery", tmp_path):
-        with pytest.raises(ValueError, match=r"Cannot tell.*one of biomedclip, siglip2, siglip, clip, dinov2"):
+        with pytest.raises(
+            ValueError, match=r"Cannot tell.*one of biomedclip, siglip2, siglip, clip, dinov2"
+        ):
             detect_encoder_type(name)
 
 
 def test_unknown_type_suggests_the_nearest(small_biomedclip):
-    with pytest.raises(ValueError, match=r"'biomedclp'\. Did you mean 'biomedclip'\? Known: biomedclip, clip"):
+    with pytest.raises(
+        ValueError, match=r"'biomedclp'\. Did you mean 'biomedclip'\? Known: biomedclip, clip"
+    ):
         create_encoder("biomedclp", small_biomedclip)
     with pytest.raises(ValueError, match="Which tower"):
         create_encoder("clip")
@@ -82,7 +88,11 @@ def test_options_reach_the_encoder(small_biomedclip):
         device="cpu",
     )
     config = encoder.config
-    assert (config.image_size, config.select_layer, config.select_feature) == (112, [-1, -3], "cls_patch")
+    assert (config.image_size, config.select_layer, config.select_feature) == (
+        112,
+        [-1, -3],
+        "cls_patch",
+    )
     assert (encoder.num_patches, encoder.hidden_size, encoder.dtype) == (50, 384, torch.bfloat16)
     assert not encoder.training
 
@@ -97,7 +107,9 @@ def test_path_unlike_biomedclip_is_warned_about_and_tried(architecture, tmp_path
     folder = tmp_path / "plain_name"
     shutil.copytree(architecture("vit"), folder)
     with caplog.at_level(logging.WARNING, logger="moellava"):
-        create_encoder("biomedclip", folder)  # it has an open_clip_config.json: no reason to doubt it
+        create_encoder(
+            "biomedclip", folder
+        )  # it has an open_clip_config.json: no reason to doubt it
         assert caplog.text == ""
         with pytest.raises(OSError, match="cannot get open_clip_config"):
             create_encoder("biomedclip", "someone/plain-name")
@@ -110,7 +122,9 @@ def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, ca
         create_encoder("biomedclip", missing)
     with caplog.at_level(logging.WARNING, logger="moellava"):
         encoder = create_encoder("biomedclip", missing, fallback_to_default=True)
-    assert re.search(r"biomedclip_gone cannot be loaded .* Loading microsoft/BiomedCLIP\S+ INSTEAD", caplog.text)
+    assert re.search(
+        r"biomedclip_gone cannot be loaded .* Loading microsoft/BiomedCLIP\S+ INSTEAD", caplog.text
+    )
     assert encoder.config.tower == BIOMEDCLIP
 
 
@@ -144,7 +158,9 @@ def test_documented_custom_encoder_gets_synthesized_tokens(registry, tmp_path, c
             assert type(again) is scope["PooledResNetEncoder"]
             assert torch.equal(again(pixels).patch_tokens, output.patch_tokens)
     assert encoder.encode(torch.rand(3, 90, 80)).shape == (1, 49, 2048)
-    with pytest.raises(ValueError, match=r"'real', but PooledResNetEncoder .* only gives one pooled vector"):
+    with pytest.raises(
+        ValueError, match=r"'real', but PooledResNetEncoder .* only gives one pooled vector"
+    ):
         scope["PooledResNetEncoder"](scope["PooledResNetConfig"](patch_tokens="real"))
 
 
@@ -169,12 +185,17 @@ def test_entry_point_registers_an_encoder(registry, monkeypatch):
 def test_taken_names_and_mismatched_classes_are_refused(registry):
     with pytest.raises(ValueError, match="'clip' is taken by clip:ClipEncoder"):
         register_encoder("clip", BiomedClipEncoder.config_class, BiomedClipEncoder)
-    with pytest.raises(ValueError, match=r"ClipEncoder\.config_class is ClipVisionConfig, but BiomedClipVisionConfig"):
+    with pytest.raises(
+        ValueError,
+        match=r"ClipEncoder\.config_class is ClipVisionConfig, but BiomedClipVisionConfig",
+    ):
         register_encoder("mine", BiomedClipEncoder.config_class, ClipEncoder)
 
 
 def test_detect_of_a_registered_encoder_is_asked_first(registry):
-    register_encoder("mine", ClipEncoder.config_class, ClipEncoder, detect=lambda path: "biomedclip-mine" in path)
+    register_encoder(
+        "mine", ClipEncoder.config_class, ClipEncoder, detect=lambda path: "biomedclip-mine" in path
+    )
     assert detect_encoder_type("someone/biomedclip-mine") == "mine"
     assert detect_encoder_type("someone/biomedclip") == "biomedclip"
 

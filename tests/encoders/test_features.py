@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from moellava.encoders import BiomedClipEncoder
-from moellava.encoders.features import encode_files
+from moellava.encoders.feature_file import encode_files
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,28 @@ def encoder(small_biomedclip):
 
 def random_images(count: int = 5) -> list[Image.Image]:
     random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8)) for i in range(count)]
+    return [
+        Image.fromarray(random.integers(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8))
+        for i in range(count)
+    ]
 
 
 def test_encode_takes_every_kind_of_image(encoder, tmp_path):
     image = random_images(1)[0]
     array = np.asarray(image)
     image.save(tmp_path / "image.png")
-    expected = encoder(encoder.image_processor(image, return_tensors="pt")["pixel_values"]).patch_tokens
+    expected = encoder(
+        encoder.image_processor(image, return_tensors="pt")["pixel_values"]
+    ).patch_tokens
     assert expected.shape == (1, 196, 192)
-    forms = [image, str(tmp_path / "image.png"), tmp_path / "image.png", array, array / 255, [image]]
+    forms = [
+        image,
+        str(tmp_path / "image.png"),
+        tmp_path / "image.png",
+        array,
+        array / 255,
+        [image],
+    ]
     forms += [torch.from_numpy(array.copy()).permute(2, 0, 1), torch.from_numpy(array.copy())[None]]
     for form in forms:
         tokens = encoder.encode(form)
@@ -95,14 +107,18 @@ def test_unreadable_image_is_named_and_the_work_before_it_kept(encoder, files, t
     assert torch.allclose(load_file(out)["patch_tokens"], encoder.encode(paths), atol=1e-5)
 
 
-def test_unfinished_work_of_another_tower_is_not_continued(encoder, files, tmp_path, small_biomedclip):
+def test_unfinished_work_of_another_tower_is_not_continued(
+    encoder, files, tmp_path, small_biomedclip
+):
     paths, names = files
     out = tmp_path / "out.safetensors"
     paths[4].unlink()
     with pytest.raises(FileNotFoundError, match=r"4\.png does not exist"):
         encode_files(encoder, paths, names, out, batch_size=2)
     other = BiomedClipEncoder.from_pretrained(small_biomedclip, select_layer=-1)
-    with pytest.raises(FileExistsError, match="unfinished work on other images or with another tower"):
+    with pytest.raises(
+        FileExistsError, match="unfinished work on other images or with another tower"
+    ):
         encode_files(other, paths, names, out, batch_size=2)
 
 
@@ -110,7 +126,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from moellava.encoders import BiomedClipEncoder
-from moellava.encoders.features import encode_files
+from moellava.encoders.batches import encode_files
 encoder = BiomedClipEncoder.from_pretrained(sys.argv[1])
 encoder.register_forward_hook(lambda *call: time.sleep(1))
 paths = [Path(name) for name in sys.argv[3:]]
@@ -126,7 +142,9 @@ def test_killed_run_continues_where_it_was(encoder, files, tmp_path, small_biome
     words = [sys.executable, "-c", KILLED, str(small_biomedclip), str(out), *map(str, paths)]
     process = subprocess.Popen(words)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (journal.exists() and journal.read_text() in ("1", "2", "3")):
+    while time.monotonic() < deadline and not (
+        journal.exists() and journal.read_text() in ("1", "2", "3")
+    ):
         time.sleep(0.05)
     process.kill()
     process.wait()

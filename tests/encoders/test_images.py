@@ -19,7 +19,9 @@ CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 
 
 def random_image(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, CHANNELS[mode]), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(
+        0, 256, (height, width, CHANNELS[mode]), dtype=np.uint8
+    )
     return Image.frombytes(mode, (width, height), pixels.tobytes())
 
 
@@ -49,7 +51,9 @@ def test_pixels_equal_open_clip_bit_for_bit(width, height, mode, image_size, see
     assert torch.equal(pixel_values(image, processor(image_size))[0], expected)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1), (517, 223), (224, 224), (225, 225), (3000, 2000)])
+@pytest.mark.parametrize(
+    "size", [(1, 1), (1, 500), (500, 1), (517, 223), (224, 224), (225, 225), (3000, 2000)]
+)
 @pytest.mark.parametrize("mode", sorted(CHANNELS))
 def test_extreme_sizes_equal_open_clip_bit_for_bit(size, mode):
     image = random_image(*size, mode)
@@ -80,7 +84,9 @@ def test_every_open_clip_setting_gives_open_clips_pixels(image_size, resize_mode
 
 
 def test_batch_equals_its_images_one_by_one():
-    images = [random_image(50 + 37 * i, 300 - 29 * i, mode) for i, mode in enumerate(sorted(CHANNELS) * 2)]
+    images = [
+        random_image(50 + 37 * i, 300 - 29 * i, mode) for i, mode in enumerate(sorted(CHANNELS) * 2)
+    ]
     batch = pixel_values(images)
     assert batch.shape == (10, 3, 224, 224)
     for row, image in zip(batch, images, strict=True):
@@ -93,7 +99,9 @@ def test_sixteen_bit_grey_is_scaled_by_its_range_not_clamped():
     assert image.mode.startswith("I;16")
     eight = np.asarray(to_eight_bit(image))
     assert np.array_equal(eight, np.rint(values / 65535 * 255).astype(np.uint8))
-    assert np.asarray(image.convert("RGB"))[..., 0].mean() > 200  # what Pillow does: everything above 255 is white
+    assert (
+        np.asarray(image.convert("RGB"))[..., 0].mean() > 200
+    )  # what Pillow does: everything above 255 is white
     assert torch.equal(pixel_values(image), pixel_values(Image.fromarray(eight)))
     assert torch.equal(pixel_values(values), pixel_values(image))
 
@@ -222,13 +230,19 @@ def test_saved_processor_reloads_as_itself_through_auto_class(tmp_path):
 
 
 def test_unknown_settings_list_the_known_ones():
-    with pytest.raises(ValueError, match="resize_mode is 'stretch'; choose one of shortest, longest, squash"):
+    with pytest.raises(
+        ValueError, match="resize_mode is 'stretch'; choose one of shortest, longest, squash"
+    ):
         processor(resize_mode="stretch")
-    with pytest.raises(ValueError, match=r"interpolation 'cubic'; known: \['bicubic', 'bilinear'\]"):
+    with pytest.raises(
+        ValueError, match=r"interpolation 'cubic'; known: \['bicubic', 'bilinear'\]"
+    ):
         processor(interpolation="cubic")
 
 
-def test_a_saved_processor_opens_by_its_auto_class_without_a_word_about_torchvision(tmp_path, caplog, monkeypatch):
+def test_a_saved_processor_opens_by_its_auto_class_without_a_word_about_torchvision(
+    tmp_path, caplog, monkeypatch
+):
     from transformers.utils import logging
 
     BiomedClipImageProcessor.from_open_clip({}, 224).save_pretrained(tmp_path)

@@ -12,9 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, LocalEntr
 from safetensors.torch import save_file
 
 from moellava.encoders import BiomedClipEncoder, parse_source, resolve
-from moellava.encoders import sources as sources_module
-from moellava.encoders.sources import WEIGHT_FILES, read_open_clip_config
-from moellava.encoders.weights import read_weights
+from moellava.encoders.open_clip.files import WEIGHT_FILES, read_open_clip_config
+from moellava.storage import sources as sources_module
+from moellava.storage.weights import read_weights
 from moellava.testing import BIOMEDCLIP, REVISION
 
 
@@ -90,7 +90,9 @@ def test_hub_id_resolves_in_the_cache_without_network(hub_cache, revision, no_ne
 
 
 def test_cache_dir_is_where_files_are_looked_for(hub_cache, tmp_path, no_network):
-    shutil.copytree(hub_cache[BIOMEDCLIP].parents[1], tmp_path / hub_cache[BIOMEDCLIP].parents[1].name)
+    shutil.copytree(
+        hub_cache[BIOMEDCLIP].parents[1], tmp_path / hub_cache[BIOMEDCLIP].parents[1].name
+    )
     assert resolve(BIOMEDCLIP, cache_dir=tmp_path).config_file.is_relative_to(tmp_path)
 
 
@@ -107,7 +109,9 @@ def test_neither_path_nor_repo_id_says_so(bad):
 
 @pytest.mark.parametrize("prefix", ["", "local-dir:"])
 def test_missing_path_suggests_its_nearest_sibling(repo, prefix):
-    with pytest.raises(FileNotFoundError, match=r"my_towr does not exist\. Did you mean .*my_tower\?"):
+    with pytest.raises(
+        FileNotFoundError, match=r"my_towr does not exist\. Did you mean .*my_tower\?"
+    ):
         parse_source(f"{prefix}{repo.parent}/my_towr")
     with pytest.raises(FileNotFoundError, match=r"Nor does its folder"):
         parse_source(f"{prefix}{repo.parent}/no/where")
@@ -122,7 +126,9 @@ def test_safetensors_come_before_pickles_and_lone_pt_files_last(repo):
     torch.save(state, repo / "only.pt")
     assert resolve(repo).weights_name == "only.pt"
     for name in reversed(WEIGHT_FILES):
-        save_file(state, repo / name) if name.endswith("safetensors") else torch.save(state, repo / name)
+        save_file(state, repo / name) if name.endswith("safetensors") else torch.save(
+            state, repo / name
+        )
         assert resolve(repo).weights_name == name
         assert BiomedClipEncoder.from_pretrained(repo).num_patches == 16
 
@@ -130,14 +136,19 @@ def test_safetensors_come_before_pickles_and_lone_pt_files_last(repo):
 def test_several_unnamed_files_are_not_guessed_between(repo):
     (repo / "open_clip_pytorch_model.bin").rename(repo / "a.pt")
     shutil.copy(repo / "a.pt", repo / "b.pth")
-    with pytest.raises(FileNotFoundError, match=r"several \.pt/\.pth files.*a\.pt, b\.pth.*Name the file itself"):
+    with pytest.raises(
+        FileNotFoundError, match=r"several \.pt/\.pth files.*a\.pt, b\.pth.*Name the file itself"
+    ):
         resolve(repo)
     assert resolve(repo / "b.pth").weights_name == "b.pth"
 
 
 def test_training_checkpoint_of_open_clip_is_read(repo):
     state = {f"module.{key}": value for key, value in state_of(repo).items()}
-    torch.save({"epoch": 3, "state_dict": state, "optimizer": {"lr": 1.0}}, repo / "open_clip_pytorch_model.bin")
+    torch.save(
+        {"epoch": 3, "state_dict": state, "optimizer": {"lr": 1.0}},
+        repo / "open_clip_pytorch_model.bin",
+    )
     assert BiomedClipEncoder.from_pretrained(repo).hidden_size == 64
 
 
@@ -155,8 +166,13 @@ def test_gated_repo_names_the_reason_and_the_command(monkeypatch):
     from huggingface_hub.utils import httpx
 
     response = httpx.Response(403, request=httpx.Request("GET", "https://example.invalid"))
-    failing_download(monkeypatch, lambda name: GatedRepoError("Access to it is restricted.", response=response))
-    with pytest.raises(OSError, match=r"me/gated: cannot get open_clip_config\.json: Access to it is restricted.*hf"):
+    failing_download(
+        monkeypatch, lambda name: GatedRepoError("Access to it is restricted.", response=response)
+    )
+    with pytest.raises(
+        OSError,
+        match=r"me/gated: cannot get open_clip_config\.json: Access to it is restricted.*hf",
+    ):
         BiomedClipEncoder.from_pretrained("me/gated")
 
 
@@ -177,7 +193,9 @@ def test_repo_without_weights_lists_the_names_tried(monkeypatch, tmp_path):
         raise EntryNotFoundError(f"404 {name}")
 
     monkeypatch.setattr(sources_module, "hf_hub_download", download)
-    with pytest.raises(OSError, match=r"one of open_clip_model\.safetensors, .*no file of weights was found"):
+    with pytest.raises(
+        OSError, match=r"one of open_clip_model\.safetensors, .*no file of weights was found"
+    ):
         resolve("me/x", download=True)
 
 
@@ -206,19 +224,27 @@ def test_downloads_stay_on_the_commit_of_the_config(monkeypatch, tmp_path):
 def test_config_without_an_image_tower_is_refused(repo):
     for content in ({}, {"model_cfg": {"text_cfg": {}}}):
         (repo / "open_clip_config.json").write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=r"open_clip_config\.json has no model_cfg\.vision_cfg"):
+        with pytest.raises(
+            ValueError, match=r"open_clip_config\.json has no model_cfg\.vision_cfg"
+        ):
             BiomedClipEncoder.from_pretrained(repo)
     (repo / "open_clip_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"open_clip_config\.json is not valid JSON"):
         BiomedClipEncoder.from_pretrained(repo)
     (repo / "open_clip_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no open_clip_config\.json.*holds open_clip_pytorch_model\.bin"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no open_clip_config\.json.*holds open_clip_pytorch_model\.bin",
+    ):
         BiomedClipEncoder.from_pretrained(repo)
 
 
 def test_folder_without_weights_lists_what_it_holds(repo):
     (repo / "open_clip_pytorch_model.bin").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no weights; expected one of .* It holds open_clip_config\.json"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no weights; expected one of .* It holds open_clip_config\.json",
+    ):
         BiomedClipEncoder.from_pretrained(repo)
 
 
@@ -240,10 +266,15 @@ class Harmful:
         return exec, ("tests.encoders.test_sources.Harmful.ran = True",)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+)
 def test_pickle_that_wants_to_run_code_is_refused_with_the_reason(repo, save):
     save({"visual.conv1.weight": Harmful()}, repo / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"open_clip_pytorch_model\.bin is a pickle that wants more.*not opened.*exec"):
+    with pytest.raises(
+        ValueError,
+        match=r"open_clip_pytorch_model\.bin is a pickle that wants more.*not opened.*exec",
+    ):
         BiomedClipEncoder.from_pretrained(repo)
     assert not Harmful.ran
 
@@ -251,14 +282,21 @@ def test_pickle_that_wants_to_run_code_is_refused_with_the_reason(repo, save):
 def test_missing_tensors_are_listed_five_and_a_count(repo):
     state = state_of(repo)
     gone = sorted(key for key in state if "resblocks.1." in key)
-    torch.save({key: value for key, value in state.items() if key not in gone}, repo / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"missing tensors: (transformer\S+, ){4}transformer\S+ and 7 more"):
+    torch.save(
+        {key: value for key, value in state.items() if key not in gone},
+        repo / "open_clip_pytorch_model.bin",
+    )
+    with pytest.raises(
+        ValueError, match=r"missing tensors: (transformer\S+, ){4}transformer\S+ and 7 more"
+    ):
         BiomedClipEncoder.from_pretrained(repo)
     assert len(gone) == 12
 
 
 def test_unknown_tensors_are_listed(repo):
-    torch.save(state_of(repo) | {"visual.mystery": torch.zeros(2)}, repo / "open_clip_pytorch_model.bin")
+    torch.save(
+        state_of(repo) | {"visual.mystery": torch.zeros(2)}, repo / "open_clip_pytorch_model.bin"
+    )
     with pytest.raises(ValueError, match="unknown tensors: mystery"):
         BiomedClipEncoder.from_pretrained(repo)
 
@@ -281,7 +319,9 @@ def test_text_only_checkpoint_is_recognised(repo):
 
 
 def test_a_file_that_is_no_weights_is_refused(repo):
-    with pytest.raises(ValueError, match=r"open_clip_config\.json is not a file of weights; expected one of"):
+    with pytest.raises(
+        ValueError, match=r"open_clip_config\.json is not a file of weights; expected one of"
+    ):
         parse_source(repo / "open_clip_config.json")
 
 

@@ -21,7 +21,9 @@ TEXTS = [f"this is a photo of {label}" for label in LABELS]
 
 def images() -> list[Image.Image]:
     random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (90 + i, 130, 3), dtype=np.uint8)) for i in range(3)]
+    return [
+        Image.fromarray(random.integers(0, 256, (90 + i, 130, 3), dtype=np.uint8)) for i in range(3)
+    ]
 
 
 @torch.no_grad()
@@ -47,14 +49,18 @@ def copy_with(repo, folder, *, text_cfg=None, **files):
     return folder
 
 
-def test_local_folder_gives_open_clips_probabilities_without_network(hub_cache, small_biomedclip, no_network):
+def test_local_folder_gives_open_clips_probabilities_without_network(
+    hub_cache, small_biomedclip, no_network
+):
     encoder = BiomedClipEncoder.from_pretrained(small_biomedclip, load_text=True)
     text_vectors, probabilities = open_clip_probabilities(small_biomedclip)
     assert torch.equal(encoder.encode_text(TEXTS), text_vectors)
     assert torch.equal(encoder.zero_shot(images(), LABELS), probabilities)
     assert encoder.encode_text("one text").shape == (1, 512)
     assert torch.allclose(encoder.encode_text(TEXTS).norm(dim=-1), torch.ones(3))
-    other = encoder.zero_shot(images(), LABELS, template="{}, an old woodcut")  # the template matters
+    other = encoder.zero_shot(
+        images(), LABELS, template="{}, an old woodcut"
+    )  # the template matters
     assert not torch.allclose(other, probabilities)
 
 
@@ -67,13 +73,17 @@ def test_hub_id_gives_open_clips_probabilities_without_network(hub_cache, no_net
     assert torch.equal(encoder.zero_shot(images(), LABELS), probabilities)
 
 
-def test_old_spellings_of_the_text_keys_give_the_same_vectors(hub_cache, small_biomedclip, tmp_path):
+def test_old_spellings_of_the_text_keys_give_the_same_vectors(
+    hub_cache, small_biomedclip, tmp_path
+):
     def old(text_cfg):
         text_cfg["proj"] = text_cfg.pop("hf_proj_type")
         text_cfg["pooler_type"] = text_cfg.pop("hf_pooler_type")
         return text_cfg
 
-    encoder = BiomedClipEncoder.from_pretrained(copy_with(small_biomedclip, tmp_path, text_cfg=old), load_text=True)
+    encoder = BiomedClipEncoder.from_pretrained(
+        copy_with(small_biomedclip, tmp_path, text_cfg=old), load_text=True
+    )
     assert torch.equal(encoder.encode_text(TEXTS), open_clip_probabilities(small_biomedclip)[0])
 
 
@@ -82,7 +92,9 @@ def test_text_config_beside_the_weights_is_enough(small_biomedclip, tmp_path, no
         return text_cfg | {"hf_model_name": "someone/unseen-bert"}
 
     folder = copy_with(small_biomedclip, tmp_path / "copy", text_cfg=unknown)
-    with pytest.raises(OSError, match=r"someone/unseen-bert, whose config\.json is not.*hf download.*text_config"):
+    with pytest.raises(
+        OSError, match=r"someone/unseen-bert, whose config\.json is not.*hf download.*text_config"
+    ):
         BiomedClipEncoder.from_pretrained(folder, load_text=True)
     write_biomedbert(tmp_path / "bert")
     shutil.copy(tmp_path / "bert" / "config.json", folder / "text_config.json")
@@ -104,7 +116,9 @@ def test_text_model_in_a_local_folder_is_read_there(small_biomedclip, tmp_path, 
 def test_no_path_of_this_machine_is_saved(small_biomedclip, tmp_path, no_network):
     write_biomedbert(tmp_path / "bert")
     place = {"hf_model_name": str(tmp_path / "bert"), "hf_tokenizer_name": str(tmp_path / "bert")}
-    folder = copy_with(small_biomedclip, tmp_path / "copy", text_cfg=lambda text_cfg: text_cfg | place)
+    folder = copy_with(
+        small_biomedclip, tmp_path / "copy", text_cfg=lambda text_cfg: text_cfg | place
+    )
     encoder = BiomedClipEncoder.from_pretrained(folder, load_text=True)
     encoder.save_pretrained(tmp_path / "saved")
     assert encoder.config.text_cfg["hf_model_name"] == "bert"
@@ -119,11 +133,13 @@ def test_no_path_of_this_machine_is_saved(small_biomedclip, tmp_path, no_network
 def test_biomedberts_published_config_needs_no_file():
     from transformers import BertConfig
 
-    from moellava.encoders.sources import parse_source
-    from moellava.encoders.text import _text_model_config
+    from moellava.encoders.open_clip.text import _text_model_config
+    from moellava.storage.sources import parse_source
 
     source = parse_source("hf-hub:me/mine", cache_dir="no-such-cache", local_files_only=True)
-    state = {"text.transformer.embeddings.word_embeddings.weight": torch.empty(30522, 768, device="meta")}
+    state = {
+        "text.transformer.embeddings.word_embeddings.weight": torch.empty(30522, 768, device="meta")
+    }
     config = BertConfig(**_text_model_config(BIOMEDBERT, source, state))
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (30522, 768, 12)
     assert (config.num_attention_heads, config.intermediate_size) == (12, 3072)
@@ -153,7 +169,9 @@ def test_logit_bias_makes_probabilities_independent(architecture, tmp_path):
     assert torch.allclose(encoder.text.probabilities(a, b), expected)
 
 
-def test_saved_encoder_with_text_reloads_with_its_tokenizer(hub_cache, small_biomedclip, tmp_path, no_network):
+def test_saved_encoder_with_text_reloads_with_its_tokenizer(
+    hub_cache, small_biomedclip, tmp_path, no_network
+):
     encoder = BiomedClipEncoder.from_pretrained(small_biomedclip, load_text=True)
     encoder.save_pretrained(tmp_path)
     for again in (AutoModel.from_pretrained(tmp_path), BiomedClipEncoder.from_pretrained(tmp_path)):
@@ -182,6 +200,8 @@ def test_missing_text_weights_are_an_error(hub_cache, small_biomedclip, tmp_path
     state = torch.load(folder / "open_clip_pytorch_model.bin", weights_only=True)
     del state["text.proj.0.weight"]
     torch.save(state, folder / "open_clip_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"does not fit its text_cfg; missing: tower\.proj\.0\.weight"):
+    with pytest.raises(
+        ValueError, match=r"does not fit its text_cfg; missing: tower\.proj\.0\.weight"
+    ):
         BiomedClipEncoder.from_pretrained(folder, load_text=True)
     BiomedClipEncoder.from_pretrained(folder)  # the image tower is whole

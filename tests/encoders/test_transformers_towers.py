@@ -10,7 +10,13 @@ from PIL import Image
 from transformers import AutoModel
 from transformers.models.siglip2.image_processing_siglip2 import convert_image_to_patches
 
-from moellava.encoders import ClipEncoder, Dinov2Encoder, Siglip2Encoder, SiglipEncoder, create_encoder
+from moellava.encoders import (
+    ClipEncoder,
+    Dinov2Encoder,
+    Siglip2Encoder,
+    SiglipEncoder,
+    create_encoder,
+)
 
 SIZE = {
     "hidden_size": 64,
@@ -20,14 +26,23 @@ SIZE = {
     "patch_size": 16,
 }
 WIDE = SIZE | {"intermediate_size": 96}
-TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 TEXT |= {"vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 def write_clip(folder):
-    transformers.CLIPModel(transformers.CLIPConfig(vision_config=WIDE, text_config=TEXT)).save_pretrained(folder)
+    transformers.CLIPModel(
+        transformers.CLIPConfig(vision_config=WIDE, text_config=TEXT)
+    ).save_pretrained(folder)
     crop = {"height": 64, "width": 64}
-    transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=crop).save_pretrained(folder)
+    transformers.CLIPImageProcessor(size={"shortest_edge": 64}, crop_size=crop).save_pretrained(
+        folder
+    )
 
 
 def write_siglip(folder):
@@ -37,10 +52,12 @@ def write_siglip(folder):
 
 
 def write_siglip2(folder):
-    vision = {key: value for key, value in WIDE.items() if key != "image_size"} | {"num_patches": 16}
-    transformers.Siglip2Model(transformers.Siglip2Config(vision_config=vision, text_config=TEXT)).save_pretrained(
-        folder
-    )
+    vision = {key: value for key, value in WIDE.items() if key != "image_size"} | {
+        "num_patches": 16
+    }
+    transformers.Siglip2Model(
+        transformers.Siglip2Config(vision_config=vision, text_config=TEXT)
+    ).save_pretrained(folder)
     transformers.Siglip2ImageProcessor(patch_size=16, max_num_patches=16).save_pretrained(folder)
 
 
@@ -54,9 +71,13 @@ class Siglip2Oracle(transformers.Siglip2VisionModel):
 
 
 def write_dinov2(folder, kind="Dinov2"):
-    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**SIZE)).save_pretrained(folder)
+    getattr(transformers, f"{kind}Model")(
+        getattr(transformers, f"{kind}Config")(**SIZE)
+    ).save_pretrained(folder)
     crop = {"height": 64, "width": 64}
-    transformers.BitImageProcessor(size={"shortest_edge": 73}, crop_size=crop).save_pretrained(folder)
+    transformers.BitImageProcessor(size={"shortest_edge": 73}, crop_size=crop).save_pretrained(
+        folder
+    )
 
 
 # name: (writer, encoder, the oracle's class, tokens before the patches, class token or none)
@@ -82,7 +103,13 @@ def tower(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(0)
     write(folder)
-    return folder, encoder_class, oracle_class.from_pretrained(folder).eval(), prefix, has_class_token
+    return (
+        folder,
+        encoder_class,
+        oracle_class.from_pretrained(folder).eval(),
+        prefix,
+        has_class_token,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +151,9 @@ def test_select_feature_follows_the_class_token(tower):
     pixels = pixels_of(encoder_class.from_pretrained(folder))
     hidden = hidden_states(oracle, pixels)[-2]
     full = torch.cat([hidden[:, :1], hidden[:, prefix:]], dim=1) if has_class_token else hidden
-    assert torch.equal(encoder_class.from_pretrained(folder, select_feature="full")(pixels).patch_tokens, full)
+    assert torch.equal(
+        encoder_class.from_pretrained(folder, select_feature="full")(pixels).patch_tokens, full
+    )
     for feature, expected in (("cls_patch", full), ("cls", hidden[:, :1])):
         if has_class_token:
             encoder = encoder_class.from_pretrained(folder, select_feature=feature)
@@ -155,15 +184,21 @@ def test_other_image_size_equals_transformers_interpolation(tower, size):
     expected = hidden_states(oracle, pixels, **options)[-2][:, prefix:]
     assert torch.equal(encoder(pixels).patch_tokens, expected)
     assert encoder.num_patches == expected.shape[1]
-    values = encoder.image_processor(Image.new("RGB", (300, 200)), return_tensors="pt")["pixel_values"]
+    values = encoder.image_processor(Image.new("RGB", (300, 200)), return_tensors="pt")[
+        "pixel_values"
+    ]
     assert tuple(values.shape[2:]) == encoder.config.image_hw
-    with pytest.raises(ValueError, match=r"100x100 pixels do not divide.*nearest size that does is 96x96"):
+    with pytest.raises(
+        ValueError, match=r"100x100 pixels do not divide.*nearest size that does is 96x96"
+    ):
         encoder_class.from_pretrained(folder, image_size=100)
 
 
 def test_image_processor_is_the_repos_own(tower):
     folder, encoder_class, *_ = tower
-    is_naflex = encoder_class is Siglip2Encoder  # keeps proportions, so equal for square images only
+    is_naflex = (
+        encoder_class is Siglip2Encoder
+    )  # keeps proportions, so equal for square images only
     shape = (130, 130, 3) if is_naflex else (90, 130, 3)
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     encoder = encoder_class.from_pretrained(folder)

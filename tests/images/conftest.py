@@ -23,13 +23,28 @@ def dicom_dataset(pixels: np.ndarray, *, sop_class: str = SECONDARY, **elements)
     dataset.file_meta = meta
     dataset.SOPClassUID, dataset.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = generate_uid(), generate_uid()
-    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = "Secret^Patient", "MRN-4711", "19570304"
-    dataset.PatientSex, dataset.StudyID, dataset.StudyDate, dataset.StudyTime = "F", "ST-99", "20260101", "120000"
-    dataset.AccessionNumber, dataset.ReferringPhysicianName, dataset.SeriesNumber = "ACC-1", "House^Gregory", 1
+    dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate = (
+        "Secret^Patient",
+        "MRN-4711",
+        "19570304",
+    )
+    dataset.PatientSex, dataset.StudyID, dataset.StudyDate, dataset.StudyTime = (
+        "F",
+        "ST-99",
+        "20260101",
+        "120000",
+    )
+    dataset.AccessionNumber, dataset.ReferringPhysicianName, dataset.SeriesNumber = (
+        "ACC-1",
+        "House^Gregory",
+        1,
+    )
     dataset.Modality, dataset.InstanceNumber = elements.pop("Modality", "OT"), 1
     is_colour = pixels.shape[-1] == 3
     dataset.SamplesPerPixel = 3 if is_colour else 1
-    dataset.PhotometricInterpretation = elements.pop("PhotometricInterpretation", "RGB" if is_colour else "MONOCHROME2")
+    dataset.PhotometricInterpretation = elements.pop(
+        "PhotometricInterpretation", "RGB" if is_colour else "MONOCHROME2"
+    )
     if is_colour:
         dataset.PlanarConfiguration = 0
     frames = pixels.ndim - 2 - is_colour

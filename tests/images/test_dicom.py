@@ -22,9 +22,26 @@ FILES = sorted(
     if path.is_file() and (path.suffix == ".dcm" or path.read_bytes()[128:132] == b"DICM")
 )
 NO_PICTURE = {
-    *("ExplVR_BigEndNoMeta.dcm", "ExplVR_LitEndNoMeta.dcm", "UN_sequence.dcm", "empty_charset_LEI.dcm"),
-    *("meta_missing_tsyntax.dcm", "nested_priv_SQ.dcm", "no_meta.dcm", "no_meta_group_length.dcm", "priv_SQ.dcm"),
-    *("reportsi.dcm", "reportsi_with_empty_number_tags.dcm", "rtplan.dcm", "rtplan_truncated.dcm", "rtstruct.dcm"),
+    *(
+        "ExplVR_BigEndNoMeta.dcm",
+        "ExplVR_LitEndNoMeta.dcm",
+        "UN_sequence.dcm",
+        "empty_charset_LEI.dcm",
+    ),
+    *(
+        "meta_missing_tsyntax.dcm",
+        "nested_priv_SQ.dcm",
+        "no_meta.dcm",
+        "no_meta_group_length.dcm",
+        "priv_SQ.dcm",
+    ),
+    *(
+        "reportsi.dcm",
+        "reportsi_with_empty_number_tags.dcm",
+        "rtplan.dcm",
+        "rtplan_truncated.dcm",
+        "rtstruct.dcm",
+    ),
     *("test-SR.dcm", "waveform_ecg.dcm"),
 }
 SPECIFIC = {
@@ -68,7 +85,11 @@ def expected_picture(path: Path) -> np.ndarray | None:
 def test_every_file_that_pydicom_ships_decodes_or_says_why_not(path, caplog):
     """Pixels equal highdicom's to the rounding of ties; messages hold nothing of the patient."""
     caplog.set_level(logging.DEBUG)
-    if path.name in NO_PICTURE | SPECIFIC.keys() or "TINY_ALPHA" in path.parts or path.name.startswith("DICOMDIR"):
+    if (
+        path.name in NO_PICTURE | SPECIFIC.keys()
+        or "TINY_ALPHA" in path.parts
+        or path.name.startswith("DICOMDIR")
+    ):
         with pytest.raises(DicomError) as error:
             decoded(path, frame=0)
         message = str(error.value)
@@ -84,15 +105,23 @@ def test_every_file_that_pydicom_ships_decodes_or_says_why_not(path, caplog):
         assert ours.shape == theirs.shape
         # highdicom takes the window's "width - 1" in stored values where the standard takes it in rescaled ones.
         is_exact = pydicom.dcmread(path).get("RescaleSlope", 1) == 1
-        assert np.abs(ours - theirs).max() <= (0.5 + 1e-6 if is_exact else 1)  # half: float32 against float64 at a tie
+        assert np.abs(ours - theirs).max() <= (
+            0.5 + 1e-6 if is_exact else 1
+        )  # half: float32 against float64 at a tie
 
 
 def assert_silent_about_the_patient(path: Path, text: str) -> None:
     with warnings.catch_warnings(record=True):
         dataset = pydicom.dcmread(path, force=True, stop_before_pixels=True)
         for element in dataset.iterall():
-            is_personal = element.tag.group == 0x0010 or element.VR == "PN" or "ID" in element.keyword
-            if is_personal and element.VR in ("PN", "LO", "SH", "DA", "UI", "LT") and len(str(element.value)) > 3:
+            is_personal = (
+                element.tag.group == 0x0010 or element.VR == "PN" or "ID" in element.keyword
+            )
+            if (
+                is_personal
+                and element.VR in ("PN", "LO", "SH", "DA", "UI", "LT")
+                and len(str(element.value)) > 3
+            ):
                 assert str(element.value) not in text, element.keyword
 
 
@@ -108,7 +137,9 @@ def test_a_file_without_picture_says_what_it_is():
         decoded(shipped("rtplan.dcm"))
 
 
-@pytest.mark.parametrize("name", ["MR_small_RLE", "MR_small_implicit", "MR_small_bigendian", "MR_small_jp2klossless"])
+@pytest.mark.parametrize(
+    "name", ["MR_small_RLE", "MR_small_implicit", "MR_small_bigendian", "MR_small_jp2klossless"]
+)
 def test_the_same_image_in_another_encoding_gives_the_same_pixels(name):
     assert np.array_equal(decoded(shipped(f"{name}.dcm")), decoded(shipped("MR_small.dcm")))
 
@@ -134,7 +165,9 @@ class TestWindows:
             VOILUTFunction=function,
             **self.HU,
         )
-        theirs = highdicom.imread(path).get_frame(1, apply_voi_transform=None, voi_output_range=(0, 255))
+        theirs = highdicom.imread(path).get_frame(
+            1, apply_voi_transform=None, voi_output_range=(0, 255)
+        )
         assert np.abs(decoded(path) - theirs).max() <= 0.5 + 1e-6
         assert len(np.unique(decoded(path))) > 150
 
@@ -178,13 +211,17 @@ class TestWindows:
         values[:32] = -2000
         path = save_dicom(values, Modality="MR", PixelPaddingValue=-2000)
         low, high = np.percentile(values[32:], (0.5, 99.5))
-        assert np.array_equal(decoded(path), np.rint(np.clip((values - low) / (high - low), 0, 1) * 255))
+        assert np.array_equal(
+            decoded(path), np.rint(np.clip((values - low) / (high - low), 0, 1) * 255)
+        )
 
     def test_a_ct_preset_on_another_modality_is_refused(self):
         with pytest.raises(DicomError, match="in Hounsfield units, and this is MR, not CT"):
             decoded(shipped("MR_small.dcm"), window="lung")
 
-    def test_a_window_on_a_colour_image_is_refused_and_a_colour_files_own_is_not_used(self, save_dicom):
+    def test_a_window_on_a_colour_image_is_refused_and_a_colour_files_own_is_not_used(
+        self, save_dicom
+    ):
         colours = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
         path = save_dicom(colours, WindowCenter=10, WindowWidth=20)  # legal, and without meaning
         assert np.array_equal(decoded(path), colours)
@@ -212,10 +249,14 @@ class TestWindows:
         """Files of old scanners keep overlays there."""
         values = ramp(dtype, -2048 if dtype is np.int16 else 0, 2047, side)
         elements = {"BitsStored": 12, "WindowCenter": 40, "WindowWidth": 400}
-        dirty = save_dicom((values & 0x0FFF) | (np.arange(side) % 16 << 12).astype(dtype), **elements)
+        dirty = save_dicom(
+            (values & 0x0FFF) | (np.arange(side) % 16 << 12).astype(dtype), **elements
+        )
         assert np.array_equal(pydicom.dcmread(dirty).pixel_array, values)
         low, high = (-2048, 2047) if dtype is np.int16 else (0, 4095)
-        assert np.array_equal(decoded(dirty, window="full"), np.rint((values - float(low)) / (high - low) * 255))
+        assert np.array_equal(
+            decoded(dirty, window="full"), np.rint((values - float(low)) / (high - low) * 255)
+        )
 
 
 class TestTables:
@@ -234,21 +275,35 @@ class TestTables:
             PhotometricInterpretation=kind,
             VOILUTSequence=[self.lut(4096, 0, 16, data)],
         )
-        theirs = highdicom.imread(path).get_frame(1, apply_voi_transform=None, voi_output_range=(0, 255))
+        theirs = highdicom.imread(path).get_frame(
+            1, apply_voi_transform=None, voi_output_range=(0, 255)
+        )
         assert np.abs(decoded(path) - theirs).max() <= 0.5 + 1e-6
 
     def test_a_voi_lut_of_eight_bits_does_not_wrap_around(self, save_dicom):
         data = np.arange(1024) // 4
-        path = save_dicom(ramp(np.uint16, 0, 4095), BitsStored=12, VOILUTSequence=[self.lut(1024, 1000, 8, data)])
+        path = save_dicom(
+            ramp(np.uint16, 0, 4095), BitsStored=12, VOILUTSequence=[self.lut(1024, 1000, 8, data)]
+        )
         shown = decoded(path).reshape(-1)
-        assert (shown[0], shown[1000], shown[1512], shown[2023], shown[4095]) == (0, 0, 128, 255, 255)
+        assert (shown[0], shown[1000], shown[1512], shown[2023], shown[4095]) == (
+            0,
+            0,
+            128,
+            255,
+            255,
+        )
 
     def test_a_modality_lut_equals_pydicom(self, save_dicom):
         data = (np.arange(4096)[::-1] // 16).astype(int)
         item = self.lut(4096, 0, 8, data)
         item.ModalityLUTType = "US"
         path = save_dicom(
-            ramp(np.uint16, 0, 4095), BitsStored=12, ModalityLUTSequence=[item], WindowCenter=100, WindowWidth=120
+            ramp(np.uint16, 0, 4095),
+            BitsStored=12,
+            ModalityLUTSequence=[item],
+            WindowCenter=100,
+            WindowWidth=120,
         )
         dataset = pydicom.dcmread(path)
         values = pydicom.pixels.apply_modality_lut(dataset.pixel_array, dataset)
@@ -260,7 +315,9 @@ class TestFrames:
     def test_frames_equal_pydicoms(self):
         path = shipped("examples_ybr_color.dcm")
         for frame in (0, 7, 29):
-            assert np.array_equal(decoded(path, frame=frame), pydicom.pixels.pixel_array(path, index=frame))
+            assert np.array_equal(
+                decoded(path, frame=frame), pydicom.pixels.pixel_array(path, index=frame)
+            )
         assert np.array_equal(decoded(path, frame=-1), decoded(path, frame=29))
 
     def test_without_choice_the_middle_frame_is_taken_and_said_once(self, caplog):
@@ -290,7 +347,9 @@ class TestFrames:
         decodes = []
         original = DecodeRunner._decode_frame
         monkeypatch.setattr(
-            DecodeRunner, "_decode_frame", lambda self, source: decodes.append(1) or original(self, source)
+            DecodeRunner,
+            "_decode_frame",
+            lambda self, source: decodes.append(1) or original(self, source),
         )
         decoded(shipped("examples_ybr_color.dcm"), frame=12)
         assert len(decodes) == 1
@@ -304,14 +363,25 @@ class TestFrames:
         monkeypatch.setattr(module, "_READ_WHOLE", 100)
         assert "PixelData" not in module._read(path)[0]
         assert np.array_equal(decoded(path, frame=3), small)
-        assert np.array_equal(decoded(shipped("image_dfl.dcm")), pydicom.dcmread(shipped("image_dfl.dcm")).pixel_array)
+        assert np.array_equal(
+            decoded(shipped("image_dfl.dcm")), pydicom.dcmread(shipped("image_dfl.dcm")).pixel_array
+        )
 
-    @pytest.mark.parametrize("syntax", [pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian])
+    @pytest.mark.parametrize(
+        "syntax", [pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian]
+    )
     @pytest.mark.parametrize("dtype", [np.uint16, np.int16])
-    def test_a_large_uncompressed_file_is_mapped_where_its_pixels_are(self, save_dicom, monkeypatch, syntax, dtype):
+    def test_a_large_uncompressed_file_is_mapped_where_its_pixels_are(
+        self, save_dicom, monkeypatch, syntax, dtype
+    ):
         import moellava.images.dicom as module
 
-        frames = np.random.default_rng(0).integers(-500, 3000, (3, 40, 50)).clip(np.iinfo(dtype).min).astype(dtype)
+        frames = (
+            np.random.default_rng(0)
+            .integers(-500, 3000, (3, 40, 50))
+            .clip(np.iinfo(dtype).min)
+            .astype(dtype)
+        )
         path = save_dicom(frames, WindowCenter=1000, WindowWidth=3000)
         dataset = pydicom.dcmread(path)
         dataset.file_meta.TransferSyntaxUID = syntax
@@ -321,9 +391,13 @@ class TestFrames:
         expected = pydicom.dcmread(path).pixel_array
         header, pixels_at = module._read(path)
         for frame in range(3):
-            assert np.array_equal(module._mapped_values(path, header, pixels_at, frame, path.name), expected[frame])
+            assert np.array_equal(
+                module._mapped_values(path, header, pixels_at, frame, path.name), expected[frame]
+            )
         whole = module._stored_values(path, header, 2, path.name)
-        assert np.array_equal(module._shown(whole, header, 2, View(), path.name), decoded(path, frame=2))
+        assert np.array_equal(
+            module._shown(whole, header, 2, View(), path.name), decoded(path, frame=2)
+        )
 
     def test_a_large_file_cut_short_says_so(self, save_dicom, monkeypatch):
         path = save_dicom(ramp())
@@ -357,7 +431,9 @@ class TestFrames:
         )
         image = highdicom.imread(path)
         for number in range(3):
-            theirs = image.get_frame(number + 1, apply_voi_transform=None, voi_output_range=(0, 255))
+            theirs = image.get_frame(
+                number + 1, apply_voi_transform=None, voi_output_range=(0, 255)
+            )
             assert np.abs(decoded(path, frame=number) - theirs).max() <= 0.5 + 1e-6
         assert not np.array_equal(decoded(path, frame=0), decoded(path, frame=1))
 
@@ -397,11 +473,20 @@ def test_nothing_of_the_patient_is_logged_or_raised(save_dicom, caplog):
     broken.write_bytes(good.read_bytes()[:-5000])
     texts = []
     decoded(good)
-    for path, view in ((good, {"window": "lung"}), (good, {"frame": 3}), (broken, {}), (broken, {"frame": 9})):
+    for path, view in (
+        (good, {"window": "lung"}),
+        (good, {"frame": 3}),
+        (broken, {}),
+        (broken, {"frame": 9}),
+    ):
         with pytest.raises(DicomError) as error:
             decoded(path, **view)
         texts.append(str(error.value).replace(str(path), ""))
-    secrets = [str(element.value) for element in dicom_dataset(ramp()) if element.VR in ("PN", "LO", "SH", "DA")]
+    secrets = [
+        str(element.value)
+        for element in dicom_dataset(ramp())
+        if element.VR in ("PN", "LO", "SH", "DA")
+    ]
     assert len(secrets) >= 5
     for text in (*texts, caplog.text):
         assert not [secret for secret in secrets if secret and secret in text]
@@ -412,5 +497,7 @@ def test_without_pydicom_the_error_says_what_to_install(monkeypatch, save_dicom)
 
     path = save_dicom(ramp())
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(ImportError, match=r"scan\.dcm is a DICOM file\. .* pip install 'moellava\[dicom\]'"):
+    with pytest.raises(
+        ImportError, match=r"scan\.dcm is a DICOM file\. .* pip install 'moellava\[dicom\]'"
+    ):
         read_image(path)

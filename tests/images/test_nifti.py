@@ -37,7 +37,11 @@ def test_slices_are_seen_as_radiologists_see_them(tmp_path):
     values = np.zeros((5, 6, 7), np.uint8)
     values[4, 5, 6] = 255  # furthest right, front, head
     path = save(tmp_path / "a.nii", values)
-    for plane, frame, shape in (("axial", 6, (6, 5)), ("coronal", 5, (7, 5)), ("sagittal", 4, (7, 6))):
+    for plane, frame, shape in (
+        ("axial", 6, (6, 5)),
+        ("coronal", 5, (7, 5)),
+        ("sagittal", 4, (7, 6)),
+    ):
         picture = shown(path, plane=plane, frame=frame)
         assert picture.shape == shape
         assert picture[0, 0] == 255
@@ -60,7 +64,9 @@ def test_the_picture_does_not_depend_on_how_the_file_is_stored(tmp_path, volume,
 def test_gzipped_files_and_images_in_memory_give_the_same(tmp_path, volume):
     plain, packed = (save(tmp_path / name, volume) for name in ("a.nii", "a.nii.gz"))
     for source in (packed, nibabel.load(plain), str(plain)):
-        assert np.array_equal(np.asarray(to_pil(source, frame=3)), np.asarray(read_image(plain, frame=3)))
+        assert np.array_equal(
+            np.asarray(to_pil(source, frame=3)), np.asarray(read_image(plain, frame=3))
+        )
 
 
 def test_the_middle_slice_is_the_default_and_a_grid_is_in_order(tmp_path, volume):
@@ -95,7 +101,9 @@ def test_without_a_range_the_percentiles_of_finite_values_are_shown(tmp_path):
     values = np.linspace(0, 1000, 120, dtype=np.float32).reshape(10, 12, 1)
     values[3, 3, 0] = np.nan
     low, high = np.nanpercentile(values.astype(np.float64), (0.5, 99.5))
-    expected = np.rint(np.nan_to_num(np.clip((values - low) / (high - low), 0, 1)) * 255)[::-1, ::-1, 0].T
+    expected = np.rint(np.nan_to_num(np.clip((values - low) / (high - low), 0, 1)) * 255)[
+        ::-1, ::-1, 0
+    ].T
     assert np.abs(shown(save(tmp_path / "a.nii", values)).astype(int) - expected).max() <= 1
 
 
@@ -107,7 +115,9 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path, volume):
 
 def test_only_the_slice_that_is_shown_is_read(tmp_path, volume, monkeypatch):
     image = nibabel.load(save(tmp_path / "a.nii", volume))
-    monkeypatch.setattr(type(image.dataobj), "__array__", lambda *args, **kwargs: pytest.fail("the whole was read"))
+    monkeypatch.setattr(
+        type(image.dataobj), "__array__", lambda *args, **kwargs: pytest.fail("the whole was read")
+    )
     assert shown(image, frame=2).shape == (11, 9)
 
 
@@ -120,7 +130,9 @@ def test_a_time_is_chosen_by_volume(tmp_path):
         shown(path, volume=3)
 
 
-@pytest.mark.parametrize("name", ["anatomical.nii", "functional.nii", "example4d.nii.gz", "example_nifti2.nii.gz"])
+@pytest.mark.parametrize(
+    "name", ["anatomical.nii", "functional.nii", "example4d.nii.gz", "example_nifti2.nii.gz"]
+)
 @pytest.mark.parametrize("plane", PLANES)
 def test_nibabels_own_files_have_contrast(name, plane):
     assert np.ptp(shown(SHIPPED / name, plane=plane).astype(int)) > 100
@@ -172,5 +184,7 @@ def test_without_nibabel_the_error_says_what_to_install(monkeypatch, tmp_path, v
 
     path = save(tmp_path / "a.nii", volume)
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    with pytest.raises(ImportError, match=r"a\.nii is a NIfTI file\. .* pip install 'moellava\[nifti\]'"):
+    with pytest.raises(
+        ImportError, match=r"a\.nii is a NIfTI file\. .* pip install 'moellava\[nifti\]'"
+    ):
         read_image(path)

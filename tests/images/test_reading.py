@@ -29,7 +29,9 @@ def test_a_window_shows_twelve_bits_in_a_sixteen_bit_file(tmp_path, window):
     Image.fromarray(values).save(tmp_path / "a.png")
     center, width = window
     expected = np.rint(np.clip((values - (center - width / 2)) / width, 0, 1) * 255)
-    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png", window=window))[..., 1], expected)
+    assert np.array_equal(
+        np.asarray(load_image(tmp_path / "a.png", window=window))[..., 1], expected
+    )
     assert np.array_equal(np.asarray(load_image(values, window=window))[..., 1], expected)
 
 
@@ -38,7 +40,9 @@ def test_signed_and_float_tiffs_of_hounsfield_values_take_a_preset(tmp_path):
     expected = np.rint(np.clip((values + 1350) / 1500, 0, 1) * 255)
     for name, stored in (("i.tif", values.astype(np.int32)), ("f.tif", values.astype(np.float32))):
         Image.fromarray(stored).save(tmp_path / name)
-        assert np.array_equal(np.asarray(load_image(tmp_path / name, window="lung"))[..., 0], expected)
+        assert np.array_equal(
+            np.asarray(load_image(tmp_path / name, window="lung"))[..., 0], expected
+        )
         with pytest.raises(ValueError, match=r"expected (16 bits|0 to 1)"):
             load_image(tmp_path / name)
 
@@ -47,7 +51,9 @@ def test_cmyk_jpegs_become_the_rgb_that_pillow_makes(tmp_path):
     from moellava.testing.datasets import picture
 
     picture(3, mode="CMYK").save(tmp_path / "a.jpg")
-    assert np.array_equal(np.asarray(load_image(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg").convert("RGB"))
+    assert np.array_equal(
+        np.asarray(load_image(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg").convert("RGB")
+    )
 
 
 @pytest.fixture
@@ -76,10 +82,14 @@ def test_a_grid_of_an_animation(animation):
 def test_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("1", (4000, 3000)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))
-    with pytest.raises(ValueError, match=r"a\.png is 4000x3000 pixels, beyond the limit of 10,000,000"):
+    with pytest.raises(
+        ValueError, match=r"a\.png is 4000x3000 pixels, beyond the limit of 10,000,000"
+    ):
         read_image(tmp_path / "a.png", max_pixels=10_000_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
-    with pytest.raises(ValueError, match=r"a\.png is larger than Pillow's limit: .*MAX_IMAGE_PIXELS"):
+    with pytest.raises(
+        ValueError, match=r"a\.png is larger than Pillow's limit: .*MAX_IMAGE_PIXELS"
+    ):
         read_image(tmp_path / "a.png")
 
 

@@ -29,7 +29,13 @@ def test_windows_that_are_none_are_refused(text):
 
 
 def test_frames_of_the_command_line():
-    assert [parse_frame(text) for text in (None, "3", "-1", "grid", "grid:9")] == [None, 3, -1, "grid", "grid:9"]
+    assert [parse_frame(text) for text in (None, "3", "-1", "grid", "grid:9")] == [
+        None,
+        3,
+        -1,
+        "grid",
+        "grid:9",
+    ]
 
 
 def test_a_grid_is_spread_from_the_first_to_the_last():

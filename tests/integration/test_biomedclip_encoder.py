@@ -21,7 +21,9 @@ def test_biomedclip_and_tinyllama_pass_every_step(hub_cache, no_network):
 
 
 def main() -> int:
-    tower, language_model = (sys.argv[1:] + [DEFAULT_TOWER, DEFAULT_LANGUAGE_MODEL][len(sys.argv) - 1 :])[:2]
+    tower, language_model = (
+        sys.argv[1:] + [DEFAULT_TOWER, DEFAULT_LANGUAGE_MODEL][len(sys.argv) - 1 :]
+    )[:2]
     passed = True
     for check in verify(tower, language_model):
         print(report(check))

@@ -54,7 +54,11 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"ETag": hashlib.sha256(body).hexdigest(), "X-Repo-Commit": REVISION}
             status = 200
         else:
-            body, headers, status = b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": REVISION}, 404
+            body, headers, status = (
+                b"",
+                {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": REVISION},
+                404,
+            )
         self.send_response(status)
         for name, value in (headers | {"Content-Length": str(len(body))}).items():
             self.send_header(name, value)
@@ -97,9 +101,15 @@ def test_show_names_the_files_of_a_repo_that_is_not_here_and_fetches_no_weights(
 def test_the_one_call_fetches_what_it_needs_and_then_works_without_the_hub(hub, tmp_path):
     online = run(hub, tmp_path, "-c", ANSWER)
     assert f"{BIOMEDCLIP} {REVISION}" in online
-    fetched = {line.partition("/resolve/")[2].partition("/")[2] for line in hub.asked if line.startswith("GET")}
+    fetched = {
+        line.partition("/resolve/")[2].partition("/")[2]
+        for line in hub.asked
+        if line.startswith("GET")
+    }
     assert {"open_clip_config.json", "open_clip_pytorch_model.bin", "model.safetensors"} <= fetched
-    assert not any("BiomedBERT" in line or "BiomedNLP" in line for line in hub.asked)  # no text tower
+    assert not any(
+        "BiomedBERT" in line or "BiomedNLP" in line for line in hub.asked
+    )  # no text tower
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith("models--")} == {
         f"models--{repo.replace('/', '--')}" for repo in (BIOMEDCLIP, TINYLLAMA)
     }

@@ -21,7 +21,12 @@ MISSION = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP, "mm_h
 
 def chat_inputs(loaded, images, questions):
     conversations = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": image}, {"type": "text", "text": question}],
+            }
+        ]
         for image, question in zip(images, questions, strict=True)
     ]
     return loaded.processor.apply_chat_template(
@@ -51,7 +56,9 @@ class TestMission:
         assert model.config.vision_config.tower == BIOMEDCLIP
 
     def test_custom_vision_config_reaches_the_tower(self):
-        custom = CustomVisionConfig(image_size=336, vision_feature_layer=-3, vision_feature_select_strategy="full")
+        custom = CustomVisionConfig(
+            image_size=336, vision_feature_layer=-3, vision_feature_select_strategy="full"
+        )
         loaded = load_pretrained_model(MISSION, custom_vision_config=custom)
         vision_config = loaded.model.config.vision_config
         assert (vision_config.image_size, vision_config.select_layer) == (336, -3)
@@ -59,7 +66,9 @@ class TestMission:
         assert loaded.image_processor.crop_size["height"] == 336
 
     def test_load_vision_encoder_gives_the_tower_and_its_processor(self):
-        encoder, image_processor = load_vision_encoder(MISSION, custom_vision_config=CustomVisionConfig())
+        encoder, image_processor = load_vision_encoder(
+            MISSION, custom_vision_config=CustomVisionConfig()
+        )
         assert (encoder.hidden_size, encoder.num_patches) == (768, 196)
         assert load_vision_encoder(BIOMEDCLIP)[0].config.tower == BIOMEDCLIP
         assert image_processor.image_mean[0] == pytest.approx(0.48145466)
@@ -71,7 +80,9 @@ def test_patch_tokens_equal_timm_and_differ_from_each_other(loaded, images, smal
     trunk = timm.create_model("vit_tiny_patch16_224", num_classes=0).eval()
     stored = torch.load(small_biomedclip / "open_clip_pytorch_model.bin", weights_only=True)
     prefix = "visual.trunk."
-    trunk.load_state_dict({k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}, strict=True)
+    trunk.load_state_dict(
+        {k[len(prefix) :]: v for k, v in stored.items() if k.startswith(prefix)}, strict=True
+    )
     pixels = loaded.image_processor(images, return_tensors="pt")["pixel_values"]
 
     with torch.no_grad():
@@ -90,7 +101,9 @@ def test_text_logits_equal_the_dense_llamas(parts, hub_cache, moe_config):
 
     model = load_pretrained_model(parts, moe_config=moe_config, dtype="float32").model
     llama = LlamaForCausalLM.from_pretrained(TINYLLAMA, dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(TINYLLAMA)("Is there a fracture in the left hand?", return_tensors="pt")
+    ids = AutoTokenizer.from_pretrained(TINYLLAMA)(
+        "Is there a fracture in the left hand?", return_tensors="pt"
+    )
     with torch.no_grad():
         ours, theirs = model(**ids).logits, llama(**ids).logits
     torch.testing.assert_close(ours[..., :32000], theirs, rtol=0, atol=2e-6)
@@ -103,7 +116,9 @@ def test_the_added_row_is_the_mean_of_the_others(loaded):
 
 
 def test_same_seed_same_weights(parts):
-    first, second, third = (load_pretrained_model(parts, seed=seed).model.state_dict() for seed in (0, 0, 1))
+    first, second, third = (
+        load_pretrained_model(parts, seed=seed).model.state_dict() for seed in (0, 0, 1)
+    )
     assert all(torch.equal(first[key], second[key]) for key in first)
     differing = {key for key in first if not torch.equal(first[key], third[key])}
     assert differing == {key for key in first if "projector" in key or ".gate.weight" in key}
@@ -137,19 +152,33 @@ def test_a_saved_and_moved_model_reloads_in_a_new_process_bit_for_bit(loaded, im
     torch.save(inputs, tmp_path / "inputs.pt")
 
     empty_cache = {"HF_HUB_CACHE": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
-    script = [sys.executable, "-c", RELOAD, tmp_path / "saved", tmp_path / "inputs.pt", tmp_path / "logits.pt"]
+    script = [
+        sys.executable,
+        "-c",
+        RELOAD,
+        tmp_path / "saved",
+        tmp_path / "inputs.pt",
+        tmp_path / "logits.pt",
+    ]
     import os
 
-    output = subprocess.run(script, check=True, capture_output=True, text=True, env=os.environ | empty_cache).stdout
+    output = subprocess.run(
+        script, check=True, capture_output=True, text=True, env=os.environ | empty_cache
+    ).stdout
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
     assert json.loads(output) == text
     saved_config = (tmp_path / "saved" / "config.json").read_text()
     assert str(tmp_path.parent) not in saved_config
-    assert "moellava-hub-" not in saved_config, "an absolute path of this machine is in the checkpoint"
+    assert "moellava-hub-" not in saved_config, (
+        "an absolute path of this machine is in the checkpoint"
+    )
 
 
 def test_a_batch_equals_its_prompts_one_by_one(loaded, images):
-    questions = ["Is this a CT image?", "What modality is this, and which organ is shown in the left half of it?"]
+    questions = [
+        "Is this a CT image?",
+        "What modality is this, and which organ is shown in the left half of it?",
+    ]
     batch = chat_inputs(loaded, images[:2], questions)
     assert batch["attention_mask"].sum(1).tolist()[0] < batch["attention_mask"].shape[1]
     with torch.no_grad():
@@ -160,7 +189,9 @@ def test_a_batch_equals_its_prompts_one_by_one(loaded, images):
             logits = loaded.model(**single).logits[0]
         torch.testing.assert_close(batch_logits[row, -len(logits) :], logits, rtol=0, atol=1e-4)
     together = loaded.answer(images[:2], questions, max_new_tokens=10)
-    assert together == [loaded.answer(i, q, max_new_tokens=10)[0] for i, q in zip(images, questions, strict=False)]
+    assert together == [
+        loaded.answer(i, q, max_new_tokens=10)[0] for i, q in zip(images, questions, strict=False)
+    ]
 
 
 def test_the_auto_classes_open_a_saved_model(loaded, tmp_path, images):
@@ -168,7 +199,10 @@ def test_the_auto_classes_open_a_saved_model(loaded, tmp_path, images):
 
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
-    model, processor = AutoModelForImageTextToText.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+        AutoProcessor.from_pretrained(tmp_path),
+    )
     assert type(processor) is type(loaded.processor)
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, loaded.image_processor(images, return_tensors="pt")["pixel_values"])
@@ -199,7 +233,9 @@ def test_the_attention_implementation_reaches_the_language_model(parts, loaded, 
     assert loaded.model.config.text_config._attn_implementation == "sdpa"
     inputs = chat_inputs(loaded, images[:1], ["Why?"])
     with torch.no_grad():
-        torch.testing.assert_close(eager.model(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            eager.model(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4
+        )
 
 
 def test_a_saved_model_opens_by_its_hub_id_and_revision(loaded, tmp_path, no_network):
@@ -215,7 +251,10 @@ def test_a_saved_model_opens_by_its_hub_id_and_revision(loaded, tmp_path, no_net
 
 
 def test_the_revision_of_the_language_model_is_looked_for_and_recorded(parts):
-    assert load_pretrained_model(parts, revision=REVISION).model.config.language_model_revision == REVISION
+    assert (
+        load_pretrained_model(parts, revision=REVISION).model.config.language_model_revision
+        == REVISION
+    )
     with pytest.raises(OSError, match=TINYLLAMA):
         load_pretrained_model(parts, revision="e" * 40)
 
@@ -226,7 +265,10 @@ def test_the_device_is_where_the_model_goes(parts):
 
 @pytest.mark.parametrize(
     ("moe_config", "language_model"),
-    [(True, "llama_moe: 2 of 4 layers are mixtures of 4 experts, top-2"), (False, "llama: dense, 4 layers")],
+    [
+        (True, "llama_moe: 2 of 4 layers are mixtures of 4 experts, top-2"),
+        (False, "llama: dense, 4 layers"),
+    ],
 )
 def test_one_line_each_tells_tower_projector_language_model_and_size(
     parts, caplog, tmp_path, moe_config, language_model
@@ -240,9 +282,16 @@ def test_one_line_each_tells_tower_projector_language_model_and_size(
     load_pretrained_model(tmp_path)
     told.append(list(caplog.messages))
     size = f"{loaded.model.num_parameters()} parameters, {count_active_parameters(loaded.model)} active per token"
-    beginnings = ("tower biomedclip_small", "projector mlp2x_gelu: 196 image tokens", "language model ", size)
+    beginnings = (
+        "tower biomedclip_small",
+        "projector mlp2x_gelu: 196 image tokens",
+        "language model ",
+        size,
+    )
     for messages in told:
-        assert [sum(message.startswith(start) for message in messages) for start in beginnings] == [1] * 4, messages
+        assert [sum(message.startswith(start) for message in messages) for start in beginnings] == [
+            1
+        ] * 4, messages
         assert f"language model {language_model}" in messages
 
 
@@ -250,7 +299,10 @@ def test_device_map_opens_a_saved_model(loaded, tmp_path):
     loaded.model.save_pretrained(tmp_path)
     loaded.processor.save_pretrained(tmp_path)
     spread = load_pretrained_model(tmp_path, device_map={"": "cpu"})
-    assert all(torch.equal(a, b) for a, b in zip(spread.model.parameters(), loaded.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(spread.model.parameters(), loaded.model.parameters(), strict=True)
+    )
 
 
 def test_a_broken_tower_falls_back_only_on_request(parts, hub_cache, tmp_path, caplog):
@@ -293,11 +345,15 @@ class TestBadInput:
             load_pretrained_model(MISSION | {"mm_vision_tower": "microsoft/NoSuchBiomedCLIP"})
 
     def test_a_missing_language_model_is_named_with_the_command_that_fetches_it(self, hub_cache):
-        with pytest.raises(OSError, match=r"(?s)'nobody/no-llama' is found.*hf download nobody/no-llama"):
+        with pytest.raises(
+            OSError, match=r"(?s)'nobody/no-llama' is found.*hf download nobody/no-llama"
+        ):
             load_pretrained_model(MISSION | {"model_name_or_path": "nobody/no-llama"})
 
     def test_an_unknown_key_suggests_the_nearest(self, parts):
-        with pytest.raises(ValueError, match=r"'mm_vision_towr'\. Did you mean 'mm_vision_tower'\?"):
+        with pytest.raises(
+            ValueError, match=r"'mm_vision_towr'\. Did you mean 'mm_vision_tower'\?"
+        ):
             load_pretrained_model({"mm_vision_towr": "x", "model_name_or_path": TINYLLAMA})
 
     def test_a_missing_key_is_named(self, parts):
@@ -305,18 +361,28 @@ class TestBadInput:
             load_pretrained_model({"model_name_or_path": TINYLLAMA})
 
     def test_a_wrong_mm_hidden_size_names_both_widths(self, parts):
-        with pytest.raises(ValueError, match=r"mm_hidden_size is 512, but .* width 192\. Set mm_hidden_size=192"):
+        with pytest.raises(
+            ValueError, match=r"mm_hidden_size is 512, but .* width 192\. Set mm_hidden_size=192"
+        ):
             load_pretrained_model(parts | {"mm_hidden_size": 512})
 
     def test_a_contradiction_names_both_values(self, parts):
-        with pytest.raises(ValueError, match=r"'clip' in the model description and 'biomedclip' in the argument"):
+        with pytest.raises(
+            ValueError, match=r"'clip' in the model description and 'biomedclip' in the argument"
+        ):
             load_pretrained_model(parts | {"encoder_type": "clip"}, encoder_type="biomedclip")
-        with pytest.raises(ValueError, match=r"vision_feature_layer is -3 .* and -2 in custom_vision_config"):
-            load_pretrained_model(parts | {"mm_vision_select_layer": -3}, custom_vision_config=CustomVisionConfig())
+        with pytest.raises(
+            ValueError, match=r"vision_feature_layer is -3 .* and -2 in custom_vision_config"
+        ):
+            load_pretrained_model(
+                parts | {"mm_vision_select_layer": -3}, custom_vision_config=CustomVisionConfig()
+            )
 
     def test_a_folder_that_is_no_checkpoint_says_what_it_holds(self, tmp_path):
         (tmp_path / "notes.txt").write_text("x")
-        with pytest.raises(OSError, match=r"no checkpoint: it has no config.json \(found: notes.txt\)"):
+        with pytest.raises(
+            OSError, match=r"no checkpoint: it has no config.json \(found: notes.txt\)"
+        ):
             load_pretrained_model(tmp_path)
 
     def test_a_language_model_alone_is_no_saved_model(self, hub_cache):
@@ -339,7 +405,9 @@ class TestBadInput:
         state = load_file(tmp_path / "model.safetensors")
         del state["model.vision_tower.visual.trunk.cls_token"]
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"missing keys: model\.vision_tower\.visual\.trunk\.cls_token"):
+        with pytest.raises(
+            ValueError, match=r"missing keys: model\.vision_tower\.visual\.trunk\.cls_token"
+        ):
             load_pretrained_model(tmp_path)
 
     @pytest.fixture

@@ -23,28 +23,38 @@ def render(tokenizer, template, chat=CHAT, **options):
 
 
 def test_a_text_chat_is_what_tinyllamas_own_template_writes(tokenizer):
-    chat = [{"role": role, "content": f" {role} text "} for role in ("system", "user", "assistant", "user")]
+    chat = [
+        {"role": role, "content": f" {role} text "}
+        for role in ("system", "user", "assistant", "user")
+    ]
     own = render(tokenizer, tokenizer.chat_template, chat, add_generation_prompt=True)
     assert multimodal_chat_template(tokenizer) == TEMPLATES["tinyllama"]
     assert render(tokenizer, TEMPLATES["tinyllama"], chat, add_generation_prompt=True) == own
 
 
 def test_an_image_stands_on_its_own_line(tokenizer):
-    assert render(tokenizer, TEMPLATES["tinyllama"]) == "<|user|>\n<image>\nWhat is it?</s>\n<|assistant|>\nA CT.</s>\n"
+    assert (
+        render(tokenizer, TEMPLATES["tinyllama"])
+        == "<|user|>\n<image>\nWhat is it?</s>\n<|assistant|>\nA CT.</s>\n"
+    )
 
 
 def test_a_base_model_gets_vicunas_format(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert multimodal_chat_template(tokenizer) == TEMPLATES["vicuna_v1"]
     text = render(tokenizer, TEMPLATES["vicuna_v1"])
-    assert text.startswith("A chat between a curious user and an artificial intelligence assistant. ")
+    assert text.startswith(
+        "A chat between a curious user and an artificial intelligence assistant. "
+    )
     assert text.endswith("questions. USER: <image>\nWhat is it? ASSISTANT: A CT.</s>")
 
 
 def spans(tokenizer, template, chat):
     """The whole text and the parts of it that are marked as the assistant's."""
     options = {"return_assistant_tokens_mask": True, **tokenizer.special_tokens_map}
-    (text,), (indices,) = render_jinja_template(conversations=[chat], chat_template=template, **options)
+    (text,), (indices,) = render_jinja_template(
+        conversations=[chat], chat_template=template, **options
+    )
     return text, [text[start:end] for start, end in indices]
 
 
@@ -101,7 +111,9 @@ def test_the_marks_are_those_of_trls_training_templates(tokenizer, monkeypatch, 
     chat = [message | {"content": str(index)} for index, message in enumerate(FLAT_TALK)]
     _, ours = spans(tokenizer, multimodal_chat_template(tokenizer), chat)
     _, theirs = spans(tokenizer, own_template(f"{name}_training"), chat)
-    assert ours == [span.rstrip("\n") for span in theirs]  # some also mark the line feed behind the turn's end
+    assert ours == [
+        span.rstrip("\n") for span in theirs
+    ]  # some also mark the line feed behind the turn's end
 
 
 def test_a_template_that_takes_answers_apart_is_kept_without_marks(tokenizer, monkeypatch):
@@ -115,7 +127,10 @@ def test_a_template_that_takes_answers_apart_is_kept_without_marks(tokenizer, mo
 def test_a_template_with_marks_of_its_own_keeps_them(tokenizer, monkeypatch):
     own = TEMPLATES["tinyllama"].replace("<|", "<||")
     monkeypatch.setattr(tokenizer, "chat_template", own)
-    assert spans(tokenizer, multimodal_chat_template(tokenizer), TALK)[1] == ["A CT.</s>", "Yes, it is.</s>"]
+    assert spans(tokenizer, multimodal_chat_template(tokenizer), TALK)[1] == [
+        "A CT.</s>",
+        "Yes, it is.</s>",
+    ]
 
 
 def test_control_characters_in_a_question_do_no_harm(tokenizer, monkeypatch):

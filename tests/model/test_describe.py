@@ -5,7 +5,9 @@ from moellava.model.describe import count_active_parameters
 
 
 def test_active_parameters_are_those_of_a_model_with_as_many_experts_as_are_chosen(loaded, parts):
-    chosen = load_pretrained_model(parts, moe_config={"num_experts": 2, "num_experts_per_tok": 2}).model
+    chosen = load_pretrained_model(
+        parts, moe_config={"num_experts": 2, "num_experts_per_tok": 2}
+    ).model
     config = loaded.model.config.text_config
     routers = (config.num_experts - 2) * config.hidden_size * len(config.moe_layer_indices)
     assert count_active_parameters(loaded.model) == chosen.num_parameters() + routers

@@ -16,8 +16,18 @@ def saved(loaded, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(loaded, images):
-    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]}]
-    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}],
+        }
+    ]
+    options = {
+        "tokenize": True,
+        "add_generation_prompt": True,
+        "return_dict": True,
+        "return_tensors": "pt",
+    }
     return loaded.processor.apply_chat_template(chat, **options)
 
 
@@ -29,12 +39,19 @@ def test_the_image_text_to_text_pipeline_answers(loaded, saved, images):
     from transformers import pipeline
 
     pipe = pipeline("image-text-to-text", model=str(saved), device="cpu")
-    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}],
+        }
+    ]
     (output,) = pipe(text=chat, max_new_tokens=6, return_full_text=False)
     assert output["generated_text"].strip() == loaded.answer(images[0], "Why?", max_new_tokens=6)[0]
 
 
-@pytest.mark.parametrize("options", [{"cache_implementation": "static"}, {"num_beams": 3}, {"num_return_sequences": 1}])
+@pytest.mark.parametrize(
+    "options", [{"cache_implementation": "static"}, {"num_beams": 3}, {"num_return_sequences": 1}]
+)
 def test_generation_options_work_with_images(loaded, inputs, options):
     output = greedy(loaded.model, inputs, **options)
     assert output.shape[1] > inputs["input_ids"].shape[1]
@@ -46,7 +63,11 @@ def test_generation_from_embeddings_returns_the_new_tokens(loaded, inputs):
     embeds = loaded.model.get_input_embeddings()(inputs["input_ids"])
     new = greedy(
         loaded.model,
-        {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"], "attention_mask": inputs["attention_mask"]},
+        {
+            "inputs_embeds": embeds,
+            "pixel_values": inputs["pixel_values"],
+            "attention_mask": inputs["attention_mask"],
+        },
     )
     assert torch.equal(new, greedy(loaded.model, inputs)[:, inputs["input_ids"].shape[1] :])
 
@@ -76,12 +97,16 @@ def test_resized_embeddings_keep_the_logits_of_known_tokens(parts, inputs):
 def test_a_compiled_forward_gives_the_same_logits(loaded, inputs):
     compiled = torch.compile(loaded.model, backend="aot_eager")
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            compiled(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-4
+        )
 
 
 def test_a_language_model_on_disk_gives_the_same_logits(loaded, saved, inputs):
     on_cpu = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "lm_head"), "cpu")
-    spread = load_pretrained_model(saved, device_map=on_cpu | {"model.language_model": "disk"}).model
+    spread = load_pretrained_model(
+        saved, device_map=on_cpu | {"model.language_model": "disk"}
+    ).model
     assert spread.model.language_model.layers[0].mlp.experts.gate_up_proj.device.type == "meta"
     with torch.no_grad():
         assert torch.equal(spread(**inputs).logits, loaded.model(**inputs).logits)
@@ -100,9 +125,15 @@ class TestPeft:
 
     def test_adapters_start_as_nothing_and_learn(self, adapted, loaded, inputs):
         with torch.no_grad():
-            torch.testing.assert_close(adapted(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                adapted(**inputs).logits, loaded.model(**inputs).logits, rtol=0, atol=1e-5
+            )
         adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
-        reached = {name for name, weight in adapted.named_parameters() if weight.grad is not None and weight.grad.any()}
+        reached = {
+            name
+            for name, weight in adapted.named_parameters()
+            if weight.grad is not None and weight.grad.any()
+        }
         assert any("experts" in name for name in reached)
         assert any("q_proj" in name for name in reached)
 

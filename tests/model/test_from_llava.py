@@ -6,7 +6,7 @@ import torch
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.from_llava import read_mm_projector
+from moellava.model.checkpoint.llava import read_mm_projector
 from moellava.model.projector import ProjectorShape, build_projector
 from moellava.testing import write_llava
 
@@ -26,7 +26,9 @@ NUM_IMAGES = [1, 2, 3]
 
 def batch_of(processor, images, padding_side="left"):
     pictures = [images[:count] for count in NUM_IMAGES]
-    return processor(text=PROMPTS, images=pictures, padding=True, padding_side=padding_side, return_tensors="pt")
+    return processor(
+        text=PROMPTS, images=pictures, padding=True, padding_side=padding_side, return_tensors="pt"
+    )
 
 
 def logits_of(model, batch):
@@ -36,7 +38,9 @@ def logits_of(model, batch):
 
 class TestLogits:
     @pytest.mark.parametrize("padding_side", ["left", "right"])
-    def test_dense_logits_equal_transformers_llava_for_one_to_three_images(self, llava, images, padding_side):
+    def test_dense_logits_equal_transformers_llava_for_one_to_three_images(
+        self, llava, images, padding_side
+    ):
         theirs = LlavaForConditionalGeneration.from_pretrained(llava).eval()
         ours = load_pretrained_model(llava, moe_config=False)
         batch = batch_of(LlavaProcessor.from_pretrained(llava), images, padding_side)
@@ -45,13 +49,20 @@ class TestLogits:
         for key in ("input_ids", "attention_mask", "pixel_values"):
             assert torch.equal(batch[key], own_batch[key]), key
         is_token = batch["attention_mask"].bool()
-        expected, found = logits_of(theirs, batch)[is_token], logits_of(ours.model, own_batch)[is_token]
+        expected, found = (
+            logits_of(theirs, batch)[is_token],
+            logits_of(ours.model, own_batch)[is_token],
+        )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
         blank = {**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}
-        assert (logits_of(ours.model, blank)[is_token] - expected).abs().max() > 1e-3  # the oracle can say no
+        assert (
+            logits_of(ours.model, blank)[is_token] - expected
+        ).abs().max() > 1e-3  # the oracle can say no
 
-    def test_by_default_the_language_model_becomes_a_mixture_with_the_same_logits(self, llava, images):
+    def test_by_default_the_language_model_becomes_a_mixture_with_the_same_logits(
+        self, llava, images
+    ):
         theirs = LlavaForConditionalGeneration.from_pretrained(llava).eval()
         ours = load_pretrained_model(llava)
         assert ours.model.config.text_config.moe_layer_indices == [0, 2]
@@ -61,7 +72,9 @@ class TestLogits:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     def test_mixture_options_are_taken(self, llava):
-        model = load_pretrained_model(llava, moe_config={"moe_layers": [3], "num_experts": 2}, dtype="bfloat16").model
+        model = load_pretrained_model(
+            llava, moe_config={"moe_layers": [3], "num_experts": 2}, dtype="bfloat16"
+        ).model
         assert model.config.text_config.moe_layer_indices == [3]
         assert model.model.language_model.layers[3].mlp.experts.down_proj.shape[0] == 2
         assert model.dtype == torch.bfloat16
@@ -83,18 +96,28 @@ class TestLogits:
             ours = load_pretrained_model(folder, moe_config=moe_config)
             batch = batch_of(ours.processor, images)
             is_token = batch["attention_mask"].bool()
-            expected, found = logits_of(theirs, batch)[is_token], logits_of(ours.model, batch)[is_token]
+            expected, found = (
+                logits_of(theirs, batch)[is_token],
+                logits_of(ours.model, batch)[is_token],
+            )
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     def test_answers_equal_what_transformers_llava_generates(self, llava, images):
         theirs = LlavaForConditionalGeneration.from_pretrained(llava).eval()
         ours = load_pretrained_model(llava, moe_config=False)
         processor = LlavaProcessor.from_pretrained(llava)
-        conversation = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}]
+        conversation = [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}],
+            }
+        ]
         text = processor.apply_chat_template(conversation, add_generation_prompt=True)
         batch = processor(text=[text], images=[images[0]], return_tensors="pt")
         new = theirs.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=32001)
-        expected = processor.batch_decode(new[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        expected = processor.batch_decode(
+            new[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        )
         assert ours.answer(images[0], "What is this?", max_new_tokens=8) == [expected[0].strip()]
 
 
@@ -104,7 +127,9 @@ def test_a_hub_id_works_offline_and_is_recorded_as_the_tower(tmp_path, monkeypat
     write_llava(repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
-    vision = load_pretrained_model("llava-hf/llava-tiny", cache_dir=tmp_path).model.config.vision_config
+    vision = load_pretrained_model(
+        "llava-hf/llava-tiny", cache_dir=tmp_path
+    ).model.config.vision_config
     assert (vision.tower, vision.revision) == ("llava-hf/llava-tiny", commit)
 
 
@@ -114,7 +139,9 @@ def test_the_result_saves_and_reloads_as_any_other_model(llava, images, tmp_path
     ours.processor.save_pretrained(tmp_path)
     again = load_pretrained_model(tmp_path)
     batch = batch_of(ours.processor, images)
-    assert torch.equal(logits_of(again.model, batch), logits_of(ours.model, batch_of(again.processor, images)))
+    assert torch.equal(
+        logits_of(again.model, batch), logits_of(ours.model, batch_of(again.processor, images))
+    )
     assert str(llava.parent) not in (tmp_path / "config.json").read_text()
 
 
@@ -133,11 +160,14 @@ class TestProjectorFiles:
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 12))
 
-    @pytest.mark.parametrize("prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", ""])
+    @pytest.mark.parametrize(
+        "prefix", ["model.mm_projector.", "base_model.model.model.mm_projector.", ""]
+    )
     def test_mm_projector_bin_loads_into_ours(self, tmp_path, prefix):
         theirs = self.original_llava_projector()
         torch.save(
-            {f"{prefix}{key}": value for key, value in theirs.state_dict().items()}, tmp_path / "mm_projector.bin"
+            {f"{prefix}{key}": value for key, value in theirs.state_dict().items()},
+            tmp_path / "mm_projector.bin",
         )
         ours = build_projector("mlp2x_gelu", self.SHAPE)
         ours.load_state_dict(read_mm_projector(tmp_path))
@@ -169,8 +199,12 @@ class TestProjectorFiles:
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
     def test_a_file_without_projector_says_what_it_holds(self, tmp_path):
-        torch.save({"model.layers.0.mlp.gate_proj.weight": torch.zeros(1)}, tmp_path / "mm_projector.bin")
-        with pytest.raises(ValueError, match=r"no projector.*model\.mm_projector\.0\.weight.*model\.layers\.0"):
+        torch.save(
+            {"model.layers.0.mlp.gate_proj.weight": torch.zeros(1)}, tmp_path / "mm_projector.bin"
+        )
+        with pytest.raises(
+            ValueError, match=r"no projector.*model\.mm_projector\.0\.weight.*model\.layers\.0"
+        ):
             read_mm_projector(tmp_path)
 
     def test_a_missing_file_names_what_is_looked_for(self, tmp_path):
@@ -198,14 +232,28 @@ class TestBadInput:
         [
             ("projector_hidden_act", "relu", r"projector_hidden_act='relu', but only 'gelu'"),
             ("multimodal_projector_bias", False, r"multimodal_projector_bias=False, but only True"),
-            ("image_token_index", 31999, r"image_token_index=31999, but the tokenizer has <image> at 32000"),
-            ("text_config", {"model_type": "qwen2"}, r"text_config\.model_type='qwen2', but only 'llama'"),
-            ("vision_config", {"model_type": "siglip_vision_model"}, r"'siglip_vision_model', but only 'clip_vision"),
+            (
+                "image_token_index",
+                31999,
+                r"image_token_index=31999, but the tokenizer has <image> at 32000",
+            ),
+            (
+                "text_config",
+                {"model_type": "qwen2"},
+                r"text_config\.model_type='qwen2', but only 'llama'",
+            ),
+            (
+                "vision_config",
+                {"model_type": "siglip_vision_model"},
+                r"'siglip_vision_model', but only 'clip_vision",
+            ),
         ],
     )
     def test_another_kind_of_llava_is_refused_by_name(self, llava, tmp_path, key, value, message):
         with pytest.raises(ValueError, match=message):
-            load_pretrained_model(edited(llava, tmp_path, lambda config: config.update({key: value})))
+            load_pretrained_model(
+                edited(llava, tmp_path, lambda config: config.update({key: value}))
+            )
 
     def test_a_missing_tensor_is_named(self, llava, tmp_path):
         from safetensors.torch import load_file, save_file
@@ -214,12 +262,16 @@ class TestBadInput:
         state = load_file(folder / "model.safetensors")
         del state["multi_modal_projector.linear_2.bias"]
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=r"missing keys: model\.multi_modal_projector\.linear_2\.bias"):
+        with pytest.raises(
+            ValueError, match=r"missing keys: model\.multi_modal_projector\.linear_2\.bias"
+        ):
             load_pretrained_model(folder)
 
     def test_a_missing_shard_is_named(self, llava, tmp_path):
         folder = edited(llava, tmp_path, lambda config: None)
-        LlavaForConditionalGeneration.from_pretrained(llava).save_pretrained(folder, max_shard_size="5MB")
+        LlavaForConditionalGeneration.from_pretrained(llava).save_pretrained(
+            folder, max_shard_size="5MB"
+        )
         (folder / "model.safetensors").unlink(missing_ok=True)
         shard = sorted(folder.glob("model-00002-of-*.safetensors"))[0]
         shard.unlink()

@@ -5,7 +5,9 @@ import torch
 def test_one_image_serves_all_questions(loaded, images):
     questions = ["What is this?", "Is this a CT image?"]
     both = loaded.answer(images[0], questions, max_new_tokens=5)
-    assert both == [loaded.answer(images[0], question, max_new_tokens=5)[0] for question in questions]
+    assert both == [
+        loaded.answer(images[0], question, max_new_tokens=5)[0] for question in questions
+    ]
 
 
 def test_a_prompt_takes_several_images_or_none(loaded, images):
@@ -32,7 +34,9 @@ def test_a_dicom_file_is_read_as_the_picture_that_it_shows(loaded):
 
 def test_an_answer_is_the_new_text_only(loaded, images, monkeypatch):
     def generate(input_ids, **kwargs):
-        new = loaded.tokenizer(" lungs</s>", add_special_tokens=False, return_tensors="pt").input_ids
+        new = loaded.tokenizer(
+            " lungs</s>", add_special_tokens=False, return_tensors="pt"
+        ).input_ids
         return torch.cat([input_ids, new], dim=1)
 
     monkeypatch.setattr(loaded.model, "generate", generate)
@@ -43,9 +47,15 @@ def test_prompts_are_padded_on_the_left(loaded, images, monkeypatch):
     masks = []
     generate = loaded.model.generate
     monkeypatch.setattr(
-        loaded.model, "generate", lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs)
+        loaded.model,
+        "generate",
+        lambda **inputs: masks.append(inputs["attention_mask"]) or generate(**inputs),
     )
-    loaded.answer(images[0], ["Why?", "Which organ is shown in the left half of this image?"], max_new_tokens=1)
+    loaded.answer(
+        images[0],
+        ["Why?", "Which organ is shown in the left half of this image?"],
+        max_new_tokens=1,
+    )
     assert masks[0][0, 0] == 0
     assert masks[0][:, -1].tolist() == [1, 1]
 
@@ -56,9 +66,7 @@ def test_counts_that_differ_are_refused(loaded, images):
 
 
 def test_a_prompt_beyond_the_context_says_what_would_be_cut(loaded, images):
-    message = (
-        r"Prompt 2 has 2\d\d tokens \(196 of images, \d+ of text\) and max_new_tokens is 2000, .* holds 2048: \d+ "
-    )
+    message = r"Prompt 2 has 2\d\d tokens \(196 of images, \d+ of text\) and max_new_tokens is 2000, .* holds 2048: \d+ "
     with pytest.raises(ValueError, match=message + "tokens would be cut"):
         loaded.answer(images[0], ["Why?", "What is this image?"], max_new_tokens=2000)
 

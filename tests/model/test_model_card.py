@@ -4,19 +4,26 @@ import pytest
 from huggingface_hub import HfApi, ModelCard
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.model_card import model_card
+from moellava.model.publish.model_card import model_card
 from moellava.testing import BIOMEDCLIP, TINYLLAMA
 
 
 @pytest.fixture(scope="module")
 def model(hub_cache):
-    return load_pretrained_model({"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP}).model
+    return load_pretrained_model(
+        {"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP}
+    ).model
 
 
 class TestCard:
     def test_it_names_tower_language_model_mixture_licence_and_data(self, model):
         text = str(
-            model_card(model, "me/chest-xray", licence="mit", datasets=["flaviagiammarino/vqa-rad", "own images"])
+            model_card(
+                model,
+                "me/chest-xray",
+                licence="mit",
+                datasets=["flaviagiammarino/vqa-rad", "own images"],
+            )
         )
         assert f"{BIOMEDCLIP}@0123456: 196 patch tokens of width 768" in text
         assert f"{TINYLLAMA}@0123456: `llama_moe`, 4 layers of width 64" in text
@@ -27,7 +34,12 @@ class TestCard:
         assert 'load_pretrained_model("me/chest-xray")' in text
 
     def test_the_hubs_metadata_is_read_back_by_huggingface_hub(self, model):
-        card = model_card(model, "me/chest-xray", licence="mit", datasets=["flaviagiammarino/vqa-rad", "own images"])
+        card = model_card(
+            model,
+            "me/chest-xray",
+            licence="mit",
+            datasets=["flaviagiammarino/vqa-rad", "own images"],
+        )
         data = ModelCard(str(card)).data
         assert data.base_model == [TINYLLAMA, BIOMEDCLIP]
         assert (data.license, data.datasets) == ("mit", ["flaviagiammarino/vqa-rad"])
@@ -65,14 +77,23 @@ class TestPush:
             repo_id = "me/chest-xray"
 
         monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url)
-        monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **kwargs: seen.get("has_card", False))
+        monkeypatch.setattr(
+            HfApi, "file_exists", lambda self, *args, **kwargs: seen.get("has_card", False)
+        )
         monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
         return seen
 
     def test_the_models_own_push_to_hub_writes_the_card(self, loaded, uploads):
-        url = loaded.model.push_to_hub("chest-xray", processor=loaded.processor, licence="mit", private=True)
+        url = loaded.model.push_to_hub(
+            "chest-xray", processor=loaded.processor, licence="mit", private=True
+        )
         assert url == "https://hub/commit/1"
-        assert {"config.json", "model.safetensors", "processor_config.json", "tokenizer.json"} <= uploads["files"]
+        assert {
+            "config.json",
+            "model.safetensors",
+            "processor_config.json",
+            "tokenizer.json",
+        } <= uploads["files"]
         assert uploads["readme"] == str(model_card(loaded.model, "me/chest-xray", licence="mit"))
         assert uploads["repo_id"] == "me/chest-xray"
 

@@ -27,24 +27,34 @@ def logits(loaded, rows, pixels):
 
 class TestPlaceholders:
     def test_one_token_too_few_names_both_counts_and_the_image(self, loaded, pixels):
-        with pytest.raises(ValueError, match=r"do not match: 195 tokens, 196 features in image 2 of the batch"):
+        with pytest.raises(
+            ValueError, match=r"do not match: 195 tokens, 196 features in image 2 of the batch"
+        ):
             logits(loaded, [prompt([196, 195])], pixels[:2])
 
     def test_runs_that_cancel_out_are_refused(self, loaded, pixels):
         rows = [prompt([200]), prompt([192], text=13)]
-        with pytest.raises(ValueError, match=r"do not match: 200 tokens, 196 features in image 1 of the batch"):
+        with pytest.raises(
+            ValueError, match=r"do not match: 200 tokens, 196 features in image 1 of the batch"
+        ):
             logits(loaded, rows, pixels[:2])
 
     def test_an_adjacent_pair_with_a_missing_token_blames_the_second(self, loaded, pixels):
-        with pytest.raises(ValueError, match=r"do not match: 195 tokens, 196 features in image 2 of the batch"):
+        with pytest.raises(
+            ValueError, match=r"do not match: 195 tokens, 196 features in image 2 of the batch"
+        ):
             logits(loaded, [prompt([391])], pixels[:2])
 
     def test_an_image_without_placeholder_gives_both_totals(self, loaded, pixels):
-        with pytest.raises(ValueError, match=r"do not match: 196 tokens in the prompts, 392 features of 2 images"):
+        with pytest.raises(
+            ValueError, match=r"do not match: 196 tokens in the prompts, 392 features of 2 images"
+        ):
             logits(loaded, [prompt([196])], pixels[:2])
 
     def test_a_placeholder_without_image_gives_both_totals(self, loaded, pixels):
-        with pytest.raises(ValueError, match=r"do not match: 392 tokens in the prompts, 196 features of 1 images"):
+        with pytest.raises(
+            ValueError, match=r"do not match: 392 tokens in the prompts, 196 features of 1 images"
+        ):
             logits(loaded, [prompt([196, 196])], pixels[:1])
 
     def test_the_old_placeholder_id_points_to_the_processor(self, loaded, pixels):
@@ -65,7 +75,10 @@ class TestPlaceholders:
 def test_place_image_embeds_fills_placeholders_in_order():
     embeds, is_image = torch.zeros(2, 4, 1), torch.tensor([[0, 1, 1, 0], [1, 1, 0, 0]]).bool()
     images = [torch.tensor([[1.0], [2.0]]), torch.tensor([[3.0], [4.0]])]
-    assert place_image_embeds(embeds, images, is_image)[..., 0].tolist() == [[0, 1, 2, 0], [3, 4, 0, 0]]
+    assert place_image_embeds(embeds, images, is_image)[..., 0].tolist() == [
+        [0, 1, 2, 0],
+        [3, 4, 0, 0],
+    ]
 
 
 def test_embeddings_in_place_of_ids_give_the_same_logits(loaded, pixels):
@@ -82,7 +95,9 @@ def test_generate_encodes_the_images_once(loaded, images, monkeypatch):
     calls = []
     tower = loaded.model.model.vision_tower
     forward = tower.forward
-    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    monkeypatch.setattr(
+        tower, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    )
     loaded.answer(images[0], "What is this?", max_new_tokens=4)
     loaded.answer(images[0], "What is this?", max_new_tokens=4, num_beams=2)
     assert len(calls) == 2
@@ -101,7 +116,12 @@ class TestLoss:
     def batch(self, pixels):
         ids = torch.tensor([prompt([196])])
         labels = ids.masked_fill(ids == IMAGE, -100)
-        return {"input_ids": ids, "pixel_values": pixels[:1], "labels": labels, "attention_mask": torch.ones_like(ids)}
+        return {
+            "input_ids": ids,
+            "pixel_values": pixels[:1],
+            "labels": labels,
+            "attention_mask": torch.ones_like(ids),
+        }
 
     def test_evaluation_loss_is_cross_entropy_alone(self, loaded, batch):
         with torch.no_grad():
@@ -112,7 +132,9 @@ class TestLoss:
         assert output.router_logits is None
 
     def test_training_adds_the_routers_share(self, parts, batch):
-        model = load_pretrained_model(parts, dtype="float32", moe_config={"router_aux_loss_coef": 0.5}).model
+        model = load_pretrained_model(
+            parts, dtype="float32", moe_config={"router_aux_loss_coef": 0.5}
+        ).model
         with torch.no_grad():
             plain = model(**batch).loss
             model.train()
@@ -122,14 +144,26 @@ class TestLoss:
     def test_router_logits_are_recorded_on_request(self, loaded, batch):
         with torch.no_grad():
             output = loaded.model(**batch, output_router_logits=True)
-        assert [tuple(layer.shape) for layer in output.router_logits] == [(batch["input_ids"].numel(), 4)] * 2
+        assert [tuple(layer.shape) for layer in output.router_logits] == [
+            (batch["input_ids"].numel(), 4)
+        ] * 2
         assert 0.9 < output.aux_loss < 4
 
     def test_gradients_reach_tower_projector_experts_and_router(self, parts, batch):
         model = load_pretrained_model(parts, dtype="float32").model.train()
         model(**batch).loss.backward()
-        names = [name for name, weight in model.named_parameters() if weight.grad is not None and weight.grad.any()]
-        for part in ("vision_tower", "multi_modal_projector", "experts.gate_up_proj", "mlp.gate.weight", "lm_head"):
+        names = [
+            name
+            for name, weight in model.named_parameters()
+            if weight.grad is not None and weight.grad.any()
+        ]
+        for part in (
+            "vision_tower",
+            "multi_modal_projector",
+            "experts.gate_up_proj",
+            "mlp.gate.weight",
+            "lm_head",
+        ):
             assert any(part in name for name in names), part
 
 

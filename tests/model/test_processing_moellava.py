@@ -13,8 +13,15 @@ def test_one_image_becomes_196_placeholders(loaded, images):
 
 
 def test_a_chat_prompt_starts_with_one_bos(loaded, images):
-    chat = [{"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]}]
-    inputs = loaded.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}],
+        }
+    ]
+    inputs = loaded.processor.apply_chat_template(
+        chat, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     assert (inputs["input_ids"] == loaded.tokenizer.bos_token_id).sum() == 1
 
 
@@ -34,7 +41,9 @@ class TestTruncation:
         monkeypatch.setattr(loaded.tokenizer, "truncation_side", side)
         options = {"text": LONG, "images": images[:2]}
         whole = loaded.processor(**options)["input_ids"][0]
-        ids = loaded.processor(**options, truncation=True, max_length=len(whole) - 9)["input_ids"][0]
+        ids = loaded.processor(**options, truncation=True, max_length=len(whole) - 9)["input_ids"][
+            0
+        ]
         assert len(ids) == len(whole) - 9
         assert ids.count(32000) == 2 * 196
         text = [token for token in whole if token != 32000]
@@ -42,11 +51,18 @@ class TestTruncation:
         assert [token for token in ids if token != 32000] == kept
 
     def test_text_between_images_goes_when_text_behind_them_is_not_enough(self, loaded, images):
-        ids = loaded.processor(text=LONG, images=images[:2], truncation=True, max_length=393)["input_ids"][0]
+        ids = loaded.processor(text=LONG, images=images[:2], truncation=True, max_length=393)[
+            "input_ids"
+        ][0]
         assert ids == [loaded.tokenizer.bos_token_id] + [32000] * 392
 
     def test_without_images_it_is_the_tokenizers_own(self, loaded):
-        options = {"truncation": True, "max_length": 7, "padding": "max_length", "return_tensors": "pt"}
+        options = {
+            "truncation": True,
+            "max_length": 7,
+            "padding": "max_length",
+            "return_tensors": "pt",
+        }
         texts = ["Is there a fracture in this image?", "Why?"]
         ours, theirs = loaded.processor(text=texts, **options), loaded.tokenizer(texts, **options)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -54,13 +70,23 @@ class TestTruncation:
     @pytest.mark.parametrize("side", ["right", "left"])
     @pytest.mark.parametrize("padding", [True, "max_length"])
     def test_a_batch_is_padded_as_the_tokenizer_pads(self, loaded, images, padding, side):
-        texts, options = ["<image> Why?", "What?"], {"padding": padding, "padding_side": side, "return_tensors": "pt"}
+        texts, options = (
+            ["<image> Why?", "What?"],
+            {"padding": padding, "padding_side": side, "return_tensors": "pt"},
+        )
         # 512 tokens cut nothing, so that the two must agree
         ours = loaded.processor(
-            text=texts, images=images[0], truncation=True, max_length=512, return_mm_token_type_ids=True, **options
+            text=texts,
+            images=images[0],
+            truncation=True,
+            max_length=512,
+            return_mm_token_type_ids=True,
+            **options,
         )
         options |= {"max_length": 512} if padding == "max_length" else {}
-        theirs = loaded.processor(text=texts, images=images[0], return_mm_token_type_ids=True, **options)
+        theirs = loaded.processor(
+            text=texts, images=images[0], return_mm_token_type_ids=True, **options
+        )
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
@@ -73,12 +99,20 @@ class TestTruncation:
         assert inputs["attention_mask"].sum() == 400
 
     def test_the_tokenizers_length_holds_where_none_is_given(self, loaded, images):
-        ids = loaded.processor(text="<image>" + " Why?" * 1500, images=images[0], truncation=True)["input_ids"][0]
+        ids = loaded.processor(text="<image>" + " Why?" * 1500, images=images[0], truncation=True)[
+            "input_ids"
+        ][0]
         assert len(ids) == loaded.tokenizer.model_max_length == 2048
 
     def test_assistant_masks_survive_it(self, loaded, images):
         chat = [
-            {"role": "user", "content": [{"type": "image", "image": images[0]}, {"type": "text", "text": "Why?"}]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image", "image": images[0]},
+                    {"type": "text", "text": "Why?"},
+                ],
+            },
             {"role": "assistant", "content": "yes " * 30},
         ]
         options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
@@ -90,22 +124,35 @@ class TestTruncation:
             processor_kwargs={"truncation": True, "max_length": 230, "padding": True},
         )
         assert cut["input_ids"][0].tolist() == whole["input_ids"][0][:230]
-        assert torch.as_tensor(cut["assistant_masks"])[0].tolist() == whole["assistant_masks"][0][:230]
+        assert (
+            torch.as_tensor(cut["assistant_masks"])[0].tolist() == whole["assistant_masks"][0][:230]
+        )
         assert sum(whole["assistant_masks"][0][:230]) > 0
 
-    def test_images_that_alone_exceed_the_length_are_an_error_with_both_numbers(self, loaded, images):
+    def test_images_that_alone_exceed_the_length_are_an_error_with_both_numbers(
+        self, loaded, images
+    ):
         with pytest.raises(ValueError, match=r"Prompt 2 has 392 image tokens.*max_length is 392"):
-            loaded.processor(text=["Why?", LONG], images=images[:2], truncation=True, max_length=392)
+            loaded.processor(
+                text=["Why?", LONG], images=images[:2], truncation=True, max_length=392
+            )
 
 
 def test_named_templates_are_chosen_by_name(loaded):
-    chat = [{"role": "user", "content": [{"type": "image"}]}, {"role": "assistant", "content": "A CT."}]
+    chat = [
+        {"role": "user", "content": [{"type": "image"}]},
+        {"role": "assistant", "content": "A CT."},
+    ]
     assert loaded.processor.apply_chat_template(chat, chat_template="plain") == "<image>A CT.\n"
-    assert loaded.processor.apply_chat_template(chat, "vicuna_v1").endswith("USER: <image>\n ASSISTANT: A CT.</s>")
+    assert loaded.processor.apply_chat_template(chat, "vicuna_v1").endswith(
+        "USER: <image>\n ASSISTANT: A CT.</s>"
+    )
 
 
 def test_token_types_tell_image_from_text(loaded, images):
-    inputs = loaded.processor(text="<image> Why?", images=images[0], return_mm_token_type_ids=True, return_tensors="pt")
+    inputs = loaded.processor(
+        text="<image> Why?", images=images[0], return_mm_token_type_ids=True, return_tensors="pt"
+    )
     assert torch.equal(inputs["mm_token_type_ids"].bool(), inputs["input_ids"] == 32000)
 
 
@@ -119,14 +166,19 @@ def test_images_of_any_size_take_the_placeholders_that_a_prompt_gets(loaded, ima
 
 def test_ids_are_decoded_by_the_processor(loaded):
     ids = loaded.tokenizer(["Is this a CT image?", "Why?"]).input_ids
-    assert loaded.processor.batch_decode(ids, skip_special_tokens=True) == ["Is this a CT image?", "Why?"]
+    assert loaded.processor.batch_decode(ids, skip_special_tokens=True) == [
+        "Is this a CT image?",
+        "Why?",
+    ]
 
 
 def test_a_tokenizer_without_the_image_token_is_refused(loaded, hub_cache):
     from transformers import AutoTokenizer
 
     with pytest.raises(ValueError, match="no token '<image>'"):
-        MoeLlavaProcessor(loaded.image_processor, AutoTokenizer.from_pretrained(TINYLLAMA), num_image_tokens=196)
+        MoeLlavaProcessor(
+            loaded.image_processor, AutoTokenizer.from_pretrained(TINYLLAMA), num_image_tokens=196
+        )
 
 
 def test_a_saved_processor_comes_back_equal(loaded, images, tmp_path):
@@ -134,7 +186,10 @@ def test_a_saved_processor_comes_back_equal(loaded, images, tmp_path):
     again = MoeLlavaProcessor.from_pretrained(tmp_path)
     assert again.num_image_tokens == 196
     assert again.chat_template == loaded.processor.chat_template
-    before, after = (p(text="<image> Why?", images=images[0], return_tensors="pt") for p in (loaded.processor, again))
+    before, after = (
+        p(text="<image> Why?", images=images[0], return_tensors="pt")
+        for p in (loaded.processor, again)
+    )
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -145,7 +200,12 @@ def test_a_dicom_file_is_an_image_like_any_other(loaded, name):
     from moellava.data.images import load_image
 
     path = str(get_testdata_file(name, download=False))
-    chat = [{"role": "user", "content": [{"type": "image", "image": path}, {"type": "text", "text": "Why?"}]}]
+    chat = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": path}, {"type": "text", "text": "Why?"}],
+        }
+    ]
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
     of_path = loaded.processor.apply_chat_template(chat, **options)
     expected = loaded.processor(text="<image> Why?", images=load_image(path), return_tensors="pt")
@@ -168,7 +228,9 @@ def test_transformers_own_processors_get_images_that_they_can_read(loaded, hub_c
     Image.fromarray(ramp).save(tmp_path / "a.png")
     nibabel.save(nibabel.Nifti1Image(ramp[:, :, None], np.eye(4)), tmp_path / "a.nii.gz")
     for source in (tmp_path / "a.png", str(tmp_path / "a.nii.gz"), Image.fromarray(ramp)):
-        pixels = processor(text="<image> Why?", images=[[source]], return_tensors="pt")["pixel_values"]
+        pixels = processor(text="<image> Why?", images=[[source]], return_tensors="pt")[
+            "pixel_values"
+        ]
         expected = clip(load_image(source), return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, expected)
         assert pixels.std() > 0.5

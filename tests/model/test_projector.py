@@ -23,7 +23,9 @@ ALL = [*PROJECTORS, "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu"]
 
 def shape(vision_width=12, text_width=20, grid=(4, 6), num_patches=None) -> ProjectorShape:
     count = grid[0] * grid[1] if num_patches is None else num_patches
-    return ProjectorShape(vision_width=vision_width, text_width=text_width, num_patches=count, grid=grid)
+    return ProjectorShape(
+        vision_width=vision_width, text_width=text_width, num_patches=count, grid=grid
+    )
 
 
 @pytest.mark.parametrize("projector_type", ALL)
@@ -39,13 +41,21 @@ def test_every_projector_gives_the_count_and_width_that_it_promises(projector_ty
 
 
 @pytest.mark.parametrize("projector_type", [name for name in ALL if name != "identity"])
-def test_every_projector_goes_through_the_builder_a_save_and_generate(projector_type, parts, images, tmp_path):
-    description = parts | {"projector_type": projector_type, "projector_options": SMALL.get(projector_type)}
+def test_every_projector_goes_through_the_builder_a_save_and_generate(
+    projector_type, parts, images, tmp_path
+):
+    description = parts | {
+        "projector_type": projector_type,
+        "projector_options": SMALL.get(projector_type),
+    }
     loaded = load_pretrained_model(description, dtype="float32")
     num_tokens = loaded.processor.num_image_tokens
-    assert num_tokens == {"pixel_shuffle": 49, "average_pool": 49, "perceiver": 5, "qformer": 6}.get(
-        projector_type, 196
-    )
+    assert num_tokens == {
+        "pixel_shuffle": 49,
+        "average_pool": 49,
+        "perceiver": 5,
+        "qformer": 6,
+    }.get(projector_type, 196)
     inputs = loaded.processor(text="<image> Why?", images=images[0], return_tensors="pt")
     assert (inputs["input_ids"] == 32000).sum() == num_tokens
     answer = loaded.answer(images[:2], ["What is this?", "Why?"], max_new_tokens=3)
@@ -62,12 +72,15 @@ def test_mlp2x_gelu_is_transformers_llava_projector():
     from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=12), text_config=LlamaConfig(hidden_size=20, num_attention_heads=2)
+        vision_config=CLIPVisionConfig(hidden_size=12),
+        text_config=LlamaConfig(hidden_size=20, num_attention_heads=2),
     )
     theirs = LlavaMultiModalProjector(config)
     ours = build_projector("mlp2x_gelu", shape())
     names = {"linear_1": "0", "linear_2": "2"}
-    ours.load_state_dict({f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()})
+    ours.load_state_dict(
+        {f"{names[k.split('.')[0]]}.{k.split('.')[1]}": v for k, v in theirs.state_dict().items()}
+    )
     tokens = torch.randn(2, 7, 12)
     torch.testing.assert_close(ours(tokens), theirs(tokens), rtol=0, atol=0)
 
@@ -84,7 +97,9 @@ def test_pixel_shuffle_is_idefics3s(factor):
 def test_average_pool_is_the_mean_of_neighbours():
     tokens = torch.randn(1, 24, 3)
     pooled = AveragePool((4, 6), 2)(tokens)
-    neighbours = [6 * row + column for row in (2, 3) for column in (4, 5)]  # the last block of the 2x3 blocks
+    neighbours = [
+        6 * row + column for row in (2, 3) for column in (4, 5)
+    ]  # the last block of the 2x3 blocks
     torch.testing.assert_close(pooled[0, -1], tokens[0, neighbours].mean(0))
 
 
@@ -108,7 +123,9 @@ def test_the_qformer_is_blip2s():
     theirs = Blip2QFormerModel(ours.qformer.config).eval()
     theirs.load_state_dict(ours.qformer.state_dict())
     tokens = torch.randn(2, 24, 12)
-    expected = theirs(ours.query_tokens.expand(2, -1, -1), encoder_hidden_states=tokens).last_hidden_state
+    expected = theirs(
+        ours.query_tokens.expand(2, -1, -1), encoder_hidden_states=tokens
+    ).last_hidden_state
     torch.testing.assert_close(ours(tokens), ours.output_projection(expected))
 
 
@@ -120,10 +137,14 @@ def test_a_registered_projector_works_in_the_builder(parts, images):
 
         return EveryNth(built_for.vision_width, built_for.text_width)
 
-    kind = ProjectorKind(build=build, num_tokens=lambda s, stride: -(-s.num_patches // stride), options={"stride": 3})
+    kind = ProjectorKind(
+        build=build, num_tokens=lambda s, stride: -(-s.num_patches // stride), options={"stride": 3}
+    )
     register_projector("every_nth", kind)
     try:
-        loaded = load_pretrained_model(parts | {"projector_type": "every_nth", "projector_options": {"stride": 10}})
+        loaded = load_pretrained_model(
+            parts | {"projector_type": "every_nth", "projector_options": {"stride": 10}}
+        )
         assert loaded.processor.num_image_tokens == 20
         assert loaded.answer(images[0], "Why?", max_new_tokens=2)
         with pytest.raises(ValueError, match="'every_nth' is taken"):
@@ -144,7 +165,9 @@ class TestBadInput:
             num_projected_tokens("mlp0x_gelu", shape())
 
     def test_an_unknown_option_suggests_the_nearest(self):
-        with pytest.raises(ValueError, match=r"projector 'perceiver': 'num_latent'\. Did you mean 'num_latents'\?"):
+        with pytest.raises(
+            ValueError, match=r"projector 'perceiver': 'num_latent'\. Did you mean 'num_latents'\?"
+        ):
             build_projector("perceiver", shape(), {"num_latent": 3})
 
     @pytest.mark.parametrize("projector_type", ["pixel_shuffle", "average_pool"])
@@ -153,5 +176,7 @@ class TestBadInput:
             build_projector(projector_type, shape(), {"factor": 4})
 
     def test_merging_neighbours_needs_patches_only(self):
-        with pytest.raises(ValueError, match="4x6 grid, but the tower gives 25 tokens, the class token among them"):
+        with pytest.raises(
+            ValueError, match="4x6 grid, but the tower gives 25 tokens, the class token among them"
+        ):
             num_projected_tokens("pixel_shuffle", shape(num_patches=25))

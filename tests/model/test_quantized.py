@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from moellava.model.builder_enhanced import describe, load_pretrained_model
+from moellava.model.checkpoint.difference import load_trainable, save_trainable
 from moellava.model.language_model.quantization import is_quantized, weight_bytes
-from moellava.model.saving import load_trainable, save_trainable
 
 pytest.importorskip("torchao")
 
@@ -26,7 +26,9 @@ def quantized_names(model):
 
 def test_the_language_models_matrices_and_experts_are_int8_and_nothing_else(quantized):
     names = quantized_names(quantized.model)
-    layers = {name for name, _ in quantized.model.named_parameters() if ".language_model.layers." in name}
+    layers = {
+        name for name, _ in quantized.model.named_parameters() if ".language_model.layers." in name
+    }
     assert names == {name for name in layers if name.endswith(("_proj.weight", "_proj"))}
     assert any(name.endswith("experts.down_proj") for name in names)
     state = dict(quantized.model.named_parameters())
@@ -38,7 +40,9 @@ def test_answers_and_logits_stay_close(plain, quantized, images):
     with torch.no_grad():
         exact, close = (loaded.model(**inputs).logits.float() for loaded in (plain, quantized))
     assert 0 < (close - exact).norm() / exact.norm() < 0.05
-    assert len(quantized.answer(images[:2], ["Why?", "Which organ is shown?"], max_new_tokens=3)) == 2
+    assert (
+        len(quantized.answer(images[:2], ["Why?", "Which organ is shown?"], max_new_tokens=3)) == 2
+    )
 
 
 def test_describe_counts_the_bytes_that_are_held(plain, quantized):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.remote_code import write_remote_code
+from moellava.model.publish.remote_code import write_remote_code
 from moellava.testing import OPENAI_CLIP, TINYLLAMA
 
 # Python's isolated mode leaves the working directory and PYTHONPATH out; the finder hides an installed moellava.
@@ -56,17 +56,32 @@ def saved(joined, tmp_path_factory):
     return folder
 
 
-def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(joined, images, saved, tmp_path):
+def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(
+    joined, images, saved, tmp_path
+):
     import numpy as np
 
     picture = np.array(images[0].convert("RGB"))
     torch.save({"image": torch.from_numpy(picture)}, tmp_path / "inputs.pt")
-    env = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    env = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+    }
     env |= {"HF_HUB_CACHE": str(tmp_path / "no-cache"), "HF_HUB_OFFLINE": "1"}
-    script = [sys.executable, "-I", "-c", OPEN, str(saved), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
+    script = [
+        sys.executable,
+        "-I",
+        "-c",
+        OPEN,
+        str(saved),
+        str(tmp_path / "inputs.pt"),
+        str(tmp_path / "out.pt"),
+    ]
     done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert all(name.startswith("transformers_modules.") for name in done.stdout.split()[:2]), done.stdout
+    assert all(name.startswith("transformers_modules.") for name in done.stdout.split()[:2]), (
+        done.stdout
+    )
     batch = joined.processor(text=["<image> What is this?"], images=[picture], return_tensors="pt")
     with torch.no_grad():
         logits = joined.model(**batch).logits
@@ -89,10 +104,14 @@ def test_the_code_is_the_packages_own_and_names_no_module_that_is_not_there(save
     needed = {os.path.basename(path) for path in get_relative_import_files(saved / f"{entry}.py")}
     assert needed == {path.name for path in saved.glob("moellava*.py")}
     for path in saved.glob("*.py"):
-        assert not any(line.lstrip().startswith("import moellava") for line in path.read_text().splitlines())
+        assert not any(
+            line.lstrip().startswith("import moellava") for line in path.read_text().splitlines()
+        )
 
 
 def test_a_folder_without_processor_is_refused(loaded, tmp_path):
     loaded.model.config.save_pretrained(tmp_path)
-    with pytest.raises(OSError, match=r"has no processor_config\.json: save the model and the processor"):
+    with pytest.raises(
+        OSError, match=r"has no processor_config\.json: save the model and the processor"
+    ):
         write_remote_code(tmp_path)

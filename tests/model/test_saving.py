@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.saving import load_trainable, save_trainable
+from moellava.model.checkpoint.difference import load_trainable, save_trainable
 from moellava.testing import BIOMEDCLIP, TINYLLAMA, write_biomedclip, write_tinyllama
 
 PROJECTOR_AND_MIXTURES = ("multi_modal_projector.", ".mlp.experts.", ".mlp.gate.", ".added_rows")
@@ -30,7 +30,9 @@ def small(parts):
 
 
 class TestTrainable:
-    def test_an_untrained_model_saves_projector_mixtures_and_added_rows_alone(self, small, tmp_path):
+    def test_an_untrained_model_saves_projector_mixtures_and_added_rows_alone(
+        self, small, tmp_path
+    ):
         names = save_trainable(small, tmp_path)
         assert names
         assert all(any(part in name for part in PROJECTOR_AND_MIXTURES) for name in names), names
@@ -42,7 +44,10 @@ class TestTrainable:
         loaded = load_pretrained_model(parts, dtype=dtype)
         with torch.no_grad():
             for name, weight in loaded.model.named_parameters():
-                if any(part in name for part in ("projector", "experts", "gate.weight", "layers.1.self_attn.q_proj")):
+                if any(
+                    part in name
+                    for part in ("projector", "experts", "gate.weight", "layers.1.self_attn.q_proj")
+                ):
                     weight.add_(torch.randn_like(weight) * 0.05)
             loaded.model.get_input_embeddings().weight[32000] += 1  # the row of <image>
         names = save_trainable(loaded, tmp_path)
@@ -54,15 +59,21 @@ class TestTrainable:
         assert again.answer(images[0], "What is this?", max_new_tokens=8) == answer
         assert not again.model.training
 
-    def test_parts_under_their_hub_ids_need_nothing_but_the_folder(self, hub_cache, tmp_path, no_network):
-        loaded = load_pretrained_model({"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP})
+    def test_parts_under_their_hub_ids_need_nothing_but_the_folder(
+        self, hub_cache, tmp_path, no_network
+    ):
+        loaded = load_pretrained_model(
+            {"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP}
+        )
         save_trainable(loaded, tmp_path)
         description = json.loads((tmp_path / "base.json").read_text())
         assert description["language model"]["name"] == TINYLLAMA
         assert description["vision tower"]["name"] == BIOMEDCLIP
         assert len(description["vision tower"]["revision"]) == 40
         assert_same_weights(load_pretrained_model(tmp_path).model, state_of(loaded.model))
-        assert (tmp_path / "trainable.safetensors").stat().st_size < loaded.model.get_memory_footprint() / 20
+        assert (
+            tmp_path / "trainable.safetensors"
+        ).stat().st_size < loaded.model.get_memory_footprint() / 20
 
     def test_a_second_save_into_the_same_folder_is_right(self, small, parts, tmp_path):
         save_trainable(small, tmp_path)
@@ -73,7 +84,9 @@ class TestTrainable:
         assert "lm_head.weight" in save_trainable(again, tmp_path)
         assert_same_weights(load_trainable(tmp_path, base=base).model, state_of(again.model))
 
-    def test_a_dense_model_with_tied_embeddings_and_another_image_size(self, tmp_path, parts, hub_cache):
+    def test_a_dense_model_with_tied_embeddings_and_another_image_size(
+        self, tmp_path, parts, hub_cache
+    ):
         from transformers import LlamaForCausalLM
 
         folder = tmp_path / "tied"
@@ -86,7 +99,9 @@ class TestTrainable:
         assert {name.split(".")[1] for name in names} == {"multi_modal_projector", "language_model"}
         assert sum("language_model" in name for name in names) == 1  # the row of <image>
         base = {key: request[key] for key in ("model_name_or_path", "mm_vision_tower")}
-        assert_same_weights(load_trainable(tmp_path / "saved", base=base).model, state_of(loaded.model))
+        assert_same_weights(
+            load_trainable(tmp_path / "saved", base=base).model, state_of(loaded.model)
+        )
 
     def test_no_path_of_this_machine_is_saved(self, small, tmp_path):
         save_trainable(small, tmp_path)
@@ -126,13 +141,19 @@ class TestBadInput:
         other = write_tinyllama(tmp_path / "other-llama", seed=1)
         base = {"model_name_or_path": other, "mm_vision_tower": parts["mm_vision_tower"]}
         with pytest.raises(
-            ValueError, match=rf"language model {TINYLLAMA}@\w{{7}} \(sha256 .*other-llama' holds other"
+            ValueError,
+            match=rf"language model {TINYLLAMA}@\w{{7}} \(sha256 .*other-llama' holds other",
         ):
             load_trainable(saved, base=base)
 
     def test_another_tower_is_refused_and_both_are_named(self, saved, tmp_path):
-        other = write_biomedclip(tmp_path / "other-biomedclip", vision="vit_tiny_patch16_224", seed=1)
-        with pytest.raises(ValueError, match=r"vision tower biomedclip_small \(sha256 .*other-biomedclip' holds other"):
+        other = write_biomedclip(
+            tmp_path / "other-biomedclip", vision="vit_tiny_patch16_224", seed=1
+        )
+        with pytest.raises(
+            ValueError,
+            match=r"vision tower biomedclip_small \(sha256 .*other-biomedclip' holds other",
+        ):
             load_trainable(saved, base={"mm_vision_tower": other})
 
     def test_a_language_model_of_another_depth_is_refused(self, saved, parts, tmp_path):
@@ -142,7 +163,9 @@ class TestBadInput:
             load_trainable(saved, base=base)
 
     def test_a_base_that_cannot_be_found_says_how_to_name_it(self, saved):
-        with pytest.raises(OSError, match=r"(?s)vision tower biomedclip_small.*base=\{'model_name_or_path'"):
+        with pytest.raises(
+            OSError, match=r"(?s)vision tower biomedclip_small.*base=\{'model_name_or_path'"
+        ):
             load_pretrained_model(saved)
 
     def test_an_unknown_part_suggests_the_nearest(self, saved):
@@ -154,7 +177,9 @@ class TestBadInput:
         state = load_file(folder / "trainable.safetensors")
         del state["model.multi_modal_projector.0.bias"]
         save_file(state, folder / "trainable.safetensors")
-        with pytest.raises(ValueError, match=r"missing keys: model\.multi_modal_projector\.0\.bias"):
+        with pytest.raises(
+            ValueError, match=r"missing keys: model\.multi_modal_projector\.0\.bias"
+        ):
             load_pretrained_model_with(folder, parts)
 
     def test_a_missing_weights_file_is_named(self, saved, parts, tmp_path):
@@ -186,10 +211,14 @@ class TestWholeCheckpoints:
         loaded.processor.save_pretrained(folder)
         return folder
 
-    def test_shards_are_safetensors_and_reload_bit_for_bit_without_a_hub(self, loaded, sharded, no_network):
+    def test_shards_are_safetensors_and_reload_bit_for_bit_without_a_hub(
+        self, loaded, sharded, no_network
+    ):
         assert len(list(sharded.glob("model-*.safetensors"))) > 2
         assert not list(sharded.glob("*.bin"))
-        assert_same_weights(load_pretrained_model(sharded, dtype="float32").model, state_of(loaded.model))
+        assert_same_weights(
+            load_pretrained_model(sharded, dtype="float32").model, state_of(loaded.model)
+        )
 
     def test_no_file_holds_a_path_of_this_machine(self, sharded):
         for path in sharded.iterdir():

@@ -16,7 +16,10 @@ def rows(images):
     return [
         {
             "messages": [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]},
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}],
+                },
                 {"role": "assistant", "content": [{"type": "text", "text": answer}]},
             ],
             "images": [image.convert("RGB")],
@@ -39,7 +42,13 @@ def trained_names(before, model):
 
 def assert_everything_but_the_towers_tail_learned(before, model):
     names = trained_names(before, model)
-    for part in ("vision_tower", "multi_modal_projector", "experts.gate_up_proj", "mlp.gate.weight", "lm_head"):
+    for part in (
+        "vision_tower",
+        "multi_modal_projector",
+        "experts.gate_up_proj",
+        "mlp.gate.weight",
+        "lm_head",
+    ):
         assert any(part in name for name in names), part
 
 
@@ -72,7 +81,9 @@ def test_one_step_of_the_trainer(own, images, tmp_path):
 
 
 @pytest.mark.parametrize("assistant_only_loss", [False, True])
-def test_one_step_of_trls_sft_trainer_on_a_two_row_image_dataset(own, images, tmp_path, assistant_only_loss):
+def test_one_step_of_trls_sft_trainer_on_a_two_row_image_dataset(
+    own, images, tmp_path, assistant_only_loss
+):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     before = {name: value.clone() for name, value in own.model.state_dict().items()}

@@ -7,7 +7,12 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, CLIPVisionConfig, GenerationConfig, LlamaConfig
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+)
 
 from moellava import LlamaMoeConfig, MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel
 
@@ -22,7 +27,12 @@ NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 def build(text_config, **options):
     vision = CLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=28, patch_size=14
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=28,
+        patch_size=14,
     )
     config = MoeLlavaConfig(vision_config=vision, text_config=text_config, image_token_id=IMAGE)
     torch.manual_seed(0)
@@ -53,7 +63,12 @@ def own(text_config):
 @pytest.fixture(scope="module")
 def inputs():
     """Two prompts of one image each, the first padded on the left."""
-    ids = torch.tensor([[0, 0, 1, IMAGE, IMAGE, IMAGE, IMAGE, 20, 21], [1, 30, IMAGE, IMAGE, IMAGE, IMAGE, 31, 32, 33]])
+    ids = torch.tensor(
+        [
+            [0, 0, 1, IMAGE, IMAGE, IMAGE, IMAGE, 20, 21],
+            [1, 30, IMAGE, IMAGE, IMAGE, IMAGE, 31, 32, 33],
+        ]
+    )
     pixels = torch.rand(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": pixels}
 
@@ -78,7 +93,9 @@ class TestModelCases:
         own.save_pretrained(tmp_path)
         base = MoeLlavaModel.from_pretrained(tmp_path).eval()
         with torch.no_grad():
-            assert torch.equal(base(**inputs).last_hidden_state, own.model(**inputs).last_hidden_state)
+            assert torch.equal(
+                base(**inputs).last_hidden_state, own.model(**inputs).last_hidden_state
+            )
 
     @pytest.mark.parametrize("rows", [120, 50])
     def test_resize_embeddings(self, own, inputs, rows, tmp_path):
@@ -86,14 +103,20 @@ class TestModelCases:
             before = own(**inputs).logits
             own.resize_token_embeddings(rows)
             after = own(**inputs).logits
-        assert own.get_input_embeddings().weight.shape[0] == own.get_output_embeddings().weight.shape[0] == rows
+        assert (
+            own.get_input_embeddings().weight.shape[0]
+            == own.get_output_embeddings().weight.shape[0]
+            == rows
+        )
         assert own.config.text_config.vocab_size == after.shape[-1] == rows
         known = min(rows, 99)
         torch.testing.assert_close(after[..., :known], before[..., :known], rtol=0, atol=1e-5)
         own.save_pretrained(tmp_path)
         assert AutoModelForImageTextToText.from_pretrained(tmp_path).lm_head.weight.shape[0] == rows
 
-    def test_tied_weights_are_one_parameter_also_after_a_reload_and_a_resize(self, text_config, tmp_path):
+    def test_tied_weights_are_one_parameter_also_after_a_reload_and_a_resize(
+        self, text_config, tmp_path
+    ):
         tied = copy.deepcopy(text_config)
         tied.tie_word_embeddings = True
         model = build(tied)
@@ -116,17 +139,25 @@ class TestModelCases:
                 model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
             model(**inputs, labels=inputs["input_ids"]).loss.backward()
             gradients.append(
-                {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+                {
+                    name: weight.grad
+                    for name, weight in model.named_parameters()
+                    if weight.grad is not None
+                }
             )
         assert gradients[0].keys() == gradients[1].keys()
         assert any("vision_tower" in name for name in gradients[0])
         for name, gradient in gradients[0].items():
-            torch.testing.assert_close(gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                gradients[1][name], gradient, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
     def test_reentrant_checkpointing_is_refused_where_it_would_lose_the_routers_losses(self):
         model = build(LlamaMoeConfig(**TEXT))
         for enable in (model.activation_checkpointing_enable, model.gradient_checkpointing_enable):
-            with pytest.raises(ValueError, match=r"use_reentrant=True loses the gradient of the router's losses"):
+            with pytest.raises(
+                ValueError, match=r"use_reentrant=True loses the gradient of the router's losses"
+            ):
                 enable({"use_reentrant": True})
 
     def test_attention_outputs(self, text_config, inputs):
@@ -146,7 +177,10 @@ class TestModelCases:
     @pytest.mark.parametrize("other", ["sdpa", "flex_attention"])
     def test_attention_implementations_agree(self, text_config, inputs, other):
         eager = build(copy.deepcopy(text_config), attn_implementation="eager")
-        model = build(copy.deepcopy(text_config), attn_implementation={"text_config": other, "vision_config": "eager"})
+        model = build(
+            copy.deepcopy(text_config),
+            attn_implementation={"text_config": other, "vision_config": "eager"},
+        )
         assert model.config.text_config._attn_implementation == other
         is_token = inputs["attention_mask"].bool()
         with torch.no_grad():
@@ -171,7 +205,9 @@ class TestModelCases:
     def test_the_old_name_of_the_cache_works_and_warns(self, shared, inputs):
         with torch.no_grad():
             first = shared(**row(inputs, 1), use_cache=True)
-            expected = shared(input_ids=torch.tensor([[9]]), cache=copy.deepcopy(first.cache)).logits
+            expected = shared(
+                input_ids=torch.tensor([[9]]), cache=copy.deepcopy(first.cache)
+            ).logits
             with pytest.warns(FutureWarning, match="past_key_values"):
                 old = shared(input_ids=torch.tensor([[9]]), past_key_values=first.cache).logits
         assert torch.equal(old, expected)
@@ -184,11 +220,18 @@ class TestModelCases:
         own.save_pretrained(tmp_path)
         model = MoeLlavaForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16)
         dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-        assert {dtype for name, dtype in dtypes.items() if "mlp.gate." not in name} == {torch.bfloat16}
-        assert {dtype for name, dtype in dtypes.items() if ".mlp.gate.weight" in name} <= {torch.float32}
+        assert {dtype for name, dtype in dtypes.items() if "mlp.gate." not in name} == {
+            torch.bfloat16
+        }
+        assert {dtype for name, dtype in dtypes.items() if ".mlp.gate.weight" in name} <= {
+            torch.float32
+        }
 
     def test_a_checkpoint_with_missing_weights_is_refused(self, own, tmp_path):
-        own.save_pretrained(tmp_path, state_dict={k: v for k, v in own.state_dict().items() if "layers.1.mlp" not in k})
+        own.save_pretrained(
+            tmp_path,
+            state_dict={k: v for k, v in own.state_dict().items() if "layers.1.mlp" not in k},
+        )
         with pytest.raises(ValueError, match=r"missing.*layers\.1\.mlp"):
             AutoModelForImageTextToText.from_pretrained(tmp_path)
 
@@ -207,7 +250,9 @@ class TestGenerationCases:
         assert torch.equal(static, shared.generate(**inputs, **NEW))
 
     def test_without_a_cache(self, shared, inputs):
-        assert torch.equal(shared.generate(**inputs, **NEW, use_cache=False), shared.generate(**inputs, **NEW))
+        assert torch.equal(
+            shared.generate(**inputs, **NEW, use_cache=False), shared.generate(**inputs, **NEW)
+        )
 
     def test_generate_from_inputs_embeds(self, shared, inputs):
         embeds = shared.get_input_embeddings()(inputs["input_ids"])
@@ -218,11 +263,15 @@ class TestGenerationCases:
     def test_generate_continues_from_a_cache(self, shared, inputs):
         whole = shared.generate(**inputs, **NEW, return_dict_in_generate=True)
         first = shared.generate(
-            **inputs, **{**NEW, "max_new_tokens": 3, "min_new_tokens": 3}, return_dict_in_generate=True
+            **inputs,
+            **{**NEW, "max_new_tokens": 3, "min_new_tokens": 3},
+            return_dict_in_generate=True,
         )
         mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], dim=1)
         rest = {**NEW, "max_new_tokens": 3, "min_new_tokens": 3}
-        second = shared.generate(input_ids=first.sequences, attention_mask=mask, cache=first.cache, **rest)
+        second = shared.generate(
+            input_ids=first.sequences, attention_mask=mask, cache=first.cache, **rest
+        )
         assert torch.equal(second, whole.sequences)
 
     def test_beams_and_samples(self, shared, inputs):
@@ -258,4 +307,6 @@ def test_a_compiled_model_gives_the_same_logits_in_one_graph(shared, inputs):
     torch.compiler.reset()
     compiled = torch.compile(shared, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**inputs).logits, shared(**inputs).logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            compiled(**inputs).logits, shared(**inputs).logits, rtol=0, atol=1e-5
+        )

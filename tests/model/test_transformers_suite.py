@@ -35,7 +35,9 @@ def _mixin():
         ("exporters.test_export", "ExportTesterMixin"),
         ("generation.test_utils", "GenerationTesterMixin"),
     ):
-        parent = sys.modules.setdefault(f"transformers_tests.{name.split('.')[0]}", types.ModuleType(name))
+        parent = sys.modules.setdefault(
+            f"transformers_tests.{name.split('.')[0]}", types.ModuleType(name)
+        )
         parent.__path__ = []
         stub = sys.modules[f"transformers_tests.{name}"] = types.ModuleType(name)
         setattr(stub, mixin, type(mixin, (), {}))
@@ -53,7 +55,13 @@ class Inputs:
     def __init__(self, parent, text_config):
         self.parent = parent
         self.text_config = text_config
-        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "vocab_size", "intermediate_size"):
+        for name in (
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "vocab_size",
+            "intermediate_size",
+        ):
             setattr(self, name, getattr(text_config, name))
         self.encoder_seq_length = self.key_length = self.seq_length
 
@@ -68,13 +76,19 @@ class Inputs:
         )
         # By default the last block and norm are left out, and get no gradient: here every weight must have one.
         vision = ClipVisionConfig(tower_config=tower.to_dict(), select_layer=-1, final_norm=True)
-        return MoeLlavaConfig(vision_config=vision, text_config=self.text_config, image_token_id=self.image_token_id)
+        return MoeLlavaConfig(
+            vision_config=vision, text_config=self.text_config, image_token_id=self.image_token_id
+        )
 
     def prepare_config_and_inputs_for_common(self):
         ids = torch.randint(8, self.vocab_size, (self.batch_size, self.seq_length))
         ids[:, 1:5] = self.image_token_id
         pixels = torch.rand(self.batch_size, 3, 28, 28)
-        return self.get_config(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return self.get_config(), {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": pixels,
+        }
 
 
 TEXT = {
@@ -113,7 +127,9 @@ class Common(_mixin()):
 class TestMixture(Common, unittest.TestCase):
     text_config = LlamaMoeConfig(**TEXT, router_bias=True, meta_expert=True)
 
-    test_training_gradient_checkpointing_use_reentrant_true = Common._skip  # refused: it loses the router's losses
+    test_training_gradient_checkpointing_use_reentrant_true = (
+        Common._skip
+    )  # refused: it loses the router's losses
 
 
 class TestDense(Common, unittest.TestCase):

@@ -29,7 +29,10 @@ def test_transformers_itself_reads_the_tinyllama_stand_in(hub_cache, no_network)
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert chat == "<|user|>\nHi</s>\n<|assistant|>\n"
-    assert tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids[1:]) == "Is this a CT image?\né"
+    assert (
+        tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids[1:])
+        == "Is this a CT image?\né"
+    )
 
 
 def test_transformers_itself_reads_the_smollm2_stand_in(hub_cache, no_network):
@@ -40,7 +43,9 @@ def test_transformers_itself_reads_the_smollm2_stand_in(hub_cache, no_network):
     assert len(tokenizer) == model.config.vocab_size == 49152
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert tokenizer("<|im_end|>").input_ids == [2]
-    assert tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids) == "Is this a CT image?\né"
+    assert (
+        tokenizer.decode(tokenizer("Is this a CT image?\né").input_ids) == "Is this a CT image?\né"
+    )
 
 
 def test_transformers_itself_reads_the_clip_stand_in(hub_cache, no_network):

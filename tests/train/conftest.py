@@ -20,7 +20,10 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="module")
 def quick_runs():
     """Runs draw no picture and do not wait for the disk, which is most of a tiny run's time."""
-    with mock.patch("moellava.train.run.save_picture"), mock.patch("moellava.train.checkpoints.os.fsync"):
+    with (
+        mock.patch("moellava.train.run.save_picture"),
+        mock.patch("moellava.train.checkpoints.os.fsync"),
+    ):
         yield
 
 

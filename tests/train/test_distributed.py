@@ -49,7 +49,9 @@ def test_two_processes_give_the_losses_and_weights_of_one(two, one, runs):
 def test_two_processes_give_the_held_out_loss_and_answers_of_one(two, runs):
     one = "one experts adapters" if "adapters" in two else "one"
     ours, theirs = (json.loads((runs / name / "log.json").read_text()) for name in (two, one))
-    losses = [[entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in (ours, theirs)]
+    losses = [
+        [entry["eval_loss"] for entry in log if "eval_loss" in entry] for log in (ours, theirs)
+    ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     answers = [[entry["answers"] for entry in log if "answers" in entry] for log in (ours, theirs)]
     assert answers[0] == answers[1]
@@ -59,7 +61,9 @@ def test_two_processes_give_the_held_out_loss_and_answers_of_one(two, runs):
 @pytest.mark.slow
 def test_two_processes_log_the_routers_load_over_both(runs):
     logs = [
-        next(entry for entry in json.loads((runs / name / "log.json").read_text()) if "load" in entry)
+        next(
+            entry for entry in json.loads((runs / name / "log.json").read_text()) if "load" in entry
+        )
         for name in ("ddp", "fsdp2", "one")
     ]
     for log in logs[:2]:
@@ -67,7 +71,9 @@ def test_two_processes_log_the_routers_load_over_both(runs):
             torch.testing.assert_close(
                 *(torch.tensor(each["load"][kind]) for each in (log, logs[2])), atol=1e-3, rtol=0
             )
-        assert log["aux_loss"] == pytest.approx(logs[2]["aux_loss"], abs=0.1)  # a mean of two batches' own
+        assert log["aux_loss"] == pytest.approx(
+            logs[2]["aux_loss"], abs=0.1
+        )  # a mean of two batches' own
 
 
 @pytest.mark.slow
@@ -79,11 +85,17 @@ def test_adapters_of_a_sharded_run_are_peft_s_own_and_make_the_saved_model(runs)
     from tests.train.tiny import parts_of
 
     base = load_pretrained_model(parts_of(runs / "tiny"), moe_config=False, dtype="float32").model
-    merged = PeftModel.from_pretrained(base, str(runs / "fsdp2 adapters" / "adapter")).merge_and_unload().state_dict()
+    merged = (
+        PeftModel.from_pretrained(base, str(runs / "fsdp2 adapters" / "adapter"))
+        .merge_and_unload()
+        .state_dict()
+    )
     saved = weights_of(runs, "fsdp2 adapters")
     for name, weight in saved.items():
         torch.testing.assert_close(merged[name], weight)
-    untouched = load_pretrained_model(parts_of(runs / "tiny"), moe_config=False, dtype="float32").model.state_dict()
+    untouched = load_pretrained_model(
+        parts_of(runs / "tiny"), moe_config=False, dtype="float32"
+    ).model.state_dict()
     assert not torch.allclose(
         untouched["model.language_model.layers.0.self_attn.q_proj.weight"],
         saved["model.language_model.layers.0.self_attn.q_proj.weight"],
@@ -119,7 +131,13 @@ def test_the_documented_commands_run_on_two_processes(launcher, tiny, tmp_path):
     out = tmp_path / "out"
     more = [word for word in settings.split() if word.startswith("parallel=")]
     recipe = tiny_recipe(
-        tiny, "align", out, "optim.max_steps=1", "saving.every=1", "optim.per_device_batch_size=2", *more
+        tiny,
+        "align",
+        out,
+        "optim.max_steps=1",
+        "saving.every=1",
+        "optim.per_device_batch_size=2",
+        *more,
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     done = subprocess.run(
@@ -145,7 +163,9 @@ def test_the_documented_recipes_and_configs_exist():
 
 def test_accelerates_fsdp_on_a_cpu_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"no FSDP without a GPU and would run DDP instead. Use parallel=fsdp2"):
+    with pytest.raises(
+        ValueError, match=r"no FSDP without a GPU and would run DDP instead. Use parallel=fsdp2"
+    ):
         train(tiny_recipe(tiny, "tune", tmp_path / "out"), show_progress=False)
 
 
@@ -163,10 +183,14 @@ def test_fsdp2_in_one_process_is_refused(tiny, tmp_path):
          "ZeRO-3 could not be merged whole"),
     ],
 )  # fmt: skip
-def test_engines_that_cannot_keep_the_promise_are_refused(environment, settings, error, message, tiny, tmp_path):
+def test_engines_that_cannot_keep_the_promise_are_refused(
+    environment, settings, error, message, tiny, tmp_path
+):
     from unittest import mock
 
-    available = mock.patch("moellava.train.arguments.is_deepspeed_available", return_value=error is not ImportError)
+    available = mock.patch(
+        "moellava.train.arguments.is_deepspeed_available", return_value=error is not ImportError
+    )
     with mock.patch.dict(os.environ, environment), available, pytest.raises(error, match=message):
         training_arguments(tiny_recipe(tiny, "tune", tmp_path / "out", *settings))
 
@@ -181,7 +205,10 @@ def test_the_router_is_fitted_in_one_process(tiny, tmp_path, monkeypatch):
 def test_the_accelerate_configs_are_read_by_accelerate():
     from accelerate.commands.config.config_args import load_config_from_file
 
-    kinds = {path.stem: load_config_from_file(str(path)) for path in (FOLDER.parent / "accelerate").glob("*.yaml")}
+    kinds = {
+        path.stem: load_config_from_file(str(path))
+        for path in (FOLDER.parent / "accelerate").glob("*.yaml")
+    }
     assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {
         "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED",
     }  # fmt: skip
@@ -198,9 +225,13 @@ def test_accelerates_fsdp_would_wrap_each_decoder_layer(stage, tiny, tmp_path):
 
     moe = {"moe": {"config": {"num_experts": 2}}} if stage == "experts" else {}
     model, _ = prepare_model(tiny_recipe(tiny, stage, tmp_path, **moe), on_meta=True)
-    config = yaml.safe_load((FOLDER.parent / "accelerate" / "fsdp2.yaml").read_text())["fsdp_config"]
+    config = yaml.safe_load((FOLDER.parent / "accelerate" / "fsdp2.yaml").read_text())[
+        "fsdp_config"
+    ]
     assert "fsdp_transformer_layer_cls_to_wrap" not in config
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower())
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy=config["fsdp_auto_wrap_policy"].lower()
+    )
     plugin.transformer_cls_names_to_wrap = [decoder_layer_class(model)]
     is_wrapped = fsdp2_prepare_auto_wrap_policy(plugin, model)
     assert [name for name, module in model.named_modules() if is_wrapped(module)] == [

@@ -11,10 +11,18 @@ from moellava.train.plan import estimate_flops, estimate_memory
 from moellava.train.stages import prepare_model
 
 TINYLLAMA = LlamaConfig(
-    hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_attention_heads=32,
+    num_key_value_heads=4,
 )
 # Rows over all epochs, mean and greatest length in tokens (196 of them an image): LLaVA-Med's 500k captions, 60k chats.
-DATA = {"stage1": (500_000, 256, 512), "stage2": (3 * 60_000, 550, 1024), "stage3": (60_000, 550, 1024)}
+DATA = {
+    "stage1": (500_000, 256, 512),
+    "stage2": (3 * 60_000, 550, 1024),
+    "stage3": (60_000, 550, 1024),
+}
 # Published peaks of dense bfloat16: RTX 4090 and A100. What share is assumed to be reached, on one card and on eight.
 PEAKS = {"24 GB": 165e12, "80 GB": 312e12}
 ONE, EIGHT = 0.35, 0.30
@@ -38,7 +46,9 @@ def parts(tmp_path_factory, hub_cache):
 
 @pytest.mark.parametrize(("name", "hardware", "at_once"), RUNS)
 def test_the_documented_estimate_is_the_computed_one(name, hardware, at_once, parts):
-    recipe = load_recipe(name, ["after=any", "output_dir=unused", f"optim.per_device_batch_size={at_once}", *parts])
+    recipe = load_recipe(
+        name, ["after=any", "output_dir=unused", f"optim.per_device_batch_size={at_once}", *parts]
+    )
     model, _ = prepare_model(recipe, on_meta=True)
     num_rows, mean, longest = DATA[name[:6]]
     memory = estimate_memory(model, recipe, longest=longest)
@@ -53,4 +63,6 @@ def test_the_documented_estimate_is_the_computed_one(name, hardware, at_once, pa
     row = "| " + " | ".join(map(str, cells)) + " |"
     print(row)
     assert row in (Path(__file__).parents[2] / "docs" / "training.md").read_text()
-    assert memory["all"] < int(hardware.split()[0]) / 1.074 - 1.5  # GB to GiB, and what the libraries take
+    assert (
+        memory["all"] < int(hardware.split()[0]) / 1.074 - 1.5
+    )  # GB to GiB, and what the libraries take

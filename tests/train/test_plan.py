@@ -21,9 +21,14 @@ def recipe(tiny, tmp_path):
 def test_a_plan_counts_what_would_learn_and_the_steps(recipe):
     found = plan(recipe)
     model, _ = prepare_model(recipe)
-    assert found.num_trained == sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    assert found.num_trained == sum(
+        weight.numel() for weight in model.parameters() if weight.requires_grad
+    )
     assert found.num_steps == 15  # 20 rows in batches of 4, 3 times
-    assert "model.language_model.layers.*.self_attn.q_proj.weight (32, 32)  in layers 0,1: 2,048" in found.text
+    assert (
+        "model.language_model.layers.*.self_attn.q_proj.weight (32, 32)  in layers 0,1: 2,048"
+        in found.text
+    )
     assert "vision_tower" not in found.text
 
 
@@ -44,20 +49,26 @@ def test_a_plan_reads_no_weights_of_the_language_model_and_names_what_training_w
     recipe = tiny_recipe(tiny, stage, tmp_path / "out", **more)
     expected, _ = prepare_model(recipe)
     monkeypatch.setattr("moellava.train.stages.load_pretrained_model", None)
-    monkeypatch.setattr("moellava.model.assembly.load_weights", None)
+    monkeypatch.setattr("moellava.model.build.assembly.load_weights", None)
     model, _ = prepare_model(recipe, on_meta=True)
     named = {
-        name: (tuple(weight.shape), weight.dtype, weight.requires_grad) for name, weight in expected.named_parameters()
+        name: (tuple(weight.shape), weight.dtype, weight.requires_grad)
+        for name, weight in expected.named_parameters()
     }
     assert named == {
-        name: (tuple(weight.shape), weight.dtype, weight.requires_grad) for name, weight in model.named_parameters()
+        name: (tuple(weight.shape), weight.dtype, weight.requires_grad)
+        for name, weight in model.named_parameters()
     }
     assert all(weight.is_meta for weight in model.parameters())
-    assert plan(recipe).num_trained == sum(weight.numel() for weight in expected.parameters() if weight.requires_grad)
+    assert plan(recipe).num_trained == sum(
+        weight.numel() for weight in expected.parameters() if weight.requires_grad
+    )
 
 
 def test_the_routers_plan_names_its_linear_layer(tiny, tmp_path):
-    found = plan(tiny_recipe(tiny, "router", tmp_path / "out", "optim.max_steps=null", "optim.epochs=10"))
+    found = plan(
+        tiny_recipe(tiny, "router", tmp_path / "out", "optim.max_steps=null", "optim.epochs=10")
+    )
     assert found.num_trained == 4 * (32 + 1)
     assert found.num_steps == 50
     assert "router.weight (4, 32), router.bias (4,), for layers 0" in found.text
@@ -88,7 +99,9 @@ def test_the_activation_estimate_is_near_what_autograd_keeps(tiny, tmp_path):
     assert 1 < estimate / whole < 2  # the estimate has the gradient of the logits too
 
     model.activation_checkpointing_enable()
-    checkpointed = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.activation_checkpointing=true")
+    checkpointed = tiny_recipe(
+        tiny, "tune", tmp_path / "out", "optim.activation_checkpointing=true"
+    )
     less = estimate_memory(model, checkpointed, longest=longest)["activations"] * 2**30
     assert kept_bytes(model, batch) < less < estimate
 
@@ -101,7 +114,10 @@ def kept_bytes(model, batch):
     def keep(tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address is used twice
+            kept[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # held, so that no address is used twice
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -124,7 +140,11 @@ def test_the_command_plans_lists_and_says_what_is_wrong(tiny, tmp_path):
     runner = CliRunner()
     parts = [f"model.{key}={tiny / name}" for key, name in
              (("model_name_or_path", "tinyllama_tiny"), ("mm_vision_tower", "biomedclip_tiny"))]  # fmt: skip
-    data = [f"data.train={tiny / 'rows.json'}", f"data.images={tiny / 'images'}", f"output_dir={tmp_path / 'out'}"]
+    data = [
+        f"data.train={tiny / 'rows.json'}",
+        f"data.images={tiny / 'images'}",
+        f"output_dir={tmp_path / 'out'}",
+    ]
     planned = runner.invoke(app, ["train", "stage1_align", *parts, *data, "--dry-run"])
     assert planned.exit_code == 0, planned.output
     assert "stage align: trains 3,136 of" in planned.output
@@ -139,8 +159,15 @@ def test_the_command_plans_lists_and_says_what_is_wrong(tiny, tmp_path):
 
 def test_the_command_trains_and_a_second_time_says_that_it_had_finished(tiny, tmp_path):
     runner = CliRunner()
-    parts = [f"model.model_name_or_path={tiny / 'tinyllama_tiny'}", f"model.mm_vision_tower={tiny / 'biomedclip_tiny'}"]
-    data = [f"data.train={tiny / 'rows.json'}", f"data.images={tiny / 'images'}", "data.num_workers=0"]
+    parts = [
+        f"model.model_name_or_path={tiny / 'tinyllama_tiny'}",
+        f"model.mm_vision_tower={tiny / 'biomedclip_tiny'}",
+    ]
+    data = [
+        f"data.train={tiny / 'rows.json'}",
+        f"data.images={tiny / 'images'}",
+        "data.num_workers=0",
+    ]
     line = ["train", "stage1_align", *parts, *data, f"output_dir={tmp_path / 'out'}", "optim.max_steps=2",
             "optim.batch_size=4", "optim.per_device_batch_size=4"]  # fmt: skip
     first = runner.invoke(app, line)

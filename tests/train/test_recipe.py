@@ -23,18 +23,30 @@ def test_every_packaged_recipe_can_be_read_and_names_its_sources(name):
         ("med_moe_router", "router", 1e-3, 32, 10),
     ],
 )
-def test_the_recipes_hyper_parameters_are_the_papers(name, stage, learning_rate, batch_size, epochs):
+def test_the_recipes_hyper_parameters_are_the_papers(
+    name, stage, learning_rate, batch_size, epochs
+):
     recipe = load_recipe(name)
     optim = recipe.optim
     assert (recipe.stage, optim.learning_rate, optim.batch_size, optim.epochs) == (
         stage, learning_rate, batch_size, epochs,
     )  # fmt: skip
     if stage != "router":
-        assert (optim.schedule, optim.warmup, optim.weight_decay, optim.precision) == ("cosine", 0.03, 0.0, "bf16")
+        assert (optim.schedule, optim.warmup, optim.weight_decay, optim.precision) == (
+            "cosine",
+            0.03,
+            0.0,
+            "bf16",
+        )
 
 
 def test_settings_override_the_file_and_leave_the_rest():
-    settings = ["optim.learning_rate=1e-4", "lora.rank=8", "logging.report_to=[wandb, mlflow]", "data.max_length=null"]
+    settings = [
+        "optim.learning_rate=1e-4",
+        "lora.rank=8",
+        "logging.report_to=[wandb, mlflow]",
+        "data.max_length=null",
+    ]
     recipe = load_recipe("stage1_align", settings)
     assert recipe.optim.learning_rate == 1e-4
     assert recipe.optim.batch_size == 256
@@ -46,8 +58,14 @@ def test_settings_override_the_file_and_leave_the_rest():
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("optim.learning_rte=1", r"Unknown recipe key 'optim.learning_rte'. Did you mean 'optim.learning_rate'\?"),
-        ("learning_rate=1", r"Unknown recipe key 'learning_rate'. Did you mean 'optim.learning_rate'\?"),
+        (
+            "optim.learning_rte=1",
+            r"Unknown recipe key 'optim.learning_rte'. Did you mean 'optim.learning_rate'\?",
+        ),
+        (
+            "learning_rate=1",
+            r"Unknown recipe key 'learning_rate'. Did you mean 'optim.learning_rate'\?",
+        ),
         ("outputdir=a", r"Did you mean 'output_dir'\?"),
         ("moe.config.num_expert=2", r"Did you mean 'moe.config.num_experts'\?"),
         ("stage=alig", r"Unknown stage 'alig'. Did you mean 'align'\?"),
@@ -82,5 +100,7 @@ def test_an_unknown_recipe_suggests_the_nearest():
 
 def test_a_recipe_without_stage_is_an_error(tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output_dir": "x"}))
-    with pytest.raises(ValueError, match=r"has no stage. Choose one of align, tune, router, experts"):
+    with pytest.raises(
+        ValueError, match=r"has no stage. Choose one of align, tune, router, experts"
+    ):
         load_recipe(tmp_path / "r.yaml")

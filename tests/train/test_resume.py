@@ -20,7 +20,9 @@ OTHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("killed", "whole"), [*((moment, "alone") for moment in MOMENTS), *OTHERS.items()])
+@pytest.mark.parametrize(
+    ("killed", "whole"), [*((moment, "alone") for moment in MOMENTS), *OTHERS.items()]
+)
 def test_a_killed_run_ends_with_the_same_weights_losses_and_data_order(runs, killed, whole):
     status = status_of(runs, killed)
     assert (status["killed"], status["ended"]) == (-9, 0), said_by(runs, killed)

@@ -4,7 +4,7 @@ from unittest import mock
 import pytest
 import torch
 
-from moellava.train.step_log import StepLog
+from moellava.train.log.step_log import StepLog
 
 CPU = torch.device("cpu")
 
@@ -16,7 +16,7 @@ def of_two_processes(tensor):
 
 @pytest.fixture
 def clock():
-    with mock.patch("moellava.train.step_log.time.perf_counter") as perf_counter:
+    with mock.patch("moellava.train.log.step_log.time.perf_counter") as perf_counter:
         perf_counter.return_value = 100.0
         yield perf_counter
 

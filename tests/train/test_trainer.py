@@ -9,8 +9,8 @@ from moellava.data import read_rows
 from moellava.data.collate import ChatCollator
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
+from moellava.train.log.router_load import RouterLoad, load_by_name
 from moellava.train.order import EpochSampler
-from moellava.train.router_load import RouterLoad, load_by_name
 from tests.train.tiny import parts_of, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -60,10 +60,18 @@ def test_the_loss_of_a_collated_batch_equals_llavas(tmp_path, hub_cache):
     llava = as_llava(loaded)
     image = Image.linear_gradient("L").convert("RGB")
     chat = [
-        {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "Is this a CT?"}]},
+        {
+            "role": "user",
+            "content": [
+                {"type": "image", "image": image},
+                {"type": "text", "text": "Is this a CT?"},
+            ],
+        },
         {"role": "assistant", "content": "no"},
     ]
-    batch = ChatCollator(loaded.processor)([{"messages": chat}, {"messages": [chat[1] | {"role": "user"}, chat[1]]}])
+    batch = ChatCollator(loaded.processor)(
+        [{"messages": chat}, {"messages": [chat[1] | {"role": "user"}, chat[1]]}]
+    )
     torch.testing.assert_close(loaded.model(**batch).loss, llava(**batch).loss)
 
 
@@ -84,26 +92,41 @@ def as_llava(loaded):
     names = {"0": "linear_1", "2": "linear_2"}
     projector = loaded.model.model.multi_modal_projector.state_dict()
     inner.multi_modal_projector.load_state_dict(
-        {f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value for key, value in projector.items()}
+        {
+            f"{names[key.split('.')[0]]}.{key.split('.')[1]}": value
+            for key, value in projector.items()
+        }
     )
     llava.lm_head.load_state_dict(loaded.model.lm_head.state_dict())
     return llava.eval()
 
 
 def test_accumulated_gradients_equal_the_large_batchs(tiny, tmp_path):
-    large = train(tiny_recipe(tiny, "tune", tmp_path / "large", "optim.max_steps=3"), show_progress=False)
+    large = train(
+        tiny_recipe(tiny, "tune", tmp_path / "large", "optim.max_steps=3"), show_progress=False
+    )
     small = train(
-        tiny_recipe(tiny, "tune", tmp_path / "small", "optim.max_steps=3", "optim.per_device_batch_size=1"),
+        tiny_recipe(
+            tiny, "tune", tmp_path / "small", "optim.max_steps=3", "optim.per_device_batch_size=1"
+        ),
         show_progress=False,
     )
     assert losses(small) == pytest.approx(losses(large), rel=1e-5)
-    for ours, theirs in zip(model_weights(small).values(), model_weights(large).values(), strict=True):
+    for ours, theirs in zip(
+        model_weights(small).values(), model_weights(large).values(), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"optim.batch_size=4 is no multiple of optim.per_device_batch_size=3 times 1"):
-        train(tiny_recipe(tiny, "tune", tmp_path / "x", "optim.per_device_batch_size=3"), show_progress=False)
+    with pytest.raises(
+        ValueError,
+        match=r"optim.batch_size=4 is no multiple of optim.per_device_batch_size=3 times 1",
+    ):
+        train(
+            tiny_recipe(tiny, "tune", tmp_path / "x", "optim.per_device_batch_size=3"),
+            show_progress=False,
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,8 +139,12 @@ def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path):
     ],
     ids=["bf16 and checkpointing", "bf16 weights", "packing", "workers"],
 )
-def test_the_first_losses_are_those_of_plain_training_in_every_mode(settings, tiny, dense, plain, tmp_path):
-    result = train(experts_recipe(tiny, dense, tmp_path / "out", *settings, *PLAIN), show_progress=False)
+def test_the_first_losses_are_those_of_plain_training_in_every_mode(
+    settings, tiny, dense, plain, tmp_path
+):
+    result = train(
+        experts_recipe(tiny, dense, tmp_path / "out", *settings, *PLAIN), show_progress=False
+    )
     tolerance = 2e-2 if "precision" in settings[0] else 1e-4
     assert losses(result) == pytest.approx(losses(plain), rel=tolerance)
     assert losses(plain)[2] < losses(plain)[0] - 0.2
@@ -126,11 +153,15 @@ def test_the_first_losses_are_those_of_plain_training_in_every_mode(settings, ti
 @pytest.mark.slow
 def test_a_compiled_model_has_the_same_losses(tiny, tmp_path):
     """Four rows, so that each step has one shape and is compiled once."""
-    (tmp_path / "four.json").write_text(json.dumps(json.loads((tiny / "rows.json").read_text())[:4]))
+    (tmp_path / "four.json").write_text(
+        json.dumps(json.loads((tiny / "rows.json").read_text())[:4])
+    )
     settings = (f"data.train={tmp_path / 'four.json'}", "optim.max_steps=2", *PLAIN[1:2])
     compiled = ("optim.compile=true", "trainer.torch_compile_backend=eager")
     found, expected = (
-        losses(train(tiny_recipe(tiny, "tune", tmp_path / name, *settings, *more), show_progress=False))
+        losses(
+            train(tiny_recipe(tiny, "tune", tmp_path / name, *settings, *more), show_progress=False)
+        )
         for name, more in (("compiled", compiled), ("plain", ()))
     )
     assert found == pytest.approx(expected, rel=1e-4)
@@ -155,17 +186,27 @@ def plain(tiny, dense, tmp_path_factory):
     ("setting", "error", "message"),
     [
         ("trainer.torch_compil=true", ValueError, r"Did you mean 'trainer.torch_compile'\?"),
-        ("trainer.learning_rate=1", ValueError, r"trainer.learning_rate has a key of its own in the recipe"),
+        (
+            "trainer.learning_rate=1",
+            ValueError,
+            r"trainer.learning_rate has a key of its own in the recipe",
+        ),
         (
             "trainer.save_only_model=true",
             ValueError,
             r"save_only_model would break whole checkpoints or exact resuming",
         ),
         ("logging.report_to=[tensorbord]", ValueError, r"Did you mean 'tensorboard'\?"),
-        ("logging.report_to=[wandb, mlflow]", ImportError, r"'wandb', which is not installed. pip install wandb"),
+        (
+            "logging.report_to=[wandb, mlflow]",
+            ImportError,
+            r"'wandb', which is not installed. pip install wandb",
+        ),
     ],
 )
-def test_arguments_that_cannot_be_followed_are_refused(setting, error, message, tiny, tmp_path, monkeypatch):
+def test_arguments_that_cannot_be_followed_are_refused(
+    setting, error, message, tiny, tmp_path, monkeypatch
+):
     from moellava.train import arguments
 
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
@@ -178,8 +219,12 @@ def test_wandb_and_mlflow_are_the_trainers_own_callbacks(tiny, tmp_path, monkeyp
 
     from moellava.train import arguments
 
-    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["wandb", "mlflow"])
-    chosen = arguments.training_arguments(tiny_recipe(tiny, "tune", tmp_path, "logging.report_to=[wandb, mlflow]"))
+    monkeypatch.setattr(
+        arguments, "get_available_reporting_integrations", lambda: ["wandb", "mlflow"]
+    )
+    chosen = arguments.training_arguments(
+        tiny_recipe(tiny, "tune", tmp_path, "logging.report_to=[wandb, mlflow]")
+    )
     found = integration_utils.get_reporting_integration_callbacks(chosen.report_to)
     assert [callback.__name__ for callback in found] == ["WandbCallback", "MLflowCallback"]
 
@@ -188,7 +233,12 @@ def test_tensorboard_gets_each_experts_load(tiny, dense, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = experts_recipe(
-        tiny, dense, tmp_path / "out", "logging.report_to=[tensorboard]", "optim.max_steps=2", "trainer.run_name=a"
+        tiny,
+        dense,
+        tmp_path / "out",
+        "logging.report_to=[tensorboard]",
+        "optim.max_steps=2",
+        "trainer.run_name=a",
     )
     result = train(recipe, show_progress=False)
     (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
@@ -220,7 +270,9 @@ def test_loads_equal_counting_by_hand():
                     if mask[row, column] and bool(is_image[row, column]) == wanted:
                         for expert in sorted(range(3), key=lambda e: -source[token, e])[:2]:
                             counts[expert] += 1
-            assert found[kind][layer] == pytest.approx([count / sum(counts) for count in counts], abs=1e-4)
+            assert found[kind][layer] == pytest.approx(
+                [count / sum(counts) for count in counts], abs=1e-4
+            )
     assert found["layers"] == [0, 2]
     assert load_by_name(found)["load_text/layer2_expert1"] == found["text"][1][1]
     assert load.flush(lambda tensor: tensor) == {}
@@ -234,7 +286,9 @@ def test_the_order_is_a_function_of_seed_and_epoch(is_grouped):
     lengths = [index % 17 for index in range(300)]
 
     def order(seed, epoch, earlier=()):
-        sampler = EpochSampler(300, seed=seed, lengths=lengths if is_grouped else None, group_size=4)
+        sampler = EpochSampler(
+            300, seed=seed, lengths=lengths if is_grouped else None, group_size=4
+        )
         for sampler.epoch in (*earlier, epoch):
             found = list(sampler)
         return found
@@ -255,7 +309,9 @@ def batches(items, size):
 
 
 def test_rows_that_are_too_long_are_named_before_a_step(tiny, tmp_path):
-    with pytest.raises(ValueError, match=r"20 of 20 rows have more than data.max_length=10 tokens: 'row0' \(\d+\)"):
+    with pytest.raises(
+        ValueError, match=r"20 of 20 rows have more than data.max_length=10 tokens: 'row0' \(\d+\)"
+    ):
         train(tiny_recipe(tiny, "tune", tmp_path / "x", "data.max_length=10"), show_progress=False)
 
 
@@ -267,7 +323,9 @@ def test_missing_data_is_asked_for(tiny, tmp_path):
 # Never lose work
 
 
-def test_nan_stops_with_the_layer_and_rows_and_keeps_the_last_good_checkpoint(tiny, dense, tmp_path, monkeypatch):
+def test_nan_stops_with_the_layer_and_rows_and_keeps_the_last_good_checkpoint(
+    tiny, dense, tmp_path, monkeypatch
+):
     from moellava.train.trainer import MoeLlavaTrainer
 
     own, seen = MoeLlavaTrainer.compute_loss, []
@@ -281,13 +339,21 @@ def test_nan_stops_with_the_layer_and_rows_and_keeps_the_last_good_checkpoint(ti
 
     monkeypatch.setattr(MoeLlavaTrainer, "compute_loss", spoil)
     recipe = experts_recipe(tiny, dense, tmp_path / "out")
-    with pytest.raises(FloatingPointError, match="The loss of step 6 is no finite number") as caught:
+    with pytest.raises(
+        FloatingPointError, match="The loss of step 6 is no finite number"
+    ) as caught:
         train(recipe, show_progress=False)
     message = str(caught.value)
-    assert "The weights model.language_model.layers.1.self_attn.v_proj.weight are not finite" in message
+    assert (
+        "The weights model.language_model.layers.1.self_attn.v_proj.weight are not finite"
+        in message
+    )
     assert str(seen[-1]) in message
     assert "The last good checkpoint is checkpoint-4" in message
-    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
     assert not (tmp_path / "out" / "model").exists()
 
 
@@ -303,12 +369,15 @@ def test_a_nan_that_arises_in_computing_names_the_first_module(tiny, dense, tmp_
 
     monkeypatch.setattr(MoeLlavaTrainer, "_init_training_state", spoil)
     with pytest.raises(
-        FloatingPointError, match=r"first output .* is that of model.language_model.layers.1.input_layernorm"
+        FloatingPointError,
+        match=r"first output .* is that of model.language_model.layers.1.input_layernorm",
     ):
         train(experts_recipe(tiny, dense, tmp_path / "out"), show_progress=False)
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tiny, dense, tmp_path, monkeypatch):
+def test_a_gradient_that_is_no_number_stops_before_the_weights_change(
+    tiny, dense, tmp_path, monkeypatch
+):
     """Two batches are accumulated: the rows of both are named."""
     from moellava.train.trainer import MoeLlavaTrainer
 
@@ -325,7 +394,10 @@ def test_a_gradient_that_is_no_number_stops_before_the_weights_change(tiny, dens
         match=r"The gradient of step 1 is no finite number. The gradients of model.*"
         r"layers.0.mlp.gate.weight, .* are not finite. Rows of the batch: \['row\d+'(, 'row\d+'){3}\]",
     ):
-        train(experts_recipe(tiny, dense, tmp_path / "out", "optim.per_device_batch_size=2"), show_progress=False)
+        train(
+            experts_recipe(tiny, dense, tmp_path / "out", "optim.per_device_batch_size=2"),
+            show_progress=False,
+        )
     assert all(weight.isfinite().all() for weight in trainers[0].loaded.model.parameters())
 
 
@@ -347,14 +419,18 @@ def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, mo
 
     monkeypatch.setattr(MoeLlavaTrainer, "_save_checkpoint", limited)
     recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=5")
-    with pytest.raises(OSError, match=r"checkpoint-4 could not be written: .*too large.* If") as caught:
+    with pytest.raises(
+        OSError, match=r"checkpoint-4 could not be written: .*too large.* If"
+    ) as caught:
         train(recipe, show_progress=False)
     assert "The last good checkpoint is checkpoint-2" in str(caught.value)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
     assert not list((tmp_path / "out" / ".unfinished").glob("*"))
     monkeypatch.undo()
     result = train(recipe, show_progress=False)  # room again: it goes on
-    whole = train(tiny_recipe(tiny, "tune", tmp_path / "whole", "optim.max_steps=5"), show_progress=False)
+    whole = train(
+        tiny_recipe(tiny, "tune", tmp_path / "whole", "optim.max_steps=5"), show_progress=False
+    )
     assert losses(result) == losses(whole)
 
 
@@ -377,16 +453,28 @@ def test_kept_features_give_the_losses_of_encoding_each_time(tiny, tmp_path):
     each, kept = (train(recipe, show_progress=False) for recipe in recipes)
     assert losses(kept) == pytest.approx(losses(each), rel=1e-5)
     # A second run reads the file; with another tower, the file is refused.
-    again = tiny_recipe(tiny, "align", tmp_path / "again", f"data.features={tmp_path / 'f.safetensors'}")
+    again = tiny_recipe(
+        tiny, "align", tmp_path / "again", f"data.features={tmp_path / 'f.safetensors'}"
+    )
     assert losses(train(again, show_progress=False)) == losses(kept)
     other = {**parts_of(tiny), "vision_feature_layer": -1}
-    recipe = tiny_recipe(tiny, "align", tmp_path / "other", f"data.features={tmp_path / 'f.safetensors'}", model=other)
+    recipe = tiny_recipe(
+        tiny,
+        "align",
+        tmp_path / "other",
+        f"data.features={tmp_path / 'f.safetensors'}",
+        model=other,
+    )
     with pytest.raises(ValueError, match="holds features of select_layer=-2, but the model has -1"):
         train(recipe, show_progress=False)
-    tuned = tiny_recipe(tiny, "tune", tmp_path / "tower", "optim.max_steps=2", trainable=["vision_tower"])
+    tuned = tiny_recipe(
+        tiny, "tune", tmp_path / "tower", "optim.max_steps=2", trainable=["vision_tower"]
+    )
     train(tuned, show_progress=False)
     settings = (f"data.features={tmp_path / 'f.safetensors'}", "after=any")
-    recipe = tiny_recipe(tiny, "align", tmp_path / "other", *settings, start_from=str(tmp_path / "tower"))
+    recipe = tiny_recipe(
+        tiny, "align", tmp_path / "other", *settings, start_from=str(tmp_path / "tower")
+    )
     with pytest.raises(ValueError, match="features of a tower with other weights than the model's"):
         train(recipe, show_progress=False)
 
@@ -402,7 +490,9 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(stage, tiny, dense
     if stage == "tune":
         recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.learning_rate=5e-2", lora=lora)
     else:
-        recipe = experts_recipe(tiny, dense, tmp_path / "out", "optim.learning_rate=5e-2", lora=lora)
+        recipe = experts_recipe(
+            tiny, dense, tmp_path / "out", "optim.learning_rate=5e-2", lora=lora
+        )
     result = train(recipe, show_progress=False)
     assert losses(result)[-1] < losses(result)[0] - 0.15
     merged = load_pretrained_model(result.model_folder, dtype="float32")
@@ -414,34 +504,54 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_model(stage, tiny, dense
     base = build_model(recipe).model
     adapted = PeftModel.from_pretrained(base, str(tmp_path / "out" / "adapter"))
     with torch.no_grad():
-        torch.testing.assert_close(merged.model(**batch).logits, adapted.eval()(**batch).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            merged.model(**batch).logits, adapted.eval()(**batch).logits, rtol=1e-4, atol=1e-4
+        )
 
 
 def test_adapters_with_checkpointed_activations_have_the_same_losses(tiny, tmp_path):
     plain, checkpointed = (
         losses(
             train(
-                tiny_recipe(tiny, "tune", tmp_path / name, "optim.max_steps=3", *more, lora={"rank": 4, "alpha": 8}),
+                tiny_recipe(
+                    tiny,
+                    "tune",
+                    tmp_path / name,
+                    "optim.max_steps=3",
+                    *more,
+                    lora={"rank": 4, "alpha": 8},
+                ),
                 show_progress=False,
             )
         )
-        for name, more in (("plain", ()), ("checkpointed", ("optim.activation_checkpointing=true",)))
+        for name, more in (
+            ("plain", ()),
+            ("checkpointed", ("optim.activation_checkpointing=true",)),
+        )
     )
     assert checkpointed == pytest.approx(plain, rel=1e-5)
 
 
 def test_dropout_on_experts_is_refused(tiny, dense, tmp_path):
-    with pytest.raises(ValueError, match=r"PEFT has no dropout for fused experts. Set lora.dropout=0"):
-        train(experts_recipe(tiny, dense, tmp_path / "x", lora={"dropout": 0.1}), show_progress=False)
+    with pytest.raises(
+        ValueError, match=r"PEFT has no dropout for fused experts. Set lora.dropout=0"
+    ):
+        train(
+            experts_recipe(tiny, dense, tmp_path / "x", lora={"dropout": 0.1}), show_progress=False
+        )
 
 
 # Med-MoE
 
 
-def test_med_moes_router_learns_modalities_and_stays_frozen_in_its_third_stage(tiny, dense, tmp_path):
+def test_med_moes_router_learns_modalities_and_stays_frozen_in_its_third_stage(
+    tiny, dense, tmp_path
+):
     more = {"start_from": str(dense), "moe": {"config": {"num_experts": 4}}}
     router = train(
-        tiny_recipe(tiny, "router", tmp_path / "router", "optim.epochs=3", "optim.max_steps=null", **more),
+        tiny_recipe(
+            tiny, "router", tmp_path / "router", "optim.epochs=3", "optim.max_steps=null", **more
+        ),
         show_progress=False,
     ).model_folder
     assert json.loads((router / "labels.json").read_text()) == ["CT", "MR", "US", "histology"]
@@ -486,6 +596,10 @@ def test_the_fitted_router_equals_routing_by_averaged_logits(tiny, dense):
 
 def test_as_many_experts_as_modalities_are_needed(tiny, dense, tmp_path):
     moe = {"config": {"num_experts": 3}}
-    recipe = tiny_recipe(tiny, "router", tmp_path / "r", "optim.max_steps=null", start_from=str(dense), moe=moe)
-    with pytest.raises(ValueError, match=r"4 modalities \(CT, MR, US, histology\), but moe.config.num_experts is 3"):
+    recipe = tiny_recipe(
+        tiny, "router", tmp_path / "r", "optim.max_steps=null", start_from=str(dense), moe=moe
+    )
+    with pytest.raises(
+        ValueError, match=r"4 modalities \(CT, MR, US, histology\), but moe.config.num_experts is 3"
+    ):
         train(recipe, show_progress=False)

@@ -19,7 +19,7 @@ from moellava.demo.parts import write_trained_parts
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import load_recipe, train
 from moellava.train.answers import answer_rows, share_exact
-from moellava.train.rows import build_collator
+from moellava.train.batches import build_collator
 
 # Recipe, optimizer steps, learning rate: toys are small, and take larger rates than the papers' models.
 STAGES = (("stage1_align", 60, 2e-3), ("stage2_tune", 40, 3e-4), ("stage3_experts", 150, 1.5e-3))
@@ -45,7 +45,9 @@ class Seen:
 
 def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 24) -> Seen:
     """Stage 1 on captions, stage 2 on the conversations about a quarter of the images, stage 3 on all of them."""
-    files = write_dataset(folder / "data", num_train_crops=96, num_held_out_crops=num_held_out_crops, seed=seed)
+    files = write_dataset(
+        folder / "data", num_train_crops=96, num_held_out_crops=num_held_out_crops, seed=seed
+    )
     parts = write_trained_parts(folder / "parts", files, seed=seed)
     quarter = folder / "data" / "quarter.json"
     quarter.write_text(json.dumps(json.loads(files["conversations"].read_text())[::4]))
@@ -71,20 +73,28 @@ def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 2
         seconds.append(time.perf_counter() - began)
         for key, kept in (("eval_answers_exact", accuracies), ("eval_loss", losses)):
             found = [entry[key] for entry in log if key in entry]
-            kept += found if name == "stage1_align" else found[1:]  # a stage begins where the one before ended
-    return Seen(accuracies, losses, seconds, blank_accuracy(folder / name / "model", files["held_out"]))
+            kept += (
+                found if name == "stage1_align" else found[1:]
+            )  # a stage begins where the one before ended
+    return Seen(
+        accuracies, losses, seconds, blank_accuracy(folder / name / "model", files["held_out"])
+    )
 
 
 def blank_accuracy(model: Path, held_out: Path) -> float:
     loaded = load_pretrained_model(model, dtype="float32")
-    collator = build_collator(load_recipe("stage3_experts", ["data.chat_template=null"]), loaded.processor)
+    collator = build_collator(
+        load_recipe("stage3_experts", ["data.chat_template=null"]), loaded.processor
+    )
     collator.load_image = lambda image: Image.new("RGB", (64, 64), (127, 127, 127))
     rows = read_rows(str(held_out), images=held_out.parent / "images")
     return share_exact(answer_rows(loaded, rows[:], collator, max_new_tokens=8, batch_size=48))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, help="keep the runs here")
     arguments = parser.parse_args()
@@ -92,10 +102,25 @@ def main() -> None:
     for seed in arguments.seeds:
         with tempfile.TemporaryDirectory() as scratch:
             seen = run_three_stages((arguments.out or Path(scratch)) / str(seed), seed=seed)
-        print(seed, *(f"{100 * share:.1f}" for share in (*seen.accuracies, seen.blank)), sep=" | ", flush=True)
-        print("  losses", *(f"{loss:.3f}" for loss in seen.losses), "seconds", *map(round, seen.seconds), flush=True)
+        print(
+            seed,
+            *(f"{100 * share:.1f}" for share in (*seen.accuracies, seen.blank)),
+            sep=" | ",
+            flush=True,
+        )
+        print(
+            "  losses",
+            *(f"{loss:.3f}" for loss in seen.losses),
+            "seconds",
+            *map(round, seen.seconds),
+            flush=True,
+        )
         found.append((*seen.accuracies, seen.blank))
-    print("mean", *(f"{100 * statistics.mean(shares):.1f}" for shares in zip(*found, strict=True)), sep=" | ")
+    print(
+        "mean",
+        *(f"{100 * statistics.mean(shares):.1f}" for shares in zip(*found, strict=True)),
+        sep=" | ",
+    )
 
 
 if __name__ == "__main__":

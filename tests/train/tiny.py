@@ -28,14 +28,20 @@ def write_tiny(folder: Path, num_rows: int = 20) -> Path:
             Image.fromarray(pixels).save(folder / "images" / f"{index}.png")
             row["image"], question = f"{index}.png", f"<image>\n{question}"
         answer = str(rng.choice(["yes", "no", "the lungs"]))
-        row["conversations"] = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        row["conversations"] = [
+            {"from": "human", "value": question},
+            {"from": "gpt", "value": answer},
+        ]
         rows.append(row)
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder
 
 
 def parts_of(tiny: Path) -> dict[str, str]:
-    return {"model_name_or_path": str(tiny / "tinyllama_tiny"), "mm_vision_tower": str(tiny / "biomedclip_tiny")}
+    return {
+        "model_name_or_path": str(tiny / "tinyllama_tiny"),
+        "mm_vision_tower": str(tiny / "biomedclip_tiny"),
+    }
 
 
 def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):

@@ -94,7 +94,9 @@ def spoil_second_process():
 
     def compute_loss(self, *args, **kwargs):
         if self.args.process_index == 1 and self.state.global_step == 2:
-            self.loaded.model.lm_head.register_forward_hook(lambda module, given, output: output * float("nan"))
+            self.loaded.model.lm_head.register_forward_hook(
+                lambda module, given, output: output * float("nan")
+            )
         return own(self, *args, **kwargs)
 
     return mock.patch.object(MoeLlavaTrainer, "compute_loss", compute_loss)
@@ -107,7 +109,9 @@ def record_rows(file):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if model.training:
             with file.open("a") as lines:
-                lines.write(json.dumps([os.getpid(), self.state.global_step, inputs["row_ids"]]) + "\n")
+                lines.write(
+                    json.dumps([os.getpid(), self.state.global_step, inputs["row_ids"]]) + "\n"
+                )
         return own(self, model, inputs, *args, **kwargs)
 
     return mock.patch.object(MoeLlavaTrainer, "compute_loss", compute_loss)
@@ -149,7 +153,9 @@ def child(recipe, rank, num_processes, port, moment):
         with ExitStack() as stack:
             stack.enter_context(record_rows(Path(f"{out}.{rank}.rows")))
             stack.enter_context(mock.patch.object(run, "save_picture"))  # half of a tiny run's time
-            stack.enter_context(mock.patch.object(checkpoints.os, "fsync"))  # for power cuts; a kill loses nothing
+            stack.enter_context(
+                mock.patch.object(checkpoints.os, "fsync")
+            )  # for power cuts; a kill loses nothing
             if moment is not None:
                 stack.enter_context((MOMENTS | {SPOILT: spoil_second_process})[moment]())
             run.train(recipe, show_progress=False)
@@ -162,7 +168,11 @@ def child(recipe, rank, num_processes, port, moment):
         sys.stderr.flush()
 
 
-ADAPTERS = {"rank": 2, "alpha": 4, "dropout": 0.2}  # dropout draws random numbers, which a resumed run has to draw too
+ADAPTERS = {
+    "rank": 2,
+    "alpha": 4,
+    "dropout": 0.2,
+}  # dropout draws random numbers, which a resumed run has to draw too
 ACCUMULATED = ("optim.per_device_batch_size=1", "data.num_workers=1")
 TWO_ROWS = "optim.per_device_batch_size=2"
 
@@ -178,9 +188,17 @@ class Runs:
             return
         began = time.perf_counter()
         if stage == "experts":
-            more |= {"start_from": str(self.folder / "dense"), "moe": {"config": {"num_experts": 4}}}
+            more |= {
+                "start_from": str(self.folder / "dense"),
+                "moe": {"config": {"num_experts": 4}},
+            }
         every = 1 if num_processes == 1 else 3  # steps between checkpoints; the last is always kept
-        settings = (f"optim.max_steps={NUM_STEPS}", f"saving.every={every}", "saving.keep=1", *overrides)
+        settings = (
+            f"optim.max_steps={NUM_STEPS}",
+            f"saving.every={every}",
+            "saving.keep=1",
+            *overrides,
+        )
         recipe = tiny_recipe(self.tiny, stage, self.folder / name, *settings, **more)
         found = {}
         if killed is not None:
@@ -207,9 +225,17 @@ def main(folder, *chosen):
         runs(f"adapters {moment}", "tune", *ACCUMULATED, lora=ADAPTERS, killed=moment)
     # Two processes.
     two = {"num_processes": 2}
-    even = ("data.group_by_length=false", "moe.config.router_aux_loss_coef=0")  # that loss is not linear in the rows
+    even = (
+        "data.group_by_length=false",
+        "moe.config.router_aux_loss_coef=0",
+    )  # that loss is not linear in the rows
     held_out = f"data.evaluation={runs.tiny / 'rows.json'}"
-    even += (held_out, "evaluation.num_rows=4", "evaluation.num_answers=2", "evaluation.max_new_tokens=3")
+    even += (
+        held_out,
+        "evaluation.num_rows=4",
+        "evaluation.num_answers=2",
+        "evaluation.max_new_tokens=3",
+    )
     runs("one", "experts", *even)
     for parallel in ("ddp", "fsdp2"):
         # As the packaged recipes have it: with checkpointed activations.
@@ -226,7 +252,16 @@ def main(folder, *chosen):
     runs("fsdp2 killed at the end", "tune", TWO_ROWS, "parallel=fsdp2", lora=plain, **finished)
     runs(SPOILT, "tune", TWO_ROWS, "parallel=fsdp2", killed=SPOILT, **two)
     runs("one experts adapters", "experts", *even, lora=plain)
-    runs("fsdp2 experts adapters", "experts", *even, TWO_ROWS, "parallel=fsdp2", checkpointed, lora=plain, **two)
+    runs(
+        "fsdp2 experts adapters",
+        "experts",
+        *even,
+        TWO_ROWS,
+        "parallel=fsdp2",
+        checkpointed,
+        lora=plain,
+        **two,
+    )
     features = f"data.features={folder / 'features.safetensors'}"
     runs("one aligned", "align")
     runs("two with features", "align", features, TWO_ROWS, **two)

@@ -57,7 +57,9 @@ class CheckpointReader:
             "token": token,
         }
         try:
-            self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(self.source, **self._hub)[0]
+            self.config_dict: dict[str, Any] = PreTrainedConfig.get_config_dict(
+                self.source, **self._hub
+            )[0]
         except OSError as error:  # transformers' text does not name what was asked for
             at = f" at revision {revision}" if revision else ""
             raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
@@ -84,14 +86,20 @@ class CheckpointReader:
         path = self._file_of[name]
         if not path.endswith(".safetensors"):
             return self._pickled(path)[name].to(dtype)
-        with safe_open(path, framework="pt") as file:  # a mapping of its own, given back with the tensor
+        with safe_open(
+            path, framework="pt"
+        ) as file:  # a mapping of its own, given back with the tensor
             return file.get_tensor(name).to(dtype)
 
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are stored in: the first floating-point tensor's."""
-        return next(dtype for name in self.names() if (dtype := self.read(name).dtype).is_floating_point)
+        return next(
+            dtype for name in self.names() if (dtype := self.read(name).dtype).is_floating_point
+        )
 
-    def require(self, expected: Mapping[str, tuple[int, ...]], *, may_have: Callable[[str], bool]) -> None:
+    def require(
+        self, expected: Mapping[str, tuple[int, ...]], *, may_have: Callable[[str], bool]
+    ) -> None:
         """Raise `ValueError` unless the checkpoint has exactly these tensors in these shapes.
 
         Args:
@@ -107,7 +115,11 @@ class CheckpointReader:
         ]
         problems = [
             f"{len(found)} {kind} tensors: {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}"
-            for kind, found in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
+            for kind, found in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("wrongly shaped", misshapen),
+            )
             if found
         ]
         if problems:
@@ -143,11 +155,15 @@ class CheckpointReader:
         if path.endswith(".safetensors"):
             with safe_open(path, framework="pt") as file:
                 return dict.fromkeys(file.keys(), path)
-        return dict.fromkeys(torch.load(path, weights_only=True, mmap=True, map_location="cpu"), path)
+        return dict.fromkeys(
+            torch.load(path, weights_only=True, mmap=True, map_location="cpu"), path
+        )
 
     def _pickled(self, path: str) -> dict[str, Tensor]:
         if path not in self._unpickled:
-            self._unpickled[path] = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            self._unpickled[path] = torch.load(
+                path, weights_only=True, mmap=True, map_location="cpu"
+            )
         return self._unpickled[path]
 
 
@@ -189,7 +205,9 @@ def causal_lm_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = model.all_tied_weights_keys
-    return {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied}
+    return {
+        name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied
+    }
 
 
 def is_mixture(reader: CheckpointReader) -> bool:
@@ -208,7 +226,9 @@ def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> dict[str, 
     shapes = causal_lm_shapes(config)
     reader.require(shapes, may_have=is_harmless({"lm_head.weight"} - shapes.keys()))
     keep_float32 = ("mlp.gate.weight", "mlp.gate.bias") if reader.model_type == "llama_moe" else ()
-    return {name: reader.read(name, None if name.endswith(keep_float32) else dtype) for name in shapes}
+    return {
+        name: reader.read(name, None if name.endswith(keep_float32) else dtype) for name in shapes
+    }
 
 
 def _local_or_id(source: str | os.PathLike[str]) -> str:
@@ -217,5 +237,7 @@ def _local_or_id(source: str | os.PathLike[str]) -> str:
         return str(path)
     looks_local = isinstance(source, os.PathLike) or str(source).startswith(("/", "./", "../", "~"))
     if looks_local or not str(source):
-        raise FileNotFoundError(f"There is no checkpoint folder {str(source)!r}. Give a folder or a hub id.")
+        raise FileNotFoundError(
+            f"There is no checkpoint folder {str(source)!r}. Give a folder or a hub id."
+        )
     return str(source)

@@ -83,7 +83,9 @@ class LlamaMoeConfig(LlamaConfig):
         """Raise `ValueError` where the routing fields contradict each other or the layer count."""
         self.moe_layer_indices  # noqa: B018 - resolving is the check
         if self.num_experts < 1:
-            raise ValueError(f"num_experts is {self.num_experts}, but a sparse layer needs at least 1 expert.")
+            raise ValueError(
+                f"num_experts is {self.num_experts}, but a sparse layer needs at least 1 expert."
+            )
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}, but must be between 1 and "
@@ -96,9 +98,13 @@ class LlamaMoeConfig(LlamaConfig):
             )
         for name in ("router_aux_loss_coef", "router_z_loss_coef"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be 0 (off) or a positive number.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}, but must be 0 (off) or a positive number."
+                )
         if self.mlp_bias:
-            raise ValueError("mlp_bias is True, but experts have no biases. Use a checkpoint with mlp_bias=False.")
+            raise ValueError(
+                "mlp_bias is True, but experts have no biases. Use a checkpoint with mlp_bias=False."
+            )
 
     @property
     def expert_width(self) -> int:
@@ -136,13 +142,17 @@ def resolve_moe_layers(moe_layers: str | Collection[int], num_layers: int) -> li
     """
     if isinstance(moe_layers, str):
         if moe_layers not in LAYER_CHOICES:
-            raise unknown_name("moe_layers", moe_layers, (*LAYER_CHOICES, "a list of layer indices"))
+            raise unknown_name(
+                "moe_layers", moe_layers, (*LAYER_CHOICES, "a list of layer indices")
+            )
         indices = list(LAYER_CHOICES[moe_layers](num_layers))
     else:
         indices = sorted(moe_layers)
     outside = [index for index in indices if not 0 <= index < num_layers]
     if outside:
-        raise ValueError(f"moe_layers names {outside}, but the model has layers 0 to {num_layers - 1}.")
+        raise ValueError(
+            f"moe_layers names {outside}, but the model has layers 0 to {num_layers - 1}."
+        )
     repeated = sorted({index for index in indices if indices.count(index) > 1})
     if repeated:
         raise ValueError(f"moe_layers names {repeated} more than once. Give each layer index once.")

@@ -25,7 +25,12 @@ from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM
 logger = logging.getLogger(__name__)
 
 # The multimodal parts of a MoE-LLaVA checkpoint; this module reads its language model.
-NOT_LANGUAGE_MODEL = ("model.mm_projector.", "model.image_tower.", "model.video_tower.", "model.vision_tower.")
+NOT_LANGUAGE_MODEL = (
+    "model.mm_projector.",
+    "model.image_tower.",
+    "model.video_tower.",
+    "model.vision_tower.",
+)
 LANGUAGE_FIELDS = {field.name for field in fields(LlamaConfig)} | {"rope_theta", "rope_scaling"}
 
 
@@ -166,7 +171,9 @@ def _mixtral_config(reader: CheckpointReader) -> LlamaMoeConfig:
         )
     if config.router_jitter_noise:
         logger.warning(
-            "%s: router_jitter_noise=%g is not applied in training", reader.source, config.router_jitter_noise
+            "%s: router_jitter_noise=%g is not applied in training",
+            reader.source,
+            config.router_jitter_noise,
         )
     dense = {name: value for name, value in config.to_dict().items() if name in LANGUAGE_FIELDS}
     return LlamaMoeConfig(
@@ -186,13 +193,17 @@ def _moe_llava_config(reader: CheckpointReader) -> LlamaMoeConfig:
     required = ("moe_layers_idx", "num_experts", "top_k_experts")
     missing = [key for key in required if not moe.get(key)]
     if missing:
-        raise ValueError(f"The config of {reader.source} lacks {missing} under 'moe'. Take the one of stage III.")
+        raise ValueError(
+            f"The config of {reader.source} lacks {missing} under 'moe'. Take the one of stage III."
+        )
     if len(set(moe["num_experts"])) != 1:
         raise ValueError(
             f"{reader.source} has {moe['num_experts']} experts in its layers, but LlamaMoe has one number for all."
         )
     if moe.get("use_residual"):
-        raise ValueError(f"{reader.source} has use_residual=True (residual experts), which LlamaMoe does not have.")
+        raise ValueError(
+            f"{reader.source} has use_residual=True (residual experts), which LlamaMoe does not have."
+        )
     names = reader.names()
     layers = list(moe["moe_layers_idx"])
     return LlamaMoeConfig(

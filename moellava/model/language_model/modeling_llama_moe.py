@@ -65,7 +65,9 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
-        return super().get_correct_experts_implementation(requested_experts or DEFAULT_EXPERTS_IMPLEMENTATION)
+        return super().get_correct_experts_implementation(
+            requested_experts or DEFAULT_EXPERTS_IMPLEMENTATION
+        )
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -103,7 +105,10 @@ class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
         self.layers = nn.ModuleList(
-            [LlamaMoeDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+            [
+                LlamaMoeDecoderLayer(config, layer_idx)
+                for layer_idx in range(config.num_hidden_layers)
+            ]
         )
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
@@ -161,11 +166,15 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
             output_router_logits=output_router_logits or is_penalised,
             **kwargs,
         )
-        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        logits = self.lm_head(
+            slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        )  # (B, T, V)
 
         loss: Tensor | None = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         loss, aux_loss = add_router_losses(
             self.config,
             loss,
@@ -203,7 +212,11 @@ def require_exact(loading_info: dict[str, Any]) -> None:
 def _require_none(loading_info: dict[str, Any], kinds: tuple[str, ...]) -> None:
     found = {kind: sorted(str(key) for key in loading_info[f"{kind}_keys"]) for kind in kinds}
     if any(found.values()):
-        text = "; ".join(f"{len(keys)} {kind}, such as {', '.join(keys[:3])}" for kind, keys in found.items() if keys)
+        text = "; ".join(
+            f"{len(keys)} {kind}, such as {', '.join(keys[:3])}"
+            for kind, keys in found.items()
+            if keys
+        )
         raise ValueError(
             f"The checkpoint does not fit LlamaMoe: {text}. Nothing is filled in at random: turn a dense Llama into a "
             "mixture with moellava.model.language_model.upcycle(source), and load a mixture with the config it was "

@@ -99,7 +99,9 @@ class LlamaMoeExperts(nn.Module):
         self.num_experts = config.num_experts
         self.hidden_dim = config.hidden_size
         self.intermediate_dim = width
-        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * width, config.hidden_size))
+        self.gate_up_proj = nn.Parameter(
+            torch.empty(config.num_experts, 2 * width, config.hidden_size)
+        )
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, width))
         self.act_fn = ACT2FN[config.hidden_act]
 
@@ -114,7 +116,9 @@ def eager_experts_forward(
     """One expert after the other, each on its tokens; the form that the others are tested against."""
     output = torch.zeros_like(hidden_states)
     gate_up_proj, down_proj = _per_expert(experts.gate_up_proj), _per_expert(experts.down_proj)
-    for expert in range(experts.num_experts):  # an index equal to num_experts means: on another rank
+    for expert in range(
+        experts.num_experts
+    ):  # an index equal to num_experts means: on another rank
         token, slot = torch.where(top_k_index == expert)
         if token.numel() == 0:
             continue
@@ -157,7 +161,9 @@ def _single_token_forward(
     experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """Decoding's shape: (1, H) tokens, (1, k) indices and weights to (1, H), reading each chosen expert once."""
-    output = torch.zeros_like(hidden_states, dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype))
+    output = torch.zeros_like(
+        hidden_states, dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
+    )
     for slot, expert in enumerate(top_k_index[0].tolist()):
         if expert < experts.num_experts:  # otherwise on another rank
             gate, up = F.linear(hidden_states, experts.gate_up_proj[expert]).chunk(2, dim=-1)
@@ -170,13 +176,17 @@ def _per_expert(weight: Tensor) -> Sequence[Tensor]:
     if is_quantized(weight):  # no unbind there
         with torch.inference_mode(False):  # torchao's views cannot be made inside inference mode
             return [weight[expert] for expert in range(weight.shape[0])]
-    return weight.unbind(0)  # one backward for all: indexing would add E gradients of the whole weight's size
+    return weight.unbind(
+        0
+    )  # one backward for all: indexing would add E gradients of the whole weight's size
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)
 
 
-def expert_load(router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None) -> Tensor:
+def expert_load(
+    router_logits: Tensor, num_experts: int, top_k: int, attention_mask: Tensor | None = None
+) -> Tensor:
     """F, the share of one layer's assignments that each expert received: (E,) float32, sums to 1.
 
     Args: as `load_balancing_loss`, for one layer.
@@ -187,7 +197,10 @@ def expert_load(router_logits: Tensor, num_experts: int, top_k: int, attention_m
 
 
 def load_balancing_loss(
-    router_logits: Sequence[Tensor], num_experts: int, top_k: int, attention_mask: Tensor | None = None
+    router_logits: Sequence[Tensor],
+    num_experts: int,
+    top_k: int,
+    attention_mask: Tensor | None = None,
 ) -> Tensor:
     """Penalty for uneven routing: the mean over layers of E * sum_i F_i P_i, padding left out.
 
@@ -209,7 +222,9 @@ def load_balancing_loss(
         ValueError: if there are no logits, or if the mask does not fit them; both numbers are given.
     """
     if len(router_logits) == 0:
-        raise ValueError("No router logits to balance. Run the model with output_router_logits=True.")
+        raise ValueError(
+            "No router logits to balance. Run the model with output_router_logits=True."
+        )
     losses = []
     for logits in router_logits:
         load = expert_load(logits, num_experts, top_k, attention_mask)
@@ -224,8 +239,13 @@ def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None
     Args and errors: as `load_balancing_loss`.
     """
     if len(router_logits) == 0:
-        raise ValueError("No router logits to penalise. Run the model with output_router_logits=True.")
-    losses = [_masked_mean(logits.float().logsumexp(dim=-1).square(), attention_mask) for logits in router_logits]
+        raise ValueError(
+            "No router logits to penalise. Run the model with output_router_logits=True."
+        )
+    losses = [
+        _masked_mean(logits.float().logsumexp(dim=-1).square(), attention_mask)
+        for logits in router_logits
+    ]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
 
 
@@ -248,7 +268,9 @@ def router_penalty(
     if config.router_z_loss_coef:
         penalty = penalty + config.router_z_loss_coef * router_z_loss(router_logits, attention_mask)
     if labels is not None and num_items_in_batch is not None:
-        penalty = penalty * ((labels[..., 1:] != -100).sum() / num_items_in_batch).to(penalty.device)
+        penalty = penalty * ((labels[..., 1:] != -100).sum() / num_items_in_batch).to(
+            penalty.device
+        )
     return penalty
 
 
@@ -274,11 +296,19 @@ def add_router_losses(
     """
     if not router_logits:
         return loss, None
-    mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-    aux_loss = load_balancing_loss(router_logits, config.num_experts, config.num_experts_per_tok, mask)
+    mask = (
+        attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+    )
+    aux_loss = load_balancing_loss(
+        router_logits, config.num_experts, config.num_experts_per_tok, mask
+    )
     if loss is not None and is_penalised:
-        penalty = router_penalty(config, router_logits, mask, labels=labels, num_items_in_batch=num_items_in_batch)
-        loss = loss + penalty.to(loss.device)  # not +=: FSDP2 warns about in-place changes of outputs
+        penalty = router_penalty(
+            config, router_logits, mask, labels=labels, num_items_in_batch=num_items_in_batch
+        )
+        loss = loss + penalty.to(
+            loss.device
+        )  # not +=: FSDP2 warns about in-place changes of outputs
     return loss, aux_loss
 
 
@@ -288,11 +318,19 @@ def _masked_mean(values: Tensor, attention_mask: Tensor | None) -> Tensor:
         return values.mean(dim=0)
     num_rows, batch_size = values.shape[0], attention_mask.shape[0]
     length = num_rows // batch_size
-    if attention_mask.dim() != 2 or length * batch_size != num_rows or length > attention_mask.shape[1]:
+    if (
+        attention_mask.dim() != 2
+        or length * batch_size != num_rows
+        or length > attention_mask.shape[1]
+    ):
         raise ValueError(
             f"The attention mask is {tuple(attention_mask.shape)}, but there are router logits of {num_rows} tokens. "
             "Give a (B, T) mask with one row per sample."
         )
-    is_token = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1).to(values.device, values.dtype)
+    is_token = (
+        attention_mask[:, attention_mask.shape[1] - length :]
+        .reshape(-1)
+        .to(values.device, values.dtype)
+    )
     is_token = is_token.view(-1, *[1] * (values.dim() - 1))
     return (values * is_token).sum(dim=0) / is_token.sum().clamp(min=1)

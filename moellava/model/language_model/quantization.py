@@ -59,7 +59,9 @@ def weight_bytes(model: PreTrainedModel) -> int:
 def is_quantized(weight: Tensor) -> bool:
     """Whether a weight is one of torchao's tensor types, which only know indexing and matrix products."""
     return (
-        type(weight) not in (Tensor, torch.nn.Parameter) and hasattr(weight, "dequantize") and hasattr(weight, "qdata")
+        type(weight) not in (Tensor, torch.nn.Parameter)
+        and hasattr(weight, "dequantize")
+        and hasattr(weight, "qdata")
     )
 
 

@@ -50,9 +50,15 @@ def read_router(source: RouterSource, config: LlamaMoeConfig) -> dict[str, Tenso
     wanted: dict[str, tuple[int, ...]] = {"weight": (config.num_experts, config.hidden_size)}
     if config.router_bias:
         wanted["bias"] = (config.num_experts,)
-    router = {("weight" if tensor.dim() == 2 else "bias"): tensor.detach().float() for tensor in tensors.values()}
+    router = {
+        ("weight" if tensor.dim() == 2 else "bias"): tensor.detach().float()
+        for tensor in tensors.values()
+    }
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if len(tensors) != len(wanted) or {name: tuple(value.shape) for name, value in router.items()} != wanted:
+    if (
+        len(tensors) != len(wanted)
+        or {name: tuple(value.shape) for name, value in router.items()} != wanted
+    ):
         raise ValueError(
             f"The router holds {found}, but num_experts={config.num_experts}, hidden_size={config.hidden_size} and "
             f"router_bias={config.router_bias} need {wanted}. "

@@ -19,17 +19,25 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from transformers.utils.logging import tqdm
 
-from moellava.encoders.sources import HUB_OPTIONS
 from moellava.messages import unknown_name
-from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless, is_mixture
+from moellava.model.language_model.checkpoint import (
+    CheckpointReader,
+    causal_lm_shapes,
+    is_harmless,
+    is_mixture,
+)
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, require_exact
 from moellava.model.language_model.router_weights import RouterSource, read_router
+from moellava.storage.sources import split_hub_keywords
 
 logger = logging.getLogger(__name__)
 
 MOE_OPTIONS = tuple(
-    sorted({field.name for field in fields(LlamaMoeConfig)} - {field.name for field in fields(LlamaConfig)})
+    sorted(
+        {field.name for field in fields(LlamaMoeConfig)}
+        - {field.name for field in fields(LlamaConfig)}
+    )
 )
 # How the weights are made, and no part of the config: keywords of `upcycled_state_dict`.
 UPCYCLING_OPTIONS = ("noise", "keep_function", "router")
@@ -57,7 +65,9 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) ->
     return LlamaMoeConfig(**dense, **moe_options)
 
 
-def split_moe_options(moe_config: Mapping[str, Any] | Literal[True]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_moe_options(
+    moe_config: Mapping[str, Any] | Literal[True],
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """`moe_config` of `load_pretrained_model` → options of `moe_config_from_dense`, and of `upcycled_state_dict`."""
     options = {} if moe_config is True else dict(moe_config)
     upcycling = {key: options.pop(key) for key in UPCYCLING_OPTIONS if key in options}
@@ -88,14 +98,20 @@ def upcycle(
 
     Raises: as `upcycled_state_dict` and `moe_config_from_dense`.
     """
-    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
-    reader = CheckpointReader(source, **hub)
+    hub, options = split_hub_keywords(options)
+    reader = CheckpointReader(source, **hub.keywords)
     require_dense_llama(reader)
     config = moe_config_from_dense(reader.config(), **options)
     dtype = dtype or reader.dtype()
     state_dict = dict(
         upcycled_tensors(
-            reader, config, dtype=dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
+            reader,
+            config,
+            dtype=dtype,
+            seed=seed,
+            noise=noise,
+            keep_function=keep_function,
+            router=router,
         )
     )
     model, info = LlamaMoeForCausalLM.from_pretrained(
@@ -149,7 +165,13 @@ def upcycled_state_dict(
     _require_same_llama(reader, config)
     return dict(
         upcycled_tensors(
-            reader, config, dtype=dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
+            reader,
+            config,
+            dtype=dtype,
+            seed=seed,
+            noise=noise,
+            keep_function=keep_function,
+            router=router,
         )
     )
 
@@ -164,8 +186,12 @@ def layers_with_differing_experts(model: LlamaMoeForCausalLM) -> list[int]:
             parameter.detach().unflatten(0, (-1, pieces))
             for parameter in (block.experts.gate_up_proj, block.experts.down_proj)
         ]
-        tied = block.gate.weight.detach().unflatten(0, (-1, pieces))  # (E/g, g, H): pieces of a copy go together
-        if any(bool((copies != copies[:1]).any()) for copies in grouped) or bool((tied != tied[:, :1]).any()):
+        tied = block.gate.weight.detach().unflatten(
+            0, (-1, pieces)
+        )  # (E/g, g, H): pieces of a copy go together
+        if any(bool((copies != copies[:1]).any()) for copies in grouped) or bool(
+            (tied != tied[:, :1]).any()
+        ):
             differing.append(layer_idx)
     return differing
 
@@ -206,7 +232,11 @@ def to_dense(model: LlamaMoeForCausalLM) -> LlamaForCausalLM:
         down = torch.cat(list(experts.down_proj.detach()[:pieces]), dim=1)  # (H, I)
         state_dict[f"{prefix}.down_proj.weight"] = down / pieces
     result: Any = LlamaForCausalLM.from_pretrained(
-        None, config=LlamaConfig(**dense), state_dict=state_dict, dtype=model.dtype, output_loading_info=True
+        None,
+        config=LlamaConfig(**dense),
+        state_dict=state_dict,
+        dtype=model.dtype,
+        output_loading_info=True,
     )
     dense_model, info = result
     require_exact(info)
@@ -291,7 +321,9 @@ def upcycled_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the mixture, one dense tensor in memory at a time."""
     if noise < 0:
-        raise ValueError(f"noise is {noise}, but a standard deviation cannot be negative. Use 0 for exact copies.")
+        raise ValueError(
+            f"noise is {noise}, but a standard deviation cannot be negative. Use 0 for exact copies."
+        )
     if keep_function and not _is_convex(config) and not config.meta_expert:
         raise ValueError(
             "With norm_topk_prob=False the chosen experts' weights do not sum to 1, so copies of the dense MLP change "
@@ -305,12 +337,17 @@ def upcycled_tensors(
         prefix, _, suffix = name.partition(".mlp.")
         if not suffix or not config.is_sparse(int(prefix.rpartition(".")[2])):
             yield name, reader.read(name, dtype)
-        elif suffix == "gate_proj.weight":  # the first of the three, by name the second; up and down are read with it
+        elif (
+            suffix == "gate_proj.weight"
+        ):  # the first of the three, by name the second; up and down are read with it
             block = f"{prefix}.mlp"
             yield from _experts(reader, block, config, dtype, noise, noise_generator, keep_function)
             if config.meta_expert:
                 for part in ("gate_proj", "up_proj", "down_proj"):
-                    yield f"{block}.meta_expert.{part}.weight", reader.read(f"{block}.{part}.weight", dtype)
+                    yield (
+                        f"{block}.meta_expert.{part}.weight",
+                        reader.read(f"{block}.{part}.weight", dtype),
+                    )
             for part, value in (shared_router or _fresh_router(config, router_generator)).items():
                 yield f"{block}.gate.{part}", value.clone()
             num_copied += 1

@@ -32,7 +32,9 @@ def main(mode: str, checkpoint: str, result: str) -> None:
         fully_shard(model, mesh=mesh)
         local = model.model.layers[0].mlp.experts.down_proj.to_local().shape[0]
     else:
-        model = LlamaMoeForCausalLM.from_pretrained(checkpoint, distributed_config=DistributedConfig(**PLANS[mode]))
+        model = LlamaMoeForCausalLM.from_pretrained(
+            checkpoint, distributed_config=DistributedConfig(**PLANS[mode])
+        )
         weight = model.model.layers[0].mlp.experts.down_proj
         local = weight.to_local().shape[0] if hasattr(weight, "to_local") else weight.shape[0]
     with torch.no_grad():
@@ -47,11 +49,16 @@ def main(mode: str, checkpoint: str, result: str) -> None:
         "gate_gradient": gradient, "num_local_experts": local,
     }  # fmt: skip
     if mode == "fsdp":
-        state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        state_dict = get_model_state_dict(
+            model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
         if dist.get_rank() == 0:
             model.save_pretrained(Path(result).parent / "saved", state_dict=state_dict)
     if dist.get_rank() == 0:
-        found = {name: getattr(value, "full_tensor", lambda v=value: v)() for name, value in found.items()}
+        found = {
+            name: getattr(value, "full_tensor", lambda v=value: v)()
+            for name, value in found.items()
+        }
         torch.save(found, result)
     dist.barrier()
     dist.destroy_process_group()

@@ -51,7 +51,9 @@ def test_hub_id_is_read_from_the_cache_without_network(hub_cache, no_network):
     state_dict = dense_state_dict(TINYLLAMA)
     assert_same(state_dict, LlamaForCausalLM.from_pretrained(TINYLLAMA))
     assert state_dict["model.embed_tokens.weight"].dtype == torch.bfloat16
-    assert dense_state_dict(TINYLLAMA, dtype=torch.float32)["model.norm.weight"].dtype == torch.float32
+    assert (
+        dense_state_dict(TINYLLAMA, dtype=torch.float32)["model.norm.weight"].dtype == torch.float32
+    )
 
 
 def test_revision_and_cache_dir_are_used(hub_cache, no_network, tmp_path):
@@ -88,7 +90,13 @@ def test_folder_without_weights_names_the_files_it_needs(make_dense, tmp_path):
 
 def test_missing_shard_is_named(make_dense, tmp_path):
     make_dense().save_pretrained(tmp_path, max_shard_size="40KB")
-    shard = sorted(set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()))[1]
+    shard = sorted(
+        set(
+            json.loads((tmp_path / "model.safetensors.index.json").read_text())[
+                "weight_map"
+            ].values()
+        )
+    )[1]
     (tmp_path / shard).unlink()
     with pytest.raises(OSError, match=shard):
         dense_state_dict(tmp_path)
@@ -98,7 +106,10 @@ def test_missing_shard_is_named(make_dense, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda sd: sd.pop("model.layers.2.mlp.up_proj.weight"), r"1 missing tensors: model\.layers\.2\.mlp\.up_proj"),
+        (
+            lambda sd: sd.pop("model.layers.2.mlp.up_proj.weight"),
+            r"1 missing tensors: model\.layers\.2\.mlp\.up_proj",
+        ),
         (lambda sd: sd.update(extra=torch.zeros(1)), "1 unexpected tensors: extra"),
         (
             lambda sd: sd.update({"model.norm.weight": torch.zeros(31)}),
@@ -128,5 +139,7 @@ def test_mixture_is_read_as_it_is_but_not_as_dense(dense_folder, tmp_path):
     assert state_dict.keys() == mixture.state_dict().keys()
     assert state_dict["model.layers.0.mlp.gate.weight"].dtype == torch.float32
     assert state_dict["model.layers.0.mlp.experts.down_proj"].dtype == torch.float16
-    with pytest.raises(ValueError, match=r"is a mixture of experts \('llama_moe'\), not a dense model"):
+    with pytest.raises(
+        ValueError, match=r"is a mixture of experts \('llama_moe'\), not a dense model"
+    ):
         dense_state_dict(tmp_path / "mixture")

@@ -30,7 +30,9 @@ def test_every_second_layer_is_sparse_by_default():
 
 @given(num_layers=st.integers(1, 40))
 def test_halves_split_the_layers_and_dense_is_both(num_layers):
-    first, second = (list(LAYER_CHOICES[name](num_layers)) for name in ("first_half", "second_half"))
+    first, second = (
+        list(LAYER_CHOICES[name](num_layers)) for name in ("first_half", "second_half")
+    )
     assert first + second == list(LAYER_CHOICES["dense"](num_layers))
 
 

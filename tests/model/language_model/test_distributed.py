@@ -30,7 +30,14 @@ def checkpoint(tmp_path, ids):
 
 def run_on_two_processes(mode, checkpoint):
     result = checkpoint.parent / f"{mode}.pt"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(WORKER), mode, str(checkpoint), str(result)],
@@ -44,7 +51,9 @@ def run_on_two_processes(mode, checkpoint):
 
 
 @pytest.mark.parametrize(("mode", "num_local_experts"), [("tensor", 4), ("expert", 2), ("fsdp", 2)])
-def test_two_processes_give_the_logits_losses_and_gradients_of_one(mode, num_local_experts, checkpoint):
+def test_two_processes_give_the_logits_losses_and_gradients_of_one(
+    mode, num_local_experts, checkpoint
+):
     found = run_on_two_processes(mode, checkpoint)
     ids = torch.load(checkpoint / "ids.pt")
     model = LlamaMoeForCausalLM.from_pretrained(checkpoint)
@@ -53,7 +62,9 @@ def test_two_processes_give_the_logits_losses_and_gradients_of_one(mode, num_loc
     output.loss.backward()
     torch.testing.assert_close(found["loss"], output.loss)
     torch.testing.assert_close(found["aux_loss"], output.aux_loss)
-    torch.testing.assert_close(found["gate_gradient"], model.model.layers[0].mlp.gate.weight.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        found["gate_gradient"], model.model.layers[0].mlp.gate.weight.grad, atol=1e-5, rtol=1e-4
+    )
     assert found["num_local_experts"] == num_local_experts
 
 
@@ -61,6 +72,8 @@ def test_fully_sharded_model_is_saved_whole(checkpoint):
     run_on_two_processes("fsdp", checkpoint)
     saved = LlamaMoeForCausalLM.from_pretrained(checkpoint.parent / "saved")
     for (name, ours), original in zip(
-        saved.named_parameters(), LlamaMoeForCausalLM.from_pretrained(checkpoint).parameters(), strict=True
+        saved.named_parameters(),
+        LlamaMoeForCausalLM.from_pretrained(checkpoint).parameters(),
+        strict=True,
     ):
         assert torch.equal(ours, original), name

@@ -8,7 +8,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM, PhiConfig
 
-from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, import_mixture, imported_state_dict
+from moellava.model.language_model import (
+    LlamaMoeConfig,
+    LlamaMoeForCausalLM,
+    import_mixture,
+    imported_state_dict,
+)
 
 
 def make_mixtral(tiny, **fields):
@@ -17,7 +22,9 @@ def make_mixtral(tiny, **fields):
     return MixtralForCausalLM(MixtralConfig(**tiny, **options)).eval()
 
 
-def write_moe_llava(folder, tiny, state_dict, *, layers, top_k, claimed_experts=4, image_side=True, **moe):
+def write_moe_llava(
+    folder, tiny, state_dict, *, layers, top_k, claimed_experts=4, image_side=True, **moe
+):
     """MoE-LLaVA's stage III checkpoint: DeepSpeed's names, `moe` in the config, projector and tower beside them."""
     renamed = {}
     for name, value in state_dict.items():
@@ -25,7 +32,9 @@ def write_moe_llava(folder, tiny, state_dict, *, layers, top_k, claimed_experts=
         if suffix == "experts.gate_up_proj":
             for expert, fused in enumerate(value):
                 base = f"{prefix}.mlp.deepspeed_moe.experts.deepspeed_experts.{expert}"
-                renamed[f"{base}.gate_proj.weight"], renamed[f"{base}.up_proj.weight"] = fused.chunk(2)
+                renamed[f"{base}.gate_proj.weight"], renamed[f"{base}.up_proj.weight"] = (
+                    fused.chunk(2)
+                )
         elif suffix == "experts.down_proj":
             for expert, down in enumerate(value):
                 base = f"{prefix}.mlp.deepspeed_moe.experts.deepspeed_experts.{expert}"
@@ -40,7 +49,10 @@ def write_moe_llava(folder, tiny, state_dict, *, layers, top_k, claimed_experts=
         renamed["model.mm_projector.0.weight"] = torch.zeros(2, 2)
         renamed["model.image_tower.image_tower.vision_model.pre_layrnorm.weight"] = torch.zeros(2)
     folder.mkdir()
-    save_file({name: value.clone().contiguous() for name, value in renamed.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.clone().contiguous() for name, value in renamed.items()},
+        folder / "model.safetensors",
+    )
     config = LlamaConfig(**tiny).to_dict() | {
         "model_type": "moe_llava_llama", "architectures": ["MoELLaVALlamaForCausalLM"], "mm_hidden_size": 1024,
         "moe": {
@@ -62,9 +74,12 @@ def test_mixtral_checkpoint_keeps_its_logits(tiny, ids, tmp_path):
 
 def test_moe_llava_checkpoint_keeps_its_logits(tiny, ids, tmp_path, caplog):
     mixtral = make_mixtral(
-        {**tiny, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}, rms_norm_eps=1e-6
+        {**tiny, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        rms_norm_eps=1e-6,
     )
-    folder = write_moe_llava(tmp_path / "moe", tiny, mixtral.state_dict(), layers=[0, 1, 2, 3], top_k=2)
+    folder = write_moe_llava(
+        tmp_path / "moe", tiny, mixtral.state_dict(), layers=[0, 1, 2, 3], top_k=2
+    )
     with caplog.at_level(logging.INFO):
         imported = import_mixture(folder)
     torch.testing.assert_close(imported(ids).logits, mixtral(ids).logits)
@@ -75,7 +90,12 @@ def test_moe_llava_checkpoint_keeps_its_logits(tiny, ids, tmp_path, caplog):
 def test_med_moe_checkpoint_brings_its_meta_expert_and_router_bias(tiny, ids, tmp_path):
     torch.manual_seed(0)
     config = LlamaMoeConfig(
-        **tiny, num_experts_per_tok=1, norm_topk_prob=False, meta_expert=True, router_bias=True, initializer_range=0.2
+        **tiny,
+        num_experts_per_tok=1,
+        norm_topk_prob=False,
+        meta_expert=True,
+        router_bias=True,
+        initializer_range=0.2,
     )
     original = LlamaMoeForCausalLM(config).eval()
     for layer in (0, 2):
@@ -99,9 +119,16 @@ def test_dtype_converts_all_but_the_router(tiny, tmp_path):
 def test_missing_expert_is_named(tiny, tmp_path):
     mixtral = make_mixtral(tiny)
     folder = write_moe_llava(
-        tmp_path / "moe", tiny, mixtral.state_dict(), layers=[0, 1, 2, 3], top_k=2, claimed_experts=5
+        tmp_path / "moe",
+        tiny,
+        mixtral.state_dict(),
+        layers=[0, 1, 2, 3],
+        top_k=2,
+        claimed_experts=5,
     )
-    with pytest.raises(ValueError, match=r"12 missing tensors: model\.layers\.0.*deepspeed_experts\.4\.down_proj"):
+    with pytest.raises(
+        ValueError, match=r"12 missing tensors: model\.layers\.0.*deepspeed_experts\.4\.down_proj"
+    ):
         import_mixture(folder)
 
 
@@ -115,7 +142,10 @@ def test_missing_expert_is_named(tiny, tmp_path):
 )
 def test_moe_llava_options_that_llama_moe_lacks_are_refused(moe, message, tiny, tmp_path):
     folder = write_moe_llava(
-        tmp_path / "moe", tiny, make_mixtral(tiny).state_dict(), **{"layers": [0, 1, 2, 3], "top_k": 2, **moe}
+        tmp_path / "moe",
+        tiny,
+        make_mixtral(tiny).state_dict(),
+        **{"layers": [0, 1, 2, 3], "top_k": 2, **moe},
     )
     with pytest.raises(ValueError, match=message):
         import_mixture(folder)

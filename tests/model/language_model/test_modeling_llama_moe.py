@@ -20,7 +20,12 @@ from transformers import (
 )
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel, load_balancing_loss
+from moellava.model.language_model import (
+    LlamaMoeConfig,
+    LlamaMoeForCausalLM,
+    LlamaMoeModel,
+    load_balancing_loss,
+)
 
 
 def make_mixture(seed=0, **fields):
@@ -45,7 +50,9 @@ def mixtral_of(mixture):
         "router_aux_loss_coef",
     )  # fmt: skip
     fields = {name: getattr(mixture.config, name) for name in names}
-    mixtral = MixtralForCausalLM(MixtralConfig(num_local_experts=mixture.config.num_experts, **fields)).eval()
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(num_local_experts=mixture.config.num_experts, **fields)
+    ).eval()
     mixtral.load_state_dict(mixture.state_dict())
     return mixtral
 
@@ -62,7 +69,10 @@ def left_padded(ids, num_pad, pad_token=0):
 
 def test_all_sparse_layers_equal_mixtral_bit_for_bit(ids):
     mixture = make_mixture(moe_layers="dense")
-    ours, theirs = mixture(ids, output_router_logits=True), mixtral_of(mixture)(ids, output_router_logits=True)
+    ours, theirs = (
+        mixture(ids, output_router_logits=True),
+        mixtral_of(mixture)(ids, output_router_logits=True),
+    )
     assert torch.equal(ours.logits, theirs.logits)
     for mine, other in zip(ours.router_logits, theirs.router_logits, strict=True):
         assert torch.equal(mine, other)
@@ -106,7 +116,9 @@ def test_any_configuration_equals_mixtral(layers, experts, heads, tied, data):
 
 def test_only_the_chosen_layers_are_sparse():
     mixture = make_mixture(moe_layers=[1, 2])
-    dense = LlamaForCausalLM(LlamaConfig(**{"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4}))
+    dense = LlamaForCausalLM(
+        LlamaConfig(**{"vocab_size": 99, "hidden_size": 32, "num_attention_heads": 4})
+    )
     kinds = [type(layer.mlp).__name__ for layer in mixture.model.layers]
     assert kinds == ["LlamaMLP", "LlamaMoeSparseBlock", "LlamaMoeSparseBlock", "LlamaMLP"]
     assert type(mixture.model.layers[0].self_attn) is type(dense.model.layers[0].self_attn)
@@ -119,7 +131,9 @@ def test_aux_loss_is_that_of_the_returned_router_logits_and_leaves_padding_out(m
     ids, mask = left_padded(ids, 4)
     output = mixture(ids, attention_mask=mask, output_router_logits=True)
     assert [tuple(layer.shape) for layer in output.router_logits] == [(18, 4)] * 2
-    per_layer = [load_balancing_loss_func((layer,), 4, 2, mask) / 2 for layer in output.router_logits]
+    per_layer = [
+        load_balancing_loss_func((layer,), 4, 2, mask) / 2 for layer in output.router_logits
+    ]
     torch.testing.assert_close(output.aux_loss, torch.stack(per_layer).mean())
 
 
@@ -129,9 +143,13 @@ def test_training_loss_contains_the_penalties_and_evaluation_loss_does_not(ids):
     base, output = plain(ids, labels=ids), penalised(ids, labels=ids)
     logits = penalised(ids, output_router_logits=True).router_logits
     z_loss = torch.stack([layer.logsumexp(-1).square().mean() for layer in logits]).mean()
-    torch.testing.assert_close(output.loss, base.loss + 0.5 * load_balancing_loss(logits, 4, 2) + 0.25 * z_loss)
+    torch.testing.assert_close(
+        output.loss, base.loss + 0.5 * load_balancing_loss(logits, 4, 2) + 0.25 * z_loss
+    )
     torch.testing.assert_close(output.aux_loss, load_balancing_loss(logits, 4, 2))
-    torch.testing.assert_close(penalised.eval()(ids, labels=ids).loss, plain.eval()(ids, labels=ids).loss)
+    torch.testing.assert_close(
+        penalised.eval()(ids, labels=ids).loss, plain.eval()(ids, labels=ids).loss
+    )
 
 
 def test_gradient_accumulation_gives_the_whole_batchs_penalty(ids):
@@ -140,7 +158,9 @@ def test_gradient_accumulation_gives_the_whole_batchs_penalty(ids):
         rows = [model(row[None], labels=row[None]).aux_loss for row in ids]
         total = sum(model(row[None], labels=row[None], num_items_in_batch=16).loss for row in ids)
         model.config.router_aux_loss_coef = 0.0
-        cross_entropy = sum(model(row[None], labels=row[None], num_items_in_batch=16).loss for row in ids)
+        cross_entropy = sum(
+            model(row[None], labels=row[None], num_items_in_batch=16).loss for row in ids
+        )
     torch.testing.assert_close(total - cross_entropy, torch.stack(rows).mean())
 
 
@@ -159,7 +179,9 @@ def test_activation_checkpointing_changes_neither_losses_nor_gradients(ids):
             model.activation_checkpointing_enable()
         output = model(ids, labels=ids, use_cache=False)
         output.loss.backward()
-        results.append([output.loss, output.aux_loss, *(parameter.grad for parameter in model.parameters())])
+        results.append(
+            [output.loss, output.aux_loss, *(parameter.grad for parameter in model.parameters())]
+        )
     for plain, checkpointed in zip(*results, strict=True):
         assert torch.equal(plain, checkpointed)
 
@@ -193,7 +215,9 @@ def test_generation_equals_mixtral(options, ids):
     tokens = []
     for model in (mixture, mixtral_of(mixture)):
         torch.manual_seed(3)
-        tokens.append(model.generate(prompt, attention_mask=mask, max_new_tokens=8, pad_token_id=0, **options))
+        tokens.append(
+            model.generate(prompt, attention_mask=mask, max_new_tokens=8, pad_token_id=0, **options)
+        )
     assert torch.equal(*tokens)
 
 
@@ -210,21 +234,29 @@ def test_cached_steps_equal_the_whole_sequence(mixture, ids):
 def test_a_shared_prefix_is_computed_once(mixture, ids):
     prefix = mixture(ids[:, :6], use_cache=True).cache
     prefix.batch_repeat_interleave(2)
-    endings = torch.cat([ids[:, 6:], ids[:, 6:].flip(1)]).view(2, 2, 3).transpose(0, 1).reshape(4, 3)
+    endings = (
+        torch.cat([ids[:, 6:], ids[:, 6:].flip(1)]).view(2, 2, 3).transpose(0, 1).reshape(4, 3)
+    )
     output = mixture(endings, cache=prefix)
     whole = mixture(torch.cat([ids[:, :6].repeat_interleave(2, 0), endings], dim=1)).logits[:, 6:]
     torch.testing.assert_close(output.logits, whole, atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=10)
-@given(num_pad=st.integers(0, 8), batch=st.integers(1, 5), implementation=st.sampled_from(["eager", "fastest"]))
+@given(
+    num_pad=st.integers(0, 8),
+    batch=st.integers(1, 5),
+    implementation=st.sampled_from(["eager", "fastest"]),
+)
 def test_a_sample_gives_the_same_logits_in_any_company(num_pad, batch, implementation):
     mixture = make_mixture()
     mixture.set_experts_implementation(implementation)
     generator = torch.Generator().manual_seed(batch)
     ids, mask = left_padded(torch.randint(1, 99, (batch, 9), generator=generator), num_pad)
     alone = mixture(ids[:1, num_pad:]).logits
-    torch.testing.assert_close(mixture(ids, attention_mask=mask).logits[:1, num_pad:], alone, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        mixture(ids, attention_mask=mask).logits[:1, num_pad:], alone, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.slow
@@ -305,7 +337,9 @@ def test_missing_expert_is_an_error_and_not_random(mixture, tmp_path):
     state_dict = mixture.state_dict()
     del state_dict["model.layers.2.mlp.experts.down_proj"]
     mixture.save_pretrained(tmp_path, state_dict=state_dict)
-    with pytest.raises(ValueError, match=r"1 missing, such as model\.layers\.2\.mlp\.experts\.down_proj"):
+    with pytest.raises(
+        ValueError, match=r"1 missing, such as model\.layers\.2\.mlp\.experts\.down_proj"
+    ):
         LlamaMoeForCausalLM.from_pretrained(tmp_path)
 
 
@@ -319,7 +353,9 @@ def test_expert_of_another_shape_is_an_error(mixture, tmp_path):
 def test_dense_checkpoint_is_not_loaded_as_a_mixture(dense_folder):
     with pytest.raises(ValueError, match=r"upcycle\(source\)"):
         LlamaMoeForCausalLM.from_pretrained(dense_folder)
-    config = LlamaMoeConfig(**{**AutoConfig.from_pretrained(dense_folder).to_dict(), "model_type": "llama_moe"})
+    config = LlamaMoeConfig(
+        **{**AutoConfig.from_pretrained(dense_folder).to_dict(), "model_type": "llama_moe"}
+    )
     with pytest.raises(ValueError, match=r"6 missing.*upcycle\(source\)"):
         LlamaMoeForCausalLM.from_pretrained(dense_folder, config=config)
 
@@ -334,7 +370,9 @@ def test_nested_in_another_model_it_keeps_kernel_router_dtype_and_recording(tmp_
 
         def __init__(self, config):
             super().__init__(config)
-            self.language_model = AutoModel.from_config(LlamaMoeConfig(**make_mixture().config.to_dict()))
+            self.language_model = AutoModel.from_config(
+                LlamaMoeConfig(**make_mixture().config.to_dict())
+            )
             self.post_init()
 
     Parent(ParentConfig()).save_pretrained(tmp_path)
@@ -358,5 +396,7 @@ def test_import_loads_no_training_or_quantisation_library():
         "names = {'peft', 'torchao', 'bitsandbytes', 'deepspeed', 'trl'};"
         "print(sorted(names & (sys.modules.keys() - before)))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"

@@ -16,14 +16,24 @@ from moellava.model.language_model import (
     router_penalty,
     router_z_loss,
 )
-from moellava.model.language_model.moe import LlamaMoeRouter, LlamaMoeSparseBlock, fastest_experts_forward
+from moellava.model.language_model.moe import (
+    LlamaMoeRouter,
+    LlamaMoeSparseBlock,
+    fastest_experts_forward,
+)
 
 IMPLEMENTATIONS = ("eager", "fastest", "grouped_mm", "batched_mm")
 
 
 def make_block(dtype=torch.float32, implementation="eager", seed=0, **fields):
     config = LlamaMoeConfig(
-        **{"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, **fields}
+        **{
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            **fields,
+        }
     )
     config._experts_implementation = implementation
     block = LlamaMoeSparseBlock(config)
@@ -66,18 +76,28 @@ def plain_formula(block, x):
     "fields",
     [
         {},
-        {"norm_topk_prob": False, "num_experts_per_tok": 1, "meta_expert": True, "router_bias": True},
+        {
+            "norm_topk_prob": False,
+            "num_experts_per_tok": 1,
+            "meta_expert": True,
+            "router_bias": True,
+        },
         {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 16},
     ],
     ids=["mixtral", "med-moe", "narrow"],
 )
 def test_block_equals_the_plain_formula_in_float64(implementation, fields):
     block, x = make_block(implementation=implementation, **fields), hidden(2, 7, 32)
-    torch.testing.assert_close(block(x).reshape(-1, 32).double(), plain_formula(block, x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        block(x).reshape(-1, 32).double(), plain_formula(block, x), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_meta_expert_is_not_weighted_by_the_router():
-    block, x = make_block(meta_expert=True, norm_topk_prob=False, num_experts_per_tok=1), hidden(1, 5, 32)
+    block, x = (
+        make_block(meta_expert=True, norm_topk_prob=False, num_experts_per_tok=1),
+        hidden(1, 5, 32),
+    )
     block.experts.down_proj.data.zero_()
     torch.testing.assert_close(block(x), block.meta_expert(x))
 
@@ -97,8 +117,12 @@ def test_one_expert_equals_the_dense_mlp_in_values_and_gradients():
     y_dense.square().sum().backward()
     torch.testing.assert_close(x.grad, x_dense.grad, atol=1e-5, rtol=1e-5)
     dense_gate_up = torch.cat([mlp.gate_proj.weight.grad, mlp.up_proj.weight.grad])
-    torch.testing.assert_close(block.experts.gate_up_proj.grad[0], dense_gate_up, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(block.experts.down_proj.grad[0], mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        block.experts.gate_up_proj.grad[0], dense_gate_up, atol=1e-5, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        block.experts.down_proj.grad[0], mlp.down_proj.weight.grad, atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -120,7 +144,9 @@ def test_implementations_agree_with_eager_in_values_and_gradients(implementation
 
 
 def test_batched_mm_is_never_chosen_on_the_cpu(monkeypatch):
-    monkeypatch.setitem(ALL_EXPERTS_FUNCTIONS, "batched_mm", lambda *_: pytest.fail("batched_mm ran"))
+    monkeypatch.setitem(
+        ALL_EXPERTS_FUNCTIONS, "batched_mm", lambda *_: pytest.fail("batched_mm ran")
+    )
     for num_tokens in (1, 300):
         make_block(implementation="fastest")(hidden(1, num_tokens, 32))
 
@@ -132,7 +158,9 @@ def test_off_the_cpu_batched_mm_is_bounded_by_the_experts_own_size(monkeypatch):
     block = make_block().to("meta")
     for num_tokens in (1, 2, 3, 300):
         index = torch.empty(num_tokens, 2, dtype=torch.long, device="meta")
-        fastest_experts_forward(block.experts, torch.empty(num_tokens, 32, device="meta"), index, index.float())
+        fastest_experts_forward(
+            block.experts, torch.empty(num_tokens, 32, device="meta"), index, index.float()
+        )
     assert used == ["batched_mm", "batched_mm", "grouped_mm", "grouped_mm"]
 
 
@@ -152,10 +180,16 @@ def test_gradients_reach_the_router_and_every_expert_that_got_a_token(implementa
     num_tokens=st.integers(1, 20), num_experts=st.integers(1, 7), data=st.data(), norm=st.booleans(),
     seed=st.integers(0, 2**16),
 )  # fmt: skip
-def test_routing_weights_are_probabilities_of_distinct_experts(num_tokens, num_experts, data, norm, seed):
+def test_routing_weights_are_probabilities_of_distinct_experts(
+    num_tokens, num_experts, data, norm, seed
+):
     top_k = data.draw(st.integers(1, num_experts))
     block = make_block(
-        seed=seed, num_experts=num_experts, num_experts_per_tok=top_k, norm_topk_prob=norm, hidden_size=16
+        seed=seed,
+        num_experts=num_experts,
+        num_experts_per_tok=top_k,
+        norm_topk_prob=norm,
+        hidden_size=16,
     )
     logits, weights, index = block.gate(hidden(num_tokens, 16, seed=seed))
     assert logits.shape == (num_tokens, num_experts)
@@ -227,7 +261,9 @@ def test_each_layer_costs_what_transformers_counts_divided_by_top_k(top_k, maske
     layers = [hidden(12, 5, seed=seed) * 2 for seed in (3, 4, 5)]
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]) if masked else None
     theirs = [load_balancing_loss_func((layer,), 5, top_k, mask) / top_k for layer in layers]
-    torch.testing.assert_close(load_balancing_loss(layers, 5, top_k, mask), torch.stack(theirs).mean())
+    torch.testing.assert_close(
+        load_balancing_loss(layers, 5, top_k, mask), torch.stack(theirs).mean()
+    )
 
 
 def test_two_unbalanced_layers_do_not_cancel_out():
@@ -237,7 +273,11 @@ def test_two_unbalanced_layers_do_not_cancel_out():
 
 
 @settings(deadline=None, max_examples=25)
-@given(lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4), top_k=st.integers(1, 3), left=st.booleans())
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    top_k=st.integers(1, 3),
+    left=st.booleans(),
+)
 def test_padding_does_not_count(lengths, top_k, left):
     longest = max(lengths)
     logits = hidden(len(lengths), longest, 3, seed=sum(lengths))
@@ -245,13 +285,20 @@ def test_padding_does_not_count(lengths, top_k, left):
     mask = torch.stack([position >= longest - n if left else position < n for n in lengths])
     alone = [logits[mask]]
     padded = [logits.reshape(-1, 3)]
-    torch.testing.assert_close(load_balancing_loss(padded, 3, top_k, mask), load_balancing_loss(alone, 3, top_k))
+    torch.testing.assert_close(
+        load_balancing_loss(padded, 3, top_k, mask), load_balancing_loss(alone, 3, top_k)
+    )
     torch.testing.assert_close(router_z_loss(padded, mask), router_z_loss(alone))
 
 
 def test_mask_over_cached_tokens_counts_the_new_ones():
-    logits, mask = hidden(2, 4), torch.tensor([[0, 1, 1], [1, 1, 0]])  # one new token per row, one of them padding
-    torch.testing.assert_close(load_balancing_loss([logits], 4, 2, mask), load_balancing_loss([logits[:1]], 4, 2))
+    logits, mask = (
+        hidden(2, 4),
+        torch.tensor([[0, 1, 1], [1, 1, 0]]),
+    )  # one new token per row, one of them padding
+    torch.testing.assert_close(
+        load_balancing_loss([logits], 4, 2, mask), load_balancing_loss([logits[:1]], 4, 2)
+    )
 
 
 def test_mask_of_another_size_names_both_numbers():
@@ -282,7 +329,9 @@ def test_penalty_weighs_both_losses_and_keeps_its_weight_under_gradient_accumula
     whole = 0.5 * load_balancing_loss(layers, 4, 2) + 0.25 * router_z_loss(layers)
     torch.testing.assert_close(router_penalty(config, layers), whole)
     # 3 of the batch's 12 labels (the first column has no prediction, one is left out)
-    torch.testing.assert_close(router_penalty(config, layers, labels=labels, num_items_in_batch=12), whole * 3 / 12)
+    torch.testing.assert_close(
+        router_penalty(config, layers, labels=labels, num_items_in_batch=12), whole * 3 / 12
+    )
 
 
 def test_gradient_of_the_loss_makes_routing_more_even():

@@ -6,8 +6,17 @@ import sys
 import pytest
 import torch
 
-from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, quantization_config, weight_bytes
-from moellava.model.language_model.quantization import QUANTIZED_MODULES, QUANTIZED_PARAMETERS, is_quantized
+from moellava.model.language_model import (
+    LlamaMoeConfig,
+    LlamaMoeForCausalLM,
+    quantization_config,
+    weight_bytes,
+)
+from moellava.model.language_model.quantization import (
+    QUANTIZED_MODULES,
+    QUANTIZED_PARAMETERS,
+    is_quantized,
+)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ def source(request, trained_router, tmp_path):
 
 
 def test_one_router_goes_into_every_sparse_layer(source, trained_router, dense_folder):
-    mixture = upcycle(dense_folder, router=source, router_bias=True, router_frozen=True, dtype=torch.bfloat16)
+    mixture = upcycle(
+        dense_folder, router=source, router_bias=True, router_frozen=True, dtype=torch.bfloat16
+    )
     for layer in (0, 2):
         gate = mixture.model.layers[layer].mlp.gate
         assert torch.equal(gate.weight, trained_router[0].weight)
@@ -45,9 +47,13 @@ def test_router_can_be_loaded_into_a_finished_model(source, trained_router, dens
     assert torch.equal(mixture.model.layers[2].mlp.gate.weight, trained_router[0].weight)
 
 
-@pytest.mark.parametrize("fields", [{"router_bias": False}, {"num_experts": 8}, {"hidden_size": 64}])
+@pytest.mark.parametrize(
+    "fields", [{"router_bias": False}, {"num_experts": 8}, {"hidden_size": 64}]
+)
 def test_router_that_does_not_fit_names_both_shapes(source, fields):
-    config = LlamaMoeConfig(**{"hidden_size": 32, "router_bias": True, "num_attention_heads": 4, **fields})
+    config = LlamaMoeConfig(
+        **{"hidden_size": 32, "router_bias": True, "num_attention_heads": 4, **fields}
+    )
     with pytest.raises(ValueError, match=r"fc1\.weight': \(4, 32\).*need"):
         read_router(source, config)
 

@@ -1,6 +1,6 @@
 """Weights on disk to weights in a module: safetensors first, then pickles, opened with `weights_only=True`.
 
-`read_weights`, `assign_weights`, `require_loaded`.
+`read_weights`, `assign_weights`, and the one strict check `require_fit`.
 """
 
 import pickle
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from moellava.messages import first_names
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -24,9 +26,15 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Ten
 
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if key.startswith(prefixes)}  # noqa: SIM118
+                return {
+                    key: file.get_tensor(key)
+                    for key in file.keys()
+                    if key.startswith(prefixes)  # noqa: SIM118
+                }
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read as safetensors; is it complete? ({error})") from error
+            raise ValueError(
+                f"{path} cannot be read as safetensors; is it complete? ({error})"
+            ) from error
     state = _read_pickle(path)
     tensors = dict(_tensors(state))
     if not tensors:
@@ -34,50 +42,63 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Ten
     return {key: value for key, value in tensors.items() if key.startswith(prefixes)}
 
 
-def assign_weights(module: nn.Module, state: dict[str, Tensor], *, where: str) -> None:
-    """Put tensors into a module without copying them; nothing may be missing, left over or of another shape.
+def assign_weights(module: nn.Module, state: dict[str, Tensor], *, where: object) -> None:
+    """Put tensors into a module without copying; none may be missing, unexpected or misshapen.
 
     Args:
         where: the file, for messages.
     """
-    expected = module.state_dict()
-    wrong = [
+    mismatched = [
         f"{key}: {tuple(state[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
+        for key, value in module.state_dict().items()
         if key in state and state[key].shape != value.shape
     ]
-    if wrong:
-        raise ValueError(f"{where} does not fit its config; tensors of other shapes: {first_five(wrong)}.")
+    require_fit(where, mismatched=mismatched)
     result = module.load_state_dict(state, strict=False, assign=True)
-    problems = [
-        f"{word} tensors: {first_five(sorted(keys))}"
-        for word, keys in (("missing", result.missing_keys), ("unknown", result.unexpected_keys))
-        if keys
-    ]
-    if problems:
-        raise ValueError(f"{where} does not fit its config; {'; '.join(problems)}.")
+    require_fit(where, missing=result.missing_keys, unexpected=result.unexpected_keys)
 
 
-def require_loaded(
-    source: object,
-    info: Mapping[str, Collection[Any]],
-    kinds: Collection[str] = ("missing_keys", "unexpected_keys", "mismatched_keys"),
+def require_loaded(where: object, info: Mapping[str, Collection[object]]) -> None:
+    """`require_fit` for what `from_pretrained(..., output_loading_info=True)` returned.
+
+    transformers only logs these problems, and leaves missing parameters uninitialised.
+    """
+    require_fit(
+        where,
+        missing=info.get("missing_keys", ()),
+        unexpected=info.get("unexpected_keys", ()),
+        mismatched=info.get("mismatched_keys", ()),
+        errors=info.get("error_msgs", ()),
+    )
+
+
+def require_fit(
+    where: object,
+    *,
+    missing: Collection[object] = (),
+    unexpected: Collection[object] = (),
+    mismatched: Collection[object] = (),
+    errors: Collection[object] = (),
 ) -> None:
-    """Raise `ValueError` for weights that did not fit; transformers only logs them, and draws missing ones at random.
+    """The one strict check of loading: every tensor has its place, and every place its tensor.
 
     Args:
-        source: what was loaded, for the message.
-        info: of `from_pretrained(..., output_loading_info=True)`.
-        kinds: keys of `info`.
+        where: what was loaded, for the message.
+
+    Raises:
+        ValueError: if anything is given; the first five names of each kind are listed.
     """
-    problems = [f"{kind.replace('_', ' ')}: {first_five(sorted(map(str, info[kind])))}" for kind in kinds if info[kind]]
+    kinds = (
+        ("missing keys", missing),
+        ("unexpected keys", unexpected),
+        ("mismatched keys", mismatched),
+        ("errors", errors),
+    )
+    problems = [f"{kind}: {first_names(sorted(map(str, names)))}" for kind, names in kinds if names]
     if problems:
-        raise ValueError(f"The weights of {source!r} do not fit its configuration. {'; '.join(problems)}.")
-
-
-def first_five(names: list[str]) -> str:
-    """The names as one text, shortened to five and a count."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        raise ValueError(
+            f"The weights of {where} do not fit its configuration. {'; '.join(problems)}."
+        )
 
 
 def _read_pickle(path: Path, mmap: bool = True) -> Any:

@@ -3,16 +3,15 @@
 import copy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from moellava.encoders.weights import first_five, read_weights
-
-if TYPE_CHECKING:
-    from moellava.encoders.biomedclip import BiomedClipVisionConfig
+from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.messages import first_names
+from moellava.storage.weights import read_weights
 
 
 class _NoInitOnMeta(TorchFunctionMode):
@@ -26,7 +25,7 @@ class _NoInitOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_visual(config: "BiomedClipVisionConfig") -> Any:
+def build_visual(config: BiomedClipVisionConfig) -> Any:
     """open_clip's image tower for a config, with fresh weights, at the config's image size.
 
     Raises:
@@ -40,7 +39,9 @@ def build_visual(config: "BiomedClipVisionConfig") -> Any:
             "A BiomedCLIP tower is open_clip's: pip install open_clip_torch (3.3 or newer; it brings timm)."
         ) from error
     assert config.vision_cfg is not None
-    vision_cfg = copy.deepcopy(config.vision_cfg) | {"timm_model_pretrained": False}  # never a download
+    vision_cfg = copy.deepcopy(config.vision_cfg) | {
+        "timm_model_pretrained": False
+    }  # never a download
     is_timm = bool(vision_cfg.get("timm_model_name"))
     height, width = config.image_hw
     if not is_timm:
@@ -53,13 +54,15 @@ def build_visual(config: "BiomedClipVisionConfig") -> Any:
         with _NoInitOnMeta():
             visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
     except (TypeError, RuntimeError, AssertionError) as error:
-        raise ValueError(f"open_clip cannot build the image tower {config.vision_cfg}: {error}") from error
+        raise ValueError(
+            f"open_clip cannot build the image tower {config.vision_cfg}: {error}"
+        ) from error
     if is_timm and config.image_hw != config.trained_hw:
         visual.set_input_size(config.image_hw)
     return visual
 
 
-def interpolate_positions(visual: Any, config: "BiomedClipVisionConfig") -> None:
+def interpolate_positions(visual: Any, config: BiomedClipVisionConfig) -> None:
     """Resize the position embedding of open_clip's own towers, in place, with open_clip's own function."""
     from open_clip.model import resize_pos_embed
 
@@ -72,7 +75,9 @@ def interpolate_positions(visual: Any, config: "BiomedClipVisionConfig") -> None
     state = {"visual.positional_embedding": owner.positional_embedding.data}
     resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=grid_size)))
     requires_grad = owner.positional_embedding.requires_grad
-    owner.positional_embedding = nn.Parameter(state["visual.positional_embedding"], requires_grad=requires_grad)
+    owner.positional_embedding = nn.Parameter(
+        state["visual.positional_embedding"], requires_grad=requires_grad
+    )
     for name in ("image_size", "grid_size"):
         if hasattr(target, name):
             setattr(visual, name, getattr(target, name))
@@ -84,7 +89,11 @@ def fill_computed_buffers(module: nn.Module) -> bool:
     Weights have to be in place. False if timm offers no way to compute one of them.
     """
     for child in module.modules():
-        names = [name for name, buffer in child.named_buffers(recurse=False) if buffer.device.type == "meta"]
+        names = [
+            name
+            for name, buffer in child.named_buffers(recurse=False)
+            if buffer.device.type == "meta"
+        ]
         for name in names:
             empty = torch.empty_like(child.get_buffer(name), device="cpu")
             child.register_buffer(name, empty, persistent=False)
@@ -103,6 +112,6 @@ def read_tower(path: Path, prefix: str) -> dict[str, Tensor]:
         others = sorted({key.split(".")[0] for key in read_weights(path)})
         raise ValueError(
             f"{path} has no tensor of an image tower (names that start with {prefix!r}). Its names start "
-            f"with {first_five(others)}: a text-only checkpoint, or not an open_clip one."
+            f"with {first_names(others)}: a text-only checkpoint, or not an open_clip one."
         )
     return {key.removeprefix(prefix): value for key, value in state.items()}

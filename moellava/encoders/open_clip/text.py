@@ -6,22 +6,25 @@
 import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
 from transformers import AutoConfig
 
-from moellava.encoders.sources import Source, find_file, parse_source, read_json
-from moellava.encoders.weights import first_five, read_weights
-
-if TYPE_CHECKING:
-    from moellava.encoders.biomedclip import BiomedClipVisionConfig
+from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.storage.sources import Source, find_file, parse_source, read_json
+from moellava.storage.weights import read_weights, require_fit
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "vocab.txt", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "special_tokens_map.json",
+)
 # A config of the text model that lies beside the weights, for machines that see no hub.
 TEXT_CONFIG_FILE = "text_config.json"
 # BiomedBERT's published config is BERT-base's own default; it was renamed from PubMedBERT.
@@ -34,7 +37,7 @@ BERT_BASE_REPOS = (
 class ClipText(nn.Module):
     """Text tower, logit scale (stored as a logarithm) and, for SigLIP-like models, logit bias."""
 
-    def __init__(self, config: "BiomedClipVisionConfig"):
+    def __init__(self, config: BiomedClipVisionConfig):
         super().__init__()
         self.tower = _build_tower(config)
         self.logit_scale = nn.Parameter(torch.zeros(()))
@@ -43,13 +46,17 @@ class ClipText(nn.Module):
     def forward(self, token_ids: Tensor) -> Tensor:
         """(B, T) ids -> (B, P) vectors of unit length."""
         output = self.tower(token_ids)
-        vectors = output[0] if isinstance(output, tuple) else output  # CoCa's tower also returns tokens
+        vectors = (
+            output[0] if isinstance(output, tuple) else output
+        )  # CoCa's tower also returns tokens
         return nn.functional.normalize(vectors, dim=-1)
 
     def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
         """(B, L): softmax over the labels; a sigmoid per label for models trained with a logit bias."""
         logits = self.logit_scale.exp() * image_vectors @ text_vectors.T
-        return logits.softmax(-1) if self.logit_bias is None else (logits + self.logit_bias).sigmoid()
+        return (
+            logits.softmax(-1) if self.logit_bias is None else (logits + self.logit_bias).sigmoid()
+        )
 
 
 def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path) -> dict[str, Any]:
@@ -60,7 +67,9 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     """
     text_cfg = model_cfg.get("text_cfg")
     if not isinstance(text_cfg, dict):
-        raise ValueError(f"{source.name} has no model_cfg.text_cfg, so it has no text tower: load_text=False.")
+        raise ValueError(
+            f"{source.name} has no model_cfg.text_cfg, so it has no text tower: load_text=False."
+        )
     state = read_weights(weights_file, ("text.", "logit_bias"))
     settings = {"text_cfg": text_cfg, "has_logit_bias": "logit_bias" in state}
     if text_cfg.get("hf_model_name"):
@@ -74,15 +83,21 @@ def without_local_paths(text_cfg: dict[str, Any]) -> dict[str, Any]:
     A saved encoder carries the text model's config and tokenizer, so that nothing is looked for under these names.
     """
     names = ("hf_model_name", "hf_tokenizer_name")
-    local = {name: Path(text_cfg[name]).name for name in names if os.path.isdir(text_cfg.get(name) or "")}
+    local = {
+        name: Path(text_cfg[name]).name for name in names if os.path.isdir(text_cfg.get(name) or "")
+    }
     return text_cfg | local
 
 
-def load_text(config: "BiomedClipVisionConfig", weights_file: Path) -> ClipText:
+def load_text(config: BiomedClipVisionConfig, weights_file: Path) -> ClipText:
     """The text side with its weights; nothing may be missing or left over."""
     from open_clip.model import convert_to_custom_text_state_dict
 
-    state = {key: value for key, value in read_weights(weights_file).items() if not key.startswith("visual.")}
+    state = {
+        key: value
+        for key, value in read_weights(weights_file).items()
+        if not key.startswith("visual.")
+    }
     if "positional_embedding" in state:  # CLIP's own layout keeps the text tower at the root
         state = convert_to_custom_text_state_dict(state)
     # An index buffer that transformers stopped saving in 4.31.
@@ -95,16 +110,11 @@ def load_text(config: "BiomedClipVisionConfig", weights_file: Path) -> ClipText:
     # CoCa's captioner is no part of zero-shot classification.
     own = {key: value for key, value in own.items() if not key.startswith("text_decoder.")}
     result = text.load_state_dict(own, strict=False)
-    if result.missing_keys or result.unexpected_keys:
-        raise ValueError(
-            f"{weights_file} does not fit its text_cfg; missing: "
-            f"{first_five(result.missing_keys) or 'none'}; unknown: "
-            f"{first_five(result.unexpected_keys) or 'none'}."
-        )
+    require_fit(weights_file, missing=result.missing_keys, unexpected=result.unexpected_keys)
     return text
 
 
-def load_tokenizer(config: "BiomedClipVisionConfig", source: Source) -> Any:
+def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Any:
     """open_clip's tokenizer for the text tower, from the checkpoint's own files where it has them."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
@@ -121,12 +131,12 @@ def load_tokenizer(config: "BiomedClipVisionConfig", source: Source) -> Any:
         location,
         context_length=context_length,
         tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **({} if found is not None else {"local_files_only": source.local_files_only}),
+        **({} if found is not None else {"local_files_only": source.hub.local_files_only}),
         **options,
     )
 
 
-def _build_tower(config: "BiomedClipVisionConfig") -> nn.Module:
+def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     from open_clip.hf_model import HFTextEncoder
     from open_clip.model import _build_text_tower
 
@@ -135,7 +145,9 @@ def _build_tower(config: "BiomedClipVisionConfig") -> nn.Module:
         return _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
     model_config = AutoConfig.for_model(**(config.text_model_config or {}))
     if model_config.is_encoder_decoder:
-        raise ValueError(f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False.")
+        raise ValueError(
+            f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."
+        )
     tower = HFTextEncoder(
         text_cfg["hf_model_name"],
         output_dim=config.embed_dim,
@@ -156,20 +168,17 @@ def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> d
     beside = find_file(source, TEXT_CONFIG_FILE, required=False)
     if beside is not None:
         return read_json(beside)
-    cached = try_to_load_from_cache(name, "config.json", cache_dir=source.cache_dir)
+    cached = try_to_load_from_cache(name, "config.json", cache_dir=source.hub.cache_dir)
     if isinstance(cached, str):
         return read_json(Path(cached))
     embedding = state.get("text.transformer.embeddings.word_embeddings.weight")
     if name in BERT_BASE_REPOS and embedding is not None and embedding.shape == (30522, 768):
         logger.info("the text model %s has BERT-base's config; no file of it is needed", name)
         return {"model_type": "bert"}
-    hub: dict[str, Any] = {
-        "cache_dir": source.cache_dir,
-        "token": source.token,
-        "local_files_only": source.local_files_only,
-    }
     try:
-        path = find_file(parse_source(f"hf-hub:{name}", **hub), "config.json", download=True)
+        path = find_file(
+            parse_source(f"hf-hub:{name}", source.hub.at(None)), "config.json", download=True
+        )
     except OSError as error:
         where = f"{source.folder}/{TEXT_CONFIG_FILE}" if source.folder else "the cache"
         raise OSError(

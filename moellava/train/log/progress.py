@@ -4,7 +4,15 @@ from typing import Any
 
 from transformers import ProgressCallback
 
-SHOWN = ("loss", "aux_loss", "learning_rate", "grad_norm", "tokens_per_second", "eval_loss", "eval_answers_exact")
+SHOWN = (
+    "loss",
+    "aux_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "eval_loss",
+    "eval_answers_exact",
+)
 
 
 class ProgressBar(ProgressCallback):

@@ -34,17 +34,28 @@ def read_data(recipe: Recipe) -> TrainData:
     """
     options = recipe.data
     if options.train is None:
-        raise ValueError("The recipe names no training data. Add data.train=FILE (and data.images=FOLDER).")
-    common: dict[str, Any] = {"images": options.images, "format": options.format, "skip_bad": options.skip_bad}
+        raise ValueError(
+            "The recipe names no training data. Add data.train=FILE (and data.images=FOLDER)."
+        )
+    common: dict[str, Any] = {
+        "images": options.images,
+        "format": options.format,
+        "skip_bad": options.skip_bad,
+    }
     rows = read_rows(options.train, split=options.train_split, **common)
     evaluation: Any = None
     if options.evaluation is not None:
         evaluation = read_rows(options.evaluation, split=options.evaluation_split, **common)
         if recipe.evaluation.num_rows is not None:
-            evaluation = [evaluation[index] for index in range(min(recipe.evaluation.num_rows, len(evaluation)))]
+            evaluation = [
+                evaluation[index]
+                for index in range(min(recipe.evaluation.num_rows, len(evaluation)))
+            ]
     for name, found in (("data.train", rows), ("data.evaluation", evaluation)):
         if found is not None and len(found) == 0:
-            raise ValueError(f"{name} is {getattr(options, name.partition('.')[2])!r}, which has no rows.")
+            raise ValueError(
+                f"{name} is {getattr(options, name.partition('.')[2])!r}, which has no rows."
+            )
     return TrainData(rows, evaluation)
 
 
@@ -68,7 +79,9 @@ def row_lengths(rows: Sequence[Any], collator: ChatCollator) -> list[int]:
     Raises:
         ValueError: naming the rows that are too long, before a step is trained.
     """
-    lengths = num_chat_tokens([messages_of(row) for row in rows], collator.processor, collator.chat_template)
+    lengths = num_chat_tokens(
+        [messages_of(row) for row in rows], collator.processor, collator.chat_template
+    )
     limit = collator.max_length
     if limit is None:
         return lengths

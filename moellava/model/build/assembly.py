@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moellava.encoders import VisionEncoder
-from moellava.model.build_request import BuildRequest
+from moellava.model.build.request import BuildRequest
 from moellava.model.chat_templates import multimodal_chat_template
-from moellava.model.checkpoints import load_weights
+from moellava.model.checkpoint.strict import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import (
     LlamaMoeConfig,
@@ -31,20 +31,13 @@ from moellava.model.language_model.mixtures import LAYOUTS
 from moellava.model.language_model.upcycling import split_moe_options
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
-from moellava.model.origin import origin_of
-from moellava.model.parts import (
-    IMAGE_TOKEN,
-    as_dtype,
-    load_encoder,
-    load_generation_config,
-    load_model_config,
-    load_tokenizer,
-    model_type_of,
-)
+from moellava.storage.sources import HubOptions, origin_of
+from moellava.model.build.parts import IMAGE_TOKEN, load_encoder, load_tokenizer
+from moellava.model.checkpoint.configs import as_dtype, load_generation_config, load_model_config, model_type_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, projector_options
-from moellava.model.tower_identity import TowerIdentity, tower_identity
-from moellava.model.trained_projector import TrainedProjector, read_projector
+from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identity
+from moellava.model.checkpoint.projector_file import TrainedProjector, read_projector
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +121,7 @@ def _find_parts(
     tokenizer = load_tokenizer(name, **hub)
     text_config = language_model.config
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
-    origin = origin_of(name, **hub)
+    origin = origin_of(name, HubOptions(**hub))
     tower = tower_identity(encoder.config, encoder.state_dict())
     config = MoeLlavaConfig(
         vision_config=encoder.config,

@@ -16,15 +16,20 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from moellava.encoders._transformers import plain_config
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
-from moellava.encoders.weights import first_five, read_weights, require_loaded
+from moellava.messages import first_names
 from moellava.model.chat_templates import multimodal_chat_template
+from moellava.model.checkpoint.tower_identity import tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
-from moellava.model.language_model.upcycling import moe_config_from_dense, split_moe_options, upcycled_tensors
+from moellava.model.language_model.upcycling import (
+    moe_config_from_dense,
+    split_moe_options,
+    upcycled_tensors,
+)
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
-from moellava.model.origin import Origin, origin_of
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.tower_identity import tower_identity
+from moellava.storage.sources import HubOptions, Origin, origin_of
+from moellava.storage.weights import read_weights, require_loaded
 
 PROJECTOR_TYPE = "mlp2x_gelu"
 # transformers' names of the projector's layers, and ours, which are the original LLaVA's.
@@ -66,7 +71,7 @@ def read_llava(
     llava = _load_llava(name, **hub)
     dtype = dtype or llava.dtype
     processor = _load_processor(name, llava_config, **hub)
-    origin = origin_of(name, **hub)
+    origin = origin_of(name, HubOptions(**hub))
     encoder = _clip_encoder(origin, llava, processor.image_processor)
 
     text_config = llava_config.text_config
@@ -128,11 +133,15 @@ def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     else:
         found = weights
     found = {_own_projector_key(key): value for key, value in found.items()}
-    strange = [key for key in found if key.rsplit(".", 1)[-1] not in ("weight", "bias") or key.count(".") > 1]
+    strange = [
+        key
+        for key in found
+        if key.rsplit(".", 1)[-1] not in ("weight", "bias") or key.count(".") > 1
+    ]
     if strange:
         raise ValueError(
             f"{file} holds no projector: expected names such as 'model.mm_projector.0.weight', found "
-            f"{first_five(sorted(weights))}. Give LLaVA's mm_projector.bin."
+            f"{first_names(sorted(weights))}. Give LLaVA's mm_projector.bin."
         )
     return found
 
@@ -144,7 +153,9 @@ def _projector_file(path: Path) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise FileNotFoundError(f"No projector at {path}: expected a file, or a folder with one of {', '.join(names)}.")
+    raise FileNotFoundError(
+        f"No projector at {path}: expected a file, or a folder with one of {', '.join(names)}."
+    )
 
 
 def _own_projector_key(key: str) -> str:
@@ -153,7 +164,10 @@ def _own_projector_key(key: str) -> str:
 
 
 def _projector_of(llava: Any) -> dict[str, Tensor]:
-    return {_own_projector_key(key): value for key, value in llava.model.multi_modal_projector.state_dict().items()}
+    return {
+        _own_projector_key(key): value
+        for key, value in llava.model.multi_modal_projector.state_dict().items()
+    }
 
 
 def _require_clip_and_llama(name: str, config: Any) -> None:
@@ -221,9 +235,14 @@ class LanguageModelOf(CheckpointReader):
         self.source = source
         self.model_type = llava.config.text_config.model_type
         self._config = llava.config.text_config
-        modules: dict[str, nn.Module] = {"model": llava.model.language_model, "lm_head": llava.lm_head}
+        modules: dict[str, nn.Module] = {
+            "model": llava.model.language_model,
+            "lm_head": llava.lm_head,
+        }
         self._tensors = {
-            f"{prefix}.{key}": value for prefix, module in modules.items() for key, value in module.state_dict().items()
+            f"{prefix}.{key}": value
+            for prefix, module in modules.items()
+            for key, value in module.state_dict().items()
         }
 
     def config(self) -> PreTrainedConfig:

@@ -4,10 +4,8 @@
 `moellava.images`, which reads the files.
 """
 
-import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +23,10 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import TensorType
 
 from moellava.images import to_eight_bit, to_pil
+from moellava.images.threads import as_image_list, map_in_threads
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class BiomedClipImageProcessorKwargs(ImagesKwargs, total=False):
@@ -61,7 +57,9 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
     def __init__(self, **kwargs: Unpack[BiomedClipImageProcessorKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]
         if self.resize_mode not in RESIZE_MODES:
-            raise ValueError(f"resize_mode is {self.resize_mode!r}; choose one of {', '.join(RESIZE_MODES)}.")
+            raise ValueError(
+                f"resize_mode is {self.resize_mode!r}; choose one of {', '.join(RESIZE_MODES)}."
+            )
 
     @classmethod
     def from_open_clip(
@@ -73,7 +71,9 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
         if interpolation == "random":  # open_clip's word for training; it evaluates with bicubic
             interpolation = "bicubic"
         if interpolation not in INTERPOLATIONS:
-            raise ValueError(f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}.")
+            raise ValueError(
+                f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}."
+            )
         resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
         square_crop = height == width and resize_mode == "shortest"
         return cls(
@@ -82,13 +82,17 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
             do_center_crop=resize_mode != "squash",
             resize_mode=resize_mode,
             # open_clip keeps its default interpolation where the target is not square.
-            resample=INTERPOLATIONS[interpolation if height == width or resize_mode != "shortest" else "bicubic"],
+            resample=INTERPOLATIONS[
+                interpolation if height == width or resize_mode != "shortest" else "bicubic"
+            ],
             fill_color=int(preprocess_cfg.get("fill_color") or 0),
             image_mean=_triple(preprocess_cfg.get("mean") or OPENAI_CLIP_MEAN),
             image_std=_triple(preprocess_cfg.get("std") or OPENAI_CLIP_STD),
         )
 
-    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[Image.Image]:
+    def _prepare_image_like_inputs(
+        self, images: Any, *args: Any, **kwargs: Any
+    ) -> list[Image.Image]:
         return [to_pil(image) for image in as_image_list(images)]
 
     def _preprocess(  # type: ignore[override]
@@ -112,16 +116,22 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
                 image = image.resize(_target_size(image.size, size, resize_mode), resample)
             if do_center_crop:
                 image = center_crop(image, crop_size["height"], crop_size["width"], fill_color)
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))  # (H, W, 3) uint8
+            return np.asarray(
+                image if image.mode == "RGB" else image.convert("RGB")
+            )  # (H, W, 3) uint8
 
         arrays = map_in_threads(resized, images)
         shapes = sorted({array.shape for array in arrays})  # one, unless cropping is off
         if len(shapes) == 1:
             pixels = _normalised(np.stack(arrays), settings)
-            values = pixels if return_tensors in ("pt", TensorType.PYTORCH) else list(pixels.numpy())
+            values = (
+                pixels if return_tensors in ("pt", TensorType.PYTORCH) else list(pixels.numpy())
+            )
             return BatchFeature(data={"pixel_values": values}, tensor_type=return_tensors)
         if return_tensors is not None:
-            raise ValueError(f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on.")
+            raise ValueError(
+                f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on."
+            )
         values = [_normalised(np.stack([array]), settings)[0].numpy() for array in arrays]
         return BatchFeature(data={"pixel_values": values})
 
@@ -136,7 +146,11 @@ def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
         pixels = pixels.div_(255) if factor == 1 / 255 else pixels.mul_(factor)
     if settings["do_normalize"]:
         for name, in_place in (("image_mean", pixels.sub_), ("image_std", pixels.div_)):
-            in_place(torch.tensor(settings[name], dtype=torch.float32, device=pixels.device).view(3, 1, 1))
+            in_place(
+                torch.tensor(settings[name], dtype=torch.float32, device=pixels.device).view(
+                    3, 1, 1
+                )
+            )
     return pixels
 
 
@@ -144,20 +158,19 @@ def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
     """transformers' common settings that this transform has no place for are refused, not ignored."""
     if not settings["do_convert_rgb"]:
         raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
-    for name, allowed in (("do_pad", (None, False)), ("pad_size", (None,)), ("input_data_format", (None,))):
+    for name, allowed in (
+        ("do_pad", (None, False)),
+        ("pad_size", (None,)),
+        ("input_data_format", (None,)),
+    ):
         if settings.get(name) not in allowed:
-            raise ValueError(f"{name}={settings[name]!r} has no meaning in open_clip's transform. Leave it out.")
+            raise ValueError(
+                f"{name}={settings[name]!r} has no meaning in open_clip's transform. Leave it out."
+            )
     if settings.get("data_format") not in (None, ChannelDimension.FIRST, "channels_first"):
-        raise ValueError(f"data_format={settings['data_format']!r}: pixel values are (3, H, W). Leave it out.")
-
-
-def as_image_list(images: Any) -> list[Any]:
-    """One image, a batch (4-D array) or a (nested) sequence of images as a flat list."""
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        return list(images)
-    if isinstance(images, (list, tuple)):
-        return [image for item in images for image in as_image_list(item)]
-    return [images]
+        raise ValueError(
+            f"data_format={settings['data_format']!r}: pixel values are (3, H, W). Leave it out."
+        )
 
 
 def center_crop(image: Image.Image, height: int, width: int, fill: int = 0) -> Image.Image:
@@ -171,32 +184,21 @@ def center_crop(image: Image.Image, height: int, width: int, fill: int = 0) -> I
     return image.crop((left, top, left + width, top + height))
 
 
-def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """`[function(item) for item in items]` on as many threads as this process has cores."""
-    items = list(items)
-    num_threads = min(len(items), num_cores())
-    if num_threads < 2:
-        return [function(item) for item in items]
-    with ThreadPoolExecutor(num_threads) as pool:
-        return list(pool.map(function, items))
-
-
-def num_cores() -> int:
-    """Cores that this process may use, which in a container is fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _target_size(image_size: tuple[int, int], size: SizeDict, resize_mode: str) -> tuple[int, int]:
     """(width, height) to resize to, with the arithmetic of torchvision and open_clip."""
     width, height = image_size
     if size.longest_edge:
-        raise ValueError(f"size is {dict(size)}; expected 'shortest_edge' alone, or 'height' and 'width'.")
+        raise ValueError(
+            f"size is {dict(size)}; expected 'shortest_edge' alone, or 'height' and 'width'."
+        )
     if size.shortest_edge:
         short, long = sorted(image_size)
         new_long = int(size.shortest_edge * long / short)
         return (size.shortest_edge, new_long) if width <= height else (new_long, size.shortest_edge)
     if not size.height or not size.width:
-        raise ValueError(f"size is {dict(size)}; expected 'shortest_edge', or 'height' and 'width'.")
+        raise ValueError(
+            f"size is {dict(size)}; expected 'shortest_edge', or 'height' and 'width'."
+        )
     if resize_mode == "squash":
         return size.width, size.height
     ratios = height / size.height, width / size.width
@@ -205,4 +207,8 @@ def _target_size(image_size: tuple[int, int], size: SizeDict, resize_mode: str) 
 
 
 def _triple(values: float | Sequence[float]) -> list[float]:
-    return [float(values)] * 3 if isinstance(values, (int, float)) else [float(value) for value in values]
+    return (
+        [float(values)] * 3
+        if isinstance(values, (int, float))
+        else [float(value) for value in values]
+    )

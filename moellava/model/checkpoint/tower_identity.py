@@ -41,12 +41,16 @@ class TowerIdentity:
         names += ["weights"] if self.weights and other.weights else ["tower", "revision"]
         if "tower" in names and self.tower and other.tower:
             # A folder's own name stands for the repo id that ends with it.
-            mine["tower"], theirs["tower"] = (name.rsplit("/", 1)[-1].lower() for name in (self.tower, other.tower))
+            mine["tower"], theirs["tower"] = (
+                name.rsplit("/", 1)[-1].lower() for name in (self.tower, other.tower)
+            )
         known = [name for name in names if mine[name] is not None and theirs[name] is not None]
         return [name for name in known if mine[name] != theirs[name]]
 
 
-def tower_identity(config: PreTrainedConfig, state_dict: Mapping[str, Tensor] | None = None) -> TowerIdentity:
+def tower_identity(
+    config: PreTrainedConfig, state_dict: Mapping[str, Tensor] | None = None
+) -> TowerIdentity:
     """The identity of a vision tower by its config and, where given, by its weights."""
     tower: Any = config
     return TowerIdentity(

@@ -17,12 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moellava.encoders.weights import first_five, read_weights
+from moellava.messages import first_names
+from moellava.model.checkpoint.llava import read_mm_projector
+from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.from_llava import read_mm_projector
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX
 from moellava.model.projector import ProjectorShape, build_projector
-from moellava.model.tower_identity import TowerIdentity, tower_identity
+from moellava.storage.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,8 @@ class TrainedProjector:
             )
         if self.tower is None:
             logger.warning(
-                "projector %s names no tower that it was trained for; only its shapes are checked", self.path
+                "projector %s names no tower that it was trained for; only its shapes are checked",
+                self.path,
             )
         elif differing := self.tower.differs_from(tower):
             raise ValueError(
@@ -64,12 +66,14 @@ class TrainedProjector:
             expected = build_projector(self.projector_type, shape, self.options).state_dict()
         found = {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
         wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        wrong = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+        wrong = sorted(
+            name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+        )
         if wrong:
             raise ValueError(
                 f"The projector {self.path} is no {self.projector_type} with {dict(self.options or {})}: {wrong[0]} is "
                 f"{found.get(wrong[0], 'missing')}, expected {wanted.get(wrong[0], 'nothing')}. "
-                f"Differing in all: {first_five(wrong)}."
+                f"Differing in all: {first_names(wrong)}."
             )
 
 
@@ -90,14 +94,20 @@ def save_projector(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
         "options": config.projector_options,
         "vision_width": shape.vision_width,
         "text_width": shape.text_width,
-        "tower": asdict(tower_identity(config.vision_config, joined.model.vision_tower.state_dict())),
+        "tower": asdict(
+            tower_identity(config.vision_config, joined.model.vision_tower.state_dict())
+        ),
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = joined.model.multi_modal_projector.state_dict()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     # Written beside and then moved: the model may be mapped to the very file that is replaced.
-    save_file(state, folder / f"{PROJECTOR_FILE}.part", metadata={"format": "pt", HEADER: json.dumps(description)})
+    save_file(
+        state,
+        folder / f"{PROJECTOR_FILE}.part",
+        metadata={"format": "pt", HEADER: json.dumps(description)},
+    )
     os.replace(folder / f"{PROJECTOR_FILE}.part", folder / PROJECTOR_FILE)
     return folder / PROJECTOR_FILE
 
@@ -107,7 +117,7 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
 
     Args:
         path: the folder or file of `save_projector`; the folder of a saved model, whole or by `save_trainable`; or a
-            projector of the original LLaVA's code, as `moellava.model.from_llava.read_mm_projector` takes it.
+            projector of the original LLaVA's code, as `moellava.model.checkpoint.llava.read_mm_projector` takes it.
 
     Raises:
         OSError: if there is no such file.
@@ -122,7 +132,9 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 description = json.loads(header)
                 tower = TowerIdentity(**description.pop("tower"))
-                return TrainedProjector(path=str(path), tower=tower, state_dict=state, **description)
+                return TrainedProjector(
+                    path=str(path), tower=tower, state_dict=state, **description
+                )
     config_file = (place if place.is_dir() else place.parent) / "config.json"
     settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
     if place.is_dir() and settings.get("model_type") == MoeLlavaConfig.model_type:
@@ -138,7 +150,9 @@ def _from_saved_model(folder: Path) -> TrainedProjector:
         raise ValueError(f"{folder} holds no weights of a projector. Is the checkpoint complete?")
     tower = _without_prefix(state, TOWER_PREFIX)
     identity = tower_identity(config.vision_config, tower)
-    if (folder / "base.json").is_file():  # by save_trainable: of the tower there is only what was trained
+    if (
+        folder / "base.json"
+    ).is_file():  # by save_trainable: of the tower there is only what was trained
         if tower:
             raise ValueError(
                 f"The projector in {folder} was trained together with its tower, which is no published one then. "
@@ -158,7 +172,9 @@ def _from_saved_model(folder: Path) -> TrainedProjector:
 
 
 def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
 
 
 def _saved_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
@@ -181,10 +197,16 @@ def _from_llava(place: Path, settings: Mapping[str, Any]) -> TrainedProjector:
     else:
         raise ValueError(
             f"{place} holds layers {', '.join(sorted(layers))}, which are no projector of LLaVA's code. Write it with "
-            "moellava.model.trained_projector.save_projector."
+            "moellava.model.checkpoint.projector_file.save_projector."
         )
-    name = settings.get("mm_vision_tower") or settings.get("mm_image_tower")  # the second is MoE-LLaVA's
-    tower = TowerIdentity(tower=name, select_layer=settings.get("mm_vision_select_layer")) if name else None
+    name = settings.get("mm_vision_tower") or settings.get(
+        "mm_image_tower"
+    )  # the second is MoE-LLaVA's
+    tower = (
+        TowerIdentity(tower=name, select_layer=settings.get("mm_vision_select_layer"))
+        if name
+        else None
+    )
     return TrainedProjector(
         path=str(place),
         projector_type=projector_type,

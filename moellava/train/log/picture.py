@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moellava.train.router_load import KINDS
+from moellava.train.log.router_load import KINDS
 
 
 def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
@@ -32,7 +32,9 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     for column, kind in enumerate(KINDS if loads else ()):
         shares = np.array([load[kind] for load in loads])  # (steps, L, E)
         _draw_last_load(figure, axes[1, column], shares, loads[0]["layers"], kind)
-        _draw_extremes(axes[2, column], [entry["step"] for entry in steps if "load" in entry], shares, kind)
+        _draw_extremes(
+            axes[2, column], [entry["step"] for entry in steps if "load" in entry], shares, kind
+        )
     for axis in figure.axes:
         if axis.get_xlabel() == "optimizer step":
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -44,7 +46,12 @@ def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[
     lines: tuple[tuple[Sequence[dict[str, Any]], str, str, dict[str, Any]], ...] = (
         (steps, "loss", "training loss", {}),
         (log, "eval_loss", "held-out loss", {"marker": "o"}),
-        (log, "eval_answers_exact", "share of exact answers", {"marker": "s", "linestyle": "--", "color": "tab:green"}),
+        (
+            log,
+            "eval_answers_exact",
+            "share of exact answers",
+            {"marker": "s", "linestyle": "--", "color": "tab:green"},
+        ),
         (steps, "aux_loss", "balancing loss (1 is even)", {"color": "tab:gray"}),
     )
     for entries, key, label, style in lines:
@@ -56,19 +63,32 @@ def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[
 
 
 def _draw_speed(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
-    axis.plot([entry["step"] for entry in steps], [entry.get("tokens_per_second", np.nan) for entry in steps])
+    axis.plot(
+        [entry["step"] for entry in steps],
+        [entry.get("tokens_per_second", np.nan) for entry in steps],
+    )
     axis.set(xlabel="optimizer step", ylabel="tokens per second", ylim=(0, None))
     peak = max((entry.get("memory_mib", 0) for entry in steps), default=0)
     axis.set_title(f"peak memory {peak:,.0f} MiB", fontsize=10)
 
 
-def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, layers: Sequence[int], kind: str) -> None:
+def _draw_last_load(
+    figure: Any, axis: Any, shares: np.ndarray, layers: Sequence[int], kind: str
+) -> None:
     """Mean over the last tenth of the steps."""
     last = shares[-max(1, len(shares) // 10) :].mean(0)
     image = axis.imshow(last, vmin=0, vmax=1, aspect="auto", cmap="viridis")
     for row, expert in np.ndindex(last.shape):
         color = "white" if last[row, expert] < 0.6 else "black"
-        axis.text(expert, row, f"{last[row, expert]:.2f}", ha="center", va="center", color=color, fontsize=8)
+        axis.text(
+            expert,
+            row,
+            f"{last[row, expert]:.2f}",
+            ha="center",
+            va="center",
+            color=color,
+            fontsize=8,
+        )
     axis.set(
         title=f"{kind} tokens: share of each expert, end of the run",
         xlabel="expert",
@@ -81,8 +101,16 @@ def _draw_last_load(figure: Any, axis: Any, shares: np.ndarray, layers: Sequence
 
 
 def _draw_extremes(axis: Any, steps: Sequence[int], shares: np.ndarray, kind: str) -> None:
-    axis.fill_between(steps, shares.min((1, 2)), shares.max((1, 2)), alpha=0.3, label="least to most loaded expert")
+    axis.fill_between(
+        steps,
+        shares.min((1, 2)),
+        shares.max((1, 2)),
+        alpha=0.3,
+        label="least to most loaded expert",
+    )
     axis.plot(steps, shares.max(2).mean(1), label="most loaded, mean over layers")
     axis.axhline(1 / shares.shape[2], color="black", linewidth=0.8, linestyle=":", label="even")
-    axis.set(xlabel="optimizer step", ylabel="share", title=f"{kind} tokens: load over time", ylim=(0, 1))
+    axis.set(
+        xlabel="optimizer step", ylabel="share", title=f"{kind} tokens: load over time", ylim=(0, 1)
+    )
     axis.legend(fontsize=8)

@@ -30,7 +30,7 @@ class BuildRequest:
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str | None = None  # None: mlp2x_gelu, or that of the trained projector
     projector_options: Mapping[str, Any] | None = None  # of that type; see moellava.model.projector
-    projector_path: str | Path | None = None  # a trained projector; see moellava.model.trained_projector
+    projector_path: str | Path | None = None  # a trained projector; see moellava.model.checkpoint.projector_file
     image_size: int | None = None
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None

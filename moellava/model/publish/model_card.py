@@ -13,8 +13,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from moellava.model.describe import count_active_parameters
-from moellava.model.origin import Origin
-from moellava.model.remote_code import write_remote_code
+from moellava.model.publish.remote_code import write_remote_code
+from moellava.storage.sources import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,8 @@ def model_card(
         f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
         mixture=_mixture(config.text_config),
         parameters=f"{model.num_parameters():,}, of which {count_active_parameters(model):,} meet each text token",
-        data="\n".join(f"- {name}" for name in datasets) or "The authors have not said what it was trained on.",
+        data="\n".join(f"- {name}" for name in datasets)
+        or "The authors have not said what it was trained on.",
         licence=_licence(licence, origins),
     )
     data = ModelCardData(
@@ -150,7 +151,9 @@ def _origins(config: Any) -> tuple[Origin | None, Origin | None]:
     """Of the language model and of the tower."""
     vision = config.vision_config
     return (
-        Origin(config.language_model, config.language_model_revision) if config.language_model else None,
+        Origin(config.language_model, config.language_model_revision)
+        if config.language_model
+        else None,
         Origin(vision.tower, vision.revision) if vision.tower else None,
     )
 

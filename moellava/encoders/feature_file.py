@@ -1,87 +1,24 @@
-"""Images in, features out: batches through an encoder, preprocessing beside it.
-
-`encode_images` (images to one tensor), `encode_files` (images to a safetensors file, resumable after a kill).
-"""
+"""Image files → one safetensors file of patch tokens, resumable after a kill: `encode_files`."""
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
-from moellava.encoders.images import as_image_list, map_in_threads
-from moellava.images import to_eight_bit, to_pil
-
-if TYPE_CHECKING:
-    from moellava.encoders.base import VisionEncoder
+from moellava.encoders.base import VisionEncoder
+from moellava.encoders.batches import encode_batches
+from moellava.images import to_pil
 
 # safetensors' words for the dtypes that a tower can have.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def encode_images(encoder: "VisionEncoder", images: Any, *, batch_size: int = 16, progress: bool = False) -> Tensor:
-    """Patch tokens (B, N, D) on the encoder's device, in its dtype, without gradients."""
-    images = as_image_list(images)
-    if not images:
-        raise ValueError("There are no images to encode.")
-    batches = encode_batches(encoder, images, batch_size=batch_size, progress=progress)
-    return torch.cat(list(batches))
-
-
-def encode_batches(
-    encoder: "VisionEncoder",
-    images: Sequence[Any],
-    *,
-    batch_size: int,
-    progress: bool = False,
-    load_image: Callable[[Any], Image.Image] = to_pil,
-) -> Iterator[Tensor]:
-    """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
-    batches: Iterable[Tensor] = pixel_batches(encoder, images, batch_size=batch_size, load_image=load_image)
-    if progress:
-        from tqdm.auto import tqdm
-
-        batches = tqdm(batches, total=-(-len(images) // batch_size), unit="batch")
-    for pixel_values in batches:
-        with torch.inference_mode():
-            tokens = encoder(pixel_values).patch_tokens
-        yield tokens
-
-
-def pixel_batches(
-    encoder: "VisionEncoder",
-    images: Sequence[Any],
-    *,
-    batch_size: int,
-    load_image: Callable[[Any], Image.Image] = to_pil,
-) -> Iterator[Tensor]:
-    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
-
-    def pixels(batch: Sequence[Any]) -> Tensor:
-        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
-        ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
-        return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
-
-    with ThreadPoolExecutor(1) as worker:
-        starts = range(0, len(images), batch_size)
-        upcoming = None
-        for start in starts:
-            current = upcoming or worker.submit(pixels, images[start : start + batch_size])
-            after = images[start + batch_size : start + 2 * batch_size]
-            pixel_values = current.result()
-            upcoming = worker.submit(pixels, after) if after else None
-            yield pixel_values.to(encoder.device, encoder.dtype)
-
-
 def encode_files(
-    encoder: "VisionEncoder",
+    encoder: VisionEncoder,
     paths: Sequence[Any],
     names: Sequence[str],
     out: Path,
@@ -110,13 +47,18 @@ def encode_files(
         raise FileExistsError(f"{out} is there already; give another name or delete it.")
     if not paths:
         raise ValueError("There are no images to encode.")
-    partial, journal = out.with_name(out.name + ".partial"), out.with_name(out.name + ".partial.done")
+    partial, journal = (
+        out.with_name(out.name + ".partial"),
+        out.with_name(out.name + ".partial.done"),
+    )
     dtype = dtype or encoder.dtype
     header, num_bytes = _header(encoder, names, dtype, view or {}, metadata or {})
     done = _prepare(partial, journal, header, num_bytes * len(paths))
     if done < len(paths):
         load = functools.partial(load_image, **(view or {}))
-        batches = encode_batches(encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load)
+        batches = encode_batches(
+            encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load
+        )
         with partial.open("r+b") as file:
             file.seek(len(header) + done * num_bytes)
             count = done
@@ -124,14 +66,16 @@ def encode_files(
                 file.write(tokens.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
                 file.flush()
                 count += len(tokens)
-                journal.write_text(str(count))  # after the data: a kill in between only repeats a batch
+                journal.write_text(
+                    str(count)
+                )  # after the data: a kill in between only repeats a batch
     partial.replace(out)
     journal.unlink(missing_ok=True)
     return done
 
 
 def _header(
-    encoder: "VisionEncoder",
+    encoder: VisionEncoder,
     names: Sequence[str],
     dtype: torch.dtype,
     view: Mapping[str, Any],
@@ -141,7 +85,15 @@ def _header(
     config = encoder.config
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
     num_bytes = encoder.num_patches * encoder.hidden_size * dtype.itemsize
-    settings = ("tower", "revision", "grid", "image_size", "select_layer", "select_feature", "final_norm")
+    settings = (
+        "tower",
+        "revision",
+        "grid",
+        "image_size",
+        "select_layer",
+        "select_feature",
+        "final_norm",
+    )
     metadata = {**given, **{name: json.dumps(getattr(config, name)) for name in settings}}
     metadata["names"] = json.dumps(list(names))
     metadata["synthesized"] = json.dumps(encoder.synthesized)
@@ -162,7 +114,9 @@ def _prepare(partial: Path, journal: Path, header: bytes, num_bytes: int) -> int
         journal.write_text("0")
         return 0
     with partial.open("rb") as file:
-        is_same = file.read(len(header)) == header and partial.stat().st_size == len(header) + num_bytes
+        is_same = (
+            file.read(len(header)) == header and partial.stat().st_size == len(header) + num_bytes
+        )
     if not is_same:
         raise FileExistsError(
             f"{partial} is unfinished work on other images or with another tower; delete it to start anew."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from moellava.train.router_load import RouterLoad
+from moellava.train.log.router_load import RouterLoad
 
 
 class StepLog:
@@ -27,7 +27,9 @@ class StepLog:
         self.image_token_id = config.image_token_id
         self.is_mixture = hasattr(text_config, "num_experts")
         if self.is_mixture:
-            self.router_load = RouterLoad(text_config.num_experts_per_tok, text_config.moe_layer_indices)
+            self.router_load = RouterLoad(
+                text_config.num_experts_per_tok, text_config.moe_layer_indices
+            )
         self._reset()
 
     def _reset(self) -> None:
@@ -38,7 +40,9 @@ class StepLog:
     def add(self, inputs: Mapping[str, Any], outputs: Any) -> None:
         """Count one batch: what the model was given and what it returned."""
         mask = inputs.get("attention_mask")
-        self._num_tokens = self._num_tokens + (inputs["input_ids"].numel() if mask is None else mask.sum())
+        self._num_tokens = self._num_tokens + (
+            inputs["input_ids"].numel() if mask is None else mask.sum()
+        )
         if self.is_mixture:
             is_image = inputs["input_ids"] == self.image_token_id
             self.router_load.add(outputs.router_logits, is_image, mask)
@@ -63,7 +67,9 @@ class StepLog:
         num_tokens, num_processes = reduce(torch.stack([tokens, torch.ones_like(tokens)])).tolist()
         numbers = {"tokens_per_second": num_tokens / (time.perf_counter() - self._since)}
         if self._aux_losses:
-            numbers["aux_loss"] = float(reduce(torch.stack(self._aux_losses).mean())) / num_processes
+            numbers["aux_loss"] = (
+                float(reduce(torch.stack(self._aux_losses).mean())) / num_processes
+            )
         load = self.router_load.flush(reduce) if self.is_mixture else {}
         self._reset()
         return {**numbers, "memory_mib": peak_memory_mib(device)}, load

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moellava.model.checkpoints import load_weights
+from moellava.model.checkpoint.strict import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.from_llava import LanguageModelOf
+from moellava.model.checkpoint.llava import LanguageModelOf
 from moellava.model.language_model.router_weights import RouterSource
 from moellava.model.language_model.upcycling import moe_config_from_dense, upcycled_tensors
 from moellava.model.loaded_model import LoadedModel

@@ -26,7 +26,9 @@ class RouterLoad:
         self.top_k, self.layers = top_k, list(layers)
         self._counts: Tensor | None = None
 
-    def add(self, router_logits: Sequence[Tensor], is_image: Tensor, attention_mask: Tensor | None) -> None:
+    def add(
+        self, router_logits: Sequence[Tensor], is_image: Tensor, attention_mask: Tensor | None
+    ) -> None:
         """Count one batch.
 
         Args:
@@ -37,7 +39,11 @@ class RouterLoad:
         logits = torch.stack([layer.detach() for layer in router_logits])  # (L, N, E)
         chosen = torch.zeros_like(logits).scatter_(2, logits.topk(self.top_k, dim=-1).indices, 1.0)
         image = is_image.flatten().to(logits.dtype)
-        token = torch.ones_like(image) if attention_mask is None else attention_mask.flatten().to(logits.dtype)
+        token = (
+            torch.ones_like(image)
+            if attention_mask is None
+            else attention_mask.flatten().to(logits.dtype)
+        )
         kinds = torch.stack([image * token, (1 - image) * token])  # (2, N)
         counts = torch.einsum("kn,lne->kle", kinds, chosen)
         self._counts = counts if self._counts is None else self._counts + counts

@@ -22,18 +22,21 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from moellava.encoders import create_encoder
 from moellava.encoders.factory import encoder_kinds
-from moellava.encoders.weights import first_five
-from moellava.messages import unknown_name
-from moellava.model.checkpoints import load_weights
+from moellava.messages import first_names, unknown_name
+from moellava.model.checkpoint.configs import model_type_of
+from moellava.model.checkpoint.llava import read_llava
+from moellava.model.checkpoint.strict import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.from_llava import read_llava
 from moellava.model.language_model import imported_state_dict, read_state_dict
 from moellava.model.language_model.mixtures import LAYOUTS
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.modeling_moellava import TOWER_PREFIX, MoeLlavaForConditionalGeneration, joined_name
-from moellava.model.origin import Origin
-from moellava.model.parts import model_type_of
+from moellava.model.modeling_moellava import (
+    TOWER_PREFIX,
+    MoeLlavaForConditionalGeneration,
+    joined_name,
+)
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.sources import Origin
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +80,9 @@ def save_trainable(
         adapted, processor = model.model, processor or model.processor
     has_adapter = hasattr(adapted, "peft_config")
     if has_adapter and not hasattr(adapted, "get_base_model"):
-        raise ValueError("The model has an adapter inside, from add_adapter. Use peft.get_peft_model(model, config).")
+        raise ValueError(
+            "The model has an adapter inside, from add_adapter. Use peft.get_peft_model(model, config)."
+        )
     own: Any = adapted.get_base_model() if has_adapter else adapted
     if getattr(own, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -93,10 +98,16 @@ def save_trainable(
     # Written beside and then moved: the model may be mapped to the very file that is replaced.
     save_file(difference, folder / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
     os.replace(folder / f"{WEIGHTS_FILE}.part", folder / WEIGHTS_FILE)
-    shared = {name: tensor for name, tensor in base_state.items() if name in state and name not in difference}
+    shared = {
+        name: tensor
+        for name, tensor in base_state.items()
+        if name in state and name not in difference
+    }
     description = {
         PARTS[key]: {"name": origin.name, "revision": origin.revision, "sha256": checksum}
-        for (key, origin), checksum in zip(_origins(own.config).items(), _checksums(shared), strict=True)
+        for (key, origin), checksum in zip(
+            _origins(own.config).items(), _checksums(shared), strict=True
+        )
     }
     (folder / BASE_FILE).write_text(json.dumps(description, indent=2) + "\n")
     own.config.save_pretrained(folder)
@@ -141,10 +152,14 @@ def load_trainable(
     """
     folder = Path(folder).expanduser()
     if not is_trainable_folder(folder):
-        raise OSError(f"{folder} has no {BASE_FILE}: save_trainable did not write it. Give a folder that it wrote.")
+        raise OSError(
+            f"{folder} has no {BASE_FILE}: save_trainable did not write it. Give a folder that it wrote."
+        )
     config: Any = MoeLlavaConfig.from_pretrained(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        raise OSError(f"{folder} is not complete: {WEIGHTS_FILE} is missing. Copy or save it again.")
+        raise OSError(
+            f"{folder} is not complete: {WEIGHTS_FILE} is missing. Copy or save it again."
+        )
     state = load_file(folder / WEIGHTS_FILE)
     dtype = dtype or config.dtype or torch.float32
     names = _weight_names(config)
@@ -153,9 +168,14 @@ def load_trainable(
     _require_same_base(folder, config, base or {}, shared)
     for name, tensor in shared.items():
         rows = state.pop(name + ADDED_ROWS, None)
-        state[name] = tensor.to(dtype) if rows is None else torch.cat([tensor.to(dtype), rows.to(dtype)])
+        state[name] = (
+            tensor.to(dtype) if rows is None else torch.cat([tensor.to(dtype), rows.to(dtype)])
+        )
 
-    options = {"attn_implementation": attn_implementation, "quantization_config": quantization_config}
+    options = {
+        "attn_implementation": attn_implementation,
+        "quantization_config": quantization_config,
+    }
     options = {name: value for name, value in options.items() if value is not None}
     model = load_weights(None, str(folder), config=config, state_dict=state, dtype=dtype, **options)
     if (folder / "generation_config.json").is_file():
@@ -176,13 +196,17 @@ def is_trainable_folder(path: str | os.PathLike[str]) -> bool:
     return (Path(path).expanduser() / BASE_FILE).is_file()
 
 
-def _difference(state: dict[str, Tensor], base: dict[str, Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _difference(
+    state: dict[str, Tensor], base: dict[str, Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state.items():
         tensor = tensor.detach().cpu()
         reference = base.get(name)
         num_rows = 0 if reference is None or reference.dim() == 0 else len(reference)
         is_grown = reference is not None and tensor.dim() == 2 and len(tensor) > num_rows
-        if reference is None or not torch.equal(tensor[:num_rows] if is_grown else tensor, reference.to(dtype)):
+        if reference is None or not torch.equal(
+            tensor[:num_rows] if is_grown else tensor, reference.to(dtype)
+        ):
             yield name, tensor.contiguous()
         elif is_grown:
             yield name + ADDED_ROWS, tensor[num_rows:].contiguous()
@@ -241,13 +265,18 @@ def _read_base(config: MoeLlavaConfig, base: Mapping[str, Any], **hub: Any) -> d
         language_model, tower = sources.values()
         model_type = model_type_of(language_model, **options["model_name_or_path"])
         if model_type == "llava":
-            return read_llava(language_model, moe_config=False, **options["model_name_or_path"]).state_dict
+            return read_llava(
+                language_model, moe_config=False, **options["model_name_or_path"]
+            ).state_dict
         if model_type in LAYOUTS:
             state = imported_state_dict(language_model, **options["model_name_or_path"])[1]
         else:
             state = read_state_dict(language_model, **options["model_name_or_path"])
         encoder = create_encoder(
-            _encoder_type(config), tower, image_size=config.vision_config.image_size, **options["mm_vision_tower"]
+            _encoder_type(config),
+            tower,
+            image_size=config.vision_config.image_size,
+            **options["mm_vision_tower"],
         )
     except OSError as error:
         raise OSError(
@@ -283,7 +312,7 @@ def _own_state_dict(model: MoeLlavaForConditionalGeneration) -> dict[str, Tensor
     missing = names - state.keys()
     if missing:
         raise ValueError(
-            f"The model lacks weights that its config asks for: {first_five(sorted(missing))}. "
+            f"The model lacks weights that its config asks for: {first_names(sorted(missing))}. "
             "Merge or unload what has been put around it."
         )
     return state

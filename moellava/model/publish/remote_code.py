@@ -12,9 +12,9 @@ import json
 import os
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[2]
 ENTRY = "modeling_moellava_remote"
-ENTRY_TEXT = '''"""The entry of this checkpoint's code, written by moellava.model.remote_code."""
+ENTRY_TEXT = '''"""The entry of this checkpoint's code, written by moellava.model.publish.remote_code."""
 
 from .moellava_model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaModel, MoeLlavaProcessor
 from .moellava_encoders import VisionEncoder  # registers the towers with the Auto classes
@@ -45,7 +45,9 @@ def write_remote_code(folder: str | os.PathLike[str]) -> list[str]:
     folder = Path(folder).expanduser()
     missing = [name for name in AUTO_MAPS if not (folder / name).is_file()]
     if missing:
-        raise OSError(f"{folder} has no {' and no '.join(missing)}: save the model and the processor there first.")
+        raise OSError(
+            f"{folder} has no {' and no '.join(missing)}: save the model and the processor there first."
+        )
     sources = {ENTRY: ENTRY_TEXT}
     waiting = ["moellava.model", "moellava.encoders"]
     while waiting:
@@ -57,7 +59,9 @@ def write_remote_code(folder: str | os.PathLike[str]) -> list[str]:
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
     for name, auto_map in AUTO_MAPS.items():
         settings = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(settings | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n")
+        (folder / name).write_text(
+            json.dumps(settings | {"auto_map": auto_map}, indent=2, sort_keys=True) + "\n"
+        )
     return sorted(f"{name}.py" for name in sources)
 
 
@@ -68,12 +72,16 @@ def _flat(module: str) -> str:
 def _flattened(module: str) -> tuple[str, list[str]]:
     """A module's text with flat relative imports of moellava, and the modules that it imports so."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
-    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(
+        encoding="utf-8"
+    )
     lines, needed = text.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moellava":
             assert node.module is not None
             needed.append(node.module)
             line = node.lineno - 1
-            lines[line] = lines[line].replace(f"from {node.module} import", f"from .{_flat(node.module)} import", 1)
+            lines[line] = lines[line].replace(
+                f"from {node.module} import", f"from .{_flat(node.module)} import", 1
+            )
     return "".join(lines), needed

@@ -1,0 +1,90 @@
+"""Images in, patch tokens out: batches through an encoder, preprocessing beside it.
+
+`encode_images` gives one tensor, `encode_batches` one at a time.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from moellava.images import to_eight_bit, to_pil
+from moellava.images.threads import as_image_list, map_in_threads
+
+
+class PatchEncoder(Protocol):
+    """What batches need of a `VisionEncoder`."""
+
+    @property
+    def image_processor(self) -> Callable[..., Any]: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, pixel_values: Tensor) -> Any: ...
+
+
+def encode_images(
+    encoder: PatchEncoder, images: Any, *, batch_size: int = 16, progress: bool = False
+) -> Tensor:
+    """Patch tokens (B, N, D) on the encoder's device, in its dtype, without gradients."""
+    images = as_image_list(images)
+    if not images:
+        raise ValueError("There are no images to encode.")
+    batches = encode_batches(encoder, images, batch_size=batch_size, progress=progress)
+    return torch.cat(list(batches))
+
+
+def encode_batches(
+    encoder: PatchEncoder,
+    images: Sequence[Any],
+    *,
+    batch_size: int,
+    progress: bool = False,
+    load_image: Callable[[Any], Image.Image] = to_pil,
+) -> Iterator[Tensor]:
+    """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
+    batches: Iterable[Tensor] = pixel_batches(
+        encoder, images, batch_size=batch_size, load_image=load_image
+    )
+    if progress:
+        from tqdm.auto import tqdm
+
+        batches = tqdm(batches, total=-(-len(images) // batch_size), unit="batch")
+    for pixel_values in batches:
+        with torch.inference_mode():
+            tokens = encoder(pixel_values).patch_tokens
+        yield tokens
+
+
+def pixel_batches(
+    encoder: PatchEncoder,
+    images: Sequence[Any],
+    *,
+    batch_size: int,
+    load_image: Callable[[Any], Image.Image] = to_pil,
+) -> Iterator[Tensor]:
+    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
+
+    def pixels(batch: Sequence[Any]) -> Tensor:
+        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
+        ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
+        return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
+
+    with ThreadPoolExecutor(1) as worker:
+        starts = range(0, len(images), batch_size)
+        upcoming = None
+        for start in starts:
+            current = upcoming or worker.submit(pixels, images[start : start + batch_size])
+            after = images[start + batch_size : start + 2 * batch_size]
+            pixel_values = current.result()
+            upcoming = worker.submit(pixels, after) if after else None
+            yield pixel_values.to(encoder.device, encoder.dtype)

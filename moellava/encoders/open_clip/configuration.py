@@ -1,0 +1,50 @@
+"""The config of an open_clip image tower; BiomedCLIP's is the default."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+
+from moellava.encoders.base import VisionEncoderConfig
+
+# microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224, as its open_clip_config.json says.
+BIOMEDCLIP_VISION_CFG = {
+    "timm_model_name": "vit_base_patch16_224",
+    "timm_model_pretrained": False,
+    "timm_pool": "",
+    "timm_proj": "linear",
+    "image_size": 224,
+}
+
+
+@strict
+class BiomedClipVisionConfig(VisionEncoderConfig):
+    """An open_clip image tower: `vision_cfg`, `embed_dim`, `quick_gelu`, `preprocess_cfg` as it has them.
+
+    The default is BiomedCLIP. `vision_cfg["image_size"]` is the size the tower was trained at; `image_size`
+    the size it takes now.
+    """
+
+    model_type = "biomedclip_vision"
+
+    image_size: int | list[int] | tuple[int, int] | None = None  # type: ignore[assignment]  # None: as trained
+    vision_cfg: dict[str, Any] | None = None
+    embed_dim: int = 512
+    quick_gelu: bool = False
+    preprocess_cfg: dict[str, Any] | None = None
+    text_cfg: dict[str, Any] | None = None  # None: no text tower
+    text_model_config: dict[str, Any] | None = None  # of a Hugging Face text model
+    has_logit_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_cfg is None:
+            self.vision_cfg = dict(BIOMEDCLIP_VISION_CFG)
+        if self.image_size is None:
+            self.image_size = self.vision_cfg.get("image_size", 224)
+        self.preprocess_cfg = dict(self.preprocess_cfg or {})
+        super().__post_init__(**kwargs)
+
+    @property
+    def trained_hw(self) -> tuple[int, int]:
+        """(height, width) that the weights were trained at."""
+        trained = (self.vision_cfg or {}).get("image_size", 224)
+        return (trained, trained) if isinstance(trained, int) else tuple(trained)

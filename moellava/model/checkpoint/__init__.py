@@ -1,0 +1,1 @@
+"""Saved models: opened, written as a difference, compared."""

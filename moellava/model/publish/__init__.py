@@ -1,0 +1,1 @@
+"""What a published checkpoint carries: model card, remote code."""

@@ -1,0 +1,1 @@
+"""Files: where a model lies (`sources`), how weights are read (`weights`) and files written (`writing`)."""

@@ -1,0 +1,1 @@
+"""What a run records: steps, router load, pictures, history."""
