@@ -7,7 +7,7 @@ keys are errors that suggest the nearest known one.
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -94,7 +94,7 @@ def _refuse_switches(cls: type, settings: Mapping[str, object], prefix: str) -> 
 def _explain(cls: type, error: ValidationError, kind: str) -> str:
     """The first problem in one sentence; pydantic's location and reason, without its page."""
     problem = error.errors(include_url=False)[0]
-    known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    known = {field.name for field in fields(cls)}
     path = [str(part) for part in problem["loc"]]
     keys = [part for index, part in enumerate(path) if index == 0 or part.isidentifier()]
     key = ".".join(keys) if keys and keys[0] in known else kind

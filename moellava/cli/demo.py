@@ -48,9 +48,11 @@ def _print_table(result: "DemoResult") -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from moellava.eval.metrics import is_exact_answer
+
     table = Table("image", "question", "answer", "truth", "", title="Held-out images")
     for example, answer in zip(result.examples, result.answers, strict=True):
-        is_right = answer.strip(" .").lower() == example.answer.lower()
+        is_right = is_exact_answer(answer, example.answer)
         table.add_row(
             example.source, example.question, answer, example.answer, "" if is_right else "wrong"
         )

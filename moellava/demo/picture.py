@@ -5,6 +5,7 @@ from pathlib import Path
 
 from moellava.demo.images import MODALITIES
 from moellava.demo.questions import Example
+from moellava.eval.metrics import is_exact_answer
 
 NUM_COLUMNS = 4  # images of one modality
 
@@ -30,7 +31,7 @@ def save_picture(examples: Sequence[Example], answers: Sequence[str], path: Path
         for axis, group in zip(row, by_image.values(), strict=False):
             axis.imshow(group[0][0].image)
             for line, (example, answer) in enumerate(reversed(group)):
-                is_right = answer.strip(" .").lower() == example.answer.lower()
+                is_right = is_exact_answer(answer, example.answer)
                 text = f"{example.question} {answer}" + (
                     "" if is_right else f"  (truth: {example.answer})"
                 )

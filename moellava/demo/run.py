@@ -15,6 +15,7 @@ from PIL import Image
 from moellava.data.collate import ChatCollator
 from moellava.demo.images import load_sources
 from moellava.demo.questions import Example, corpus, make_examples
+from moellava.eval.metrics import is_exact_answer
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 
@@ -121,9 +122,7 @@ def exchange_images(examples: Sequence[Example], seed: int) -> list[Example]:
 def share_correct(examples: Sequence[Example], answers: Sequence[str]) -> float:
     """Share of answers that are the expected word for word; case and a final period do not count."""
     pairs = zip(examples, answers, strict=True)
-    return sum(
-        answer.strip(" .").lower() == example.answer.lower() for example, answer in pairs
-    ) / len(examples)
+    return sum(is_exact_answer(answer, example.answer) for example, answer in pairs) / len(examples)
 
 
 def majority_answers(train: Sequence[Example], held_out: Sequence[Example]) -> list[str]:

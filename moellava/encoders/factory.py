@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import AutoConfig, AutoModel
 from typing_extensions import Unpack
 
 from moellava.encoders.base import VisionEncoder, VisionEncoderConfig
+from moellava.plugins import load_plugins
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
@@ -83,8 +83,6 @@ ENCODERS: list[EncoderKind] = [  # first match wins, so the longer words stand f
     ),
 ]
 
-_entry_points_loaded = False
-
 
 def register_encoder(
     name: str,
@@ -120,11 +118,7 @@ def register_encoder(
 
 def encoder_kinds() -> list[EncoderKind]:
     """All families, those of installed packages (entry-point group `moellava.encoders`) included."""
-    global _entry_points_loaded
-    if not _entry_points_loaded:
-        _entry_points_loaded = True
-        for entry in entry_points(group=ENTRY_POINT_GROUP):
-            entry.load()()  # a function that calls register_encoder
+    load_plugins(ENTRY_POINT_GROUP)
     return ENCODERS
 
 

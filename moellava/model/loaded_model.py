@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from moellava.images import to_pil
+from moellava.model.generation import generate_texts
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
@@ -39,7 +39,6 @@ class LoadedModel(_Parts):
         loaded.processor = processor
         return loaded
 
-    @torch.inference_mode()
     def answer(
         self,
         images: ImagesOfPrompt | Sequence[ImagesOfPrompt],
@@ -87,15 +86,8 @@ class LoadedModel(_Parts):
             return_tensors="pt",
         ).to(self.model.device)
 
-        # A stored max_length (TinyLlama's is 2048) would be a second limit beside max_new_tokens.
-        generation = {"max_new_tokens": 64, "do_sample": False, "max_length": None, **generation}
-        self._require_room(inputs, generation["max_new_tokens"])
-        num_prompt_tokens = inputs["input_ids"].shape[1]
-        generated = self.model.generate(**inputs, **generation)  # (B, T + new)
-        texts = self.tokenizer.batch_decode(
-            generated[:, num_prompt_tokens:], skip_special_tokens=True
-        )
-        return [text.strip() for text in texts]
+        self._require_room(inputs, generation.get("max_new_tokens", 64))
+        return generate_texts(self.model, self.tokenizer, inputs, **generation)
 
     def _require_room(self, inputs: Any, max_new_tokens: int) -> None:
         """Raise `ValueError` where a prompt and its answer do not fit into the context; what is too much is counted."""

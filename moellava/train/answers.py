@@ -7,14 +7,13 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from moellava.data.chat_labels import image_items, without_pictures
 from moellava.data.collate import ChatCollator, id_of, messages_of
+from moellava.eval.metrics import is_exact_answer
+from moellava.model.generation import generate_texts
 from moellava.model.loaded_model import LoadedModel
 
 
-@torch.inference_mode()
 def answer_rows(
     loaded: LoadedModel,
     rows: Sequence[Any],
@@ -56,15 +55,12 @@ def answer_rows(
             padding_side="left",
             return_tensors="pt",
         ).to(loaded.model.device)
-        generated = loaded.model.generate(
-            **inputs,
+        texts = generate_texts(
+            loaded.model,
+            processor.tokenizer,
+            inputs,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
-            max_length=None,
             use_cache=True,
-        )
-        texts = processor.tokenizer.batch_decode(
-            generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         for index, (messages, truth, text) in enumerate(zip(asked, truths, texts, strict=True)):
             row = rows[start + index]
@@ -72,7 +68,7 @@ def answer_rows(
                 {
                     "id": id_of(row, start + index),
                     "question": _words(messages[-1]),
-                    "answer": text.strip(),
+                    "answer": text,
                     "truth": truth,
                 }
             )
@@ -82,13 +78,8 @@ def answer_rows(
 
 def share_exact(answers: Sequence[dict[str, Any]]) -> float:
     """Share of the answers that are the truth word for word; case and a final period do not count."""
-
-    def plain(text: str) -> str:
-        return text.strip(" .\n").lower()
-
-    return sum(plain(answer["answer"]) == plain(answer["truth"]) for answer in answers) / len(
-        answers
-    )
+    exact = [is_exact_answer(answer["answer"], answer["truth"]) for answer in answers]
+    return sum(exact) / len(exact)
 
 
 def _first_question(messages: Sequence[Any]) -> tuple[list[Any], str]:

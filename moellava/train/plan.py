@@ -20,6 +20,7 @@ from moellava.data.chat_labels import image_items
 from moellava.data.collate import messages_of
 from moellava.model.describe import count_active_parameters
 from moellava.model.language_model import moe_config_from_dense
+from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.train.arguments import run_folder, training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.recipe import Recipe
@@ -227,7 +228,7 @@ def _activation_bytes(model: Any, recipe: Recipe, longest: int) -> float:
 
 def _mlps_per_layer(text: Any) -> float:
     """MLPs that a token passes in a layer, mean over layers."""
-    if not hasattr(text, "num_experts"):
+    if not is_mixture_config(text):
         return 1.0
     sparse = len(text.moe_layer_indices) / text.num_hidden_layers
     return 1 - sparse + sparse * (text.num_experts_per_tok + text.meta_expert)

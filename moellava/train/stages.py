@@ -16,6 +16,7 @@ from moellava.model.build.upcycle import upcycle_loaded, upcycled_config
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -124,7 +125,7 @@ def _is_upcycled(recipe: Recipe, config: Any) -> bool:
     """Whether the stage makes a mixture of the model that it starts from, or trains one further."""
     if recipe.stage != "experts":
         return False
-    is_mixture = hasattr(config.text_config, "num_experts")
+    is_mixture = is_mixture_config(config.text_config)
     if is_mixture and recipe.moe.config:
         raise ValueError(
             f"{recipe.start_from} is a mixture of experts already, so moe.config cannot choose its experts. Start from "

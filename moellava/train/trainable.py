@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moellava.messages import unknown_name
+from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.train.recipe import Lora
 
 # What `trainable` may name, as patterns of parameter names.
@@ -97,7 +98,7 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
         if "meta_expert" in parts
         else None
     )
-    is_mixture = hasattr(model.config.text_config, "num_experts")
+    is_mixture = is_mixture_config(model.config.text_config)
     experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
     if linears is None and experts is None:
         raise ValueError(

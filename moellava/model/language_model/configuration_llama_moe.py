@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import LlamaConfig, PreTrainedConfig
 
 from moellava.messages import unknown_name
 
@@ -162,3 +162,8 @@ def resolve_moe_layers(moe_layers: str | Collection[int], num_layers: int) -> li
             "Name at least one layer, or use a plain LlamaForCausalLM."
         )
     return indices
+
+
+def is_mixture_config(config: PreTrainedConfig) -> bool:
+    """Whether a language model's config describes a mixture of experts."""
+    return hasattr(config, "num_experts")

@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import maybe_autocast
 
-from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
+from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig, is_mixture_config
 from moellava.model.language_model.quantization import is_quantized
 
 DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None` means here
@@ -277,7 +277,7 @@ def router_penalty(
 def has_router_penalty(config: PreTrainedConfig) -> bool:
     """Whether training this language model adds a router loss; dense ones have no routers."""
     coefficients = ("router_aux_loss_coef", "router_z_loss_coef")
-    return hasattr(config, "num_experts") and any(getattr(config, name, 0) for name in coefficients)
+    return is_mixture_config(config) and any(getattr(config, name, 0) for name in coefficients)
 
 
 def add_router_losses(

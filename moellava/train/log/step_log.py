@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.train.log.router_load import RouterLoad
 
 
@@ -25,7 +26,7 @@ class StepLog:
     def __init__(self, config: PreTrainedConfig):
         text_config = config.text_config
         self.image_token_id = config.image_token_id
-        self.is_mixture = hasattr(text_config, "num_experts")
+        self.is_mixture = is_mixture_config(text_config)
         if self.is_mixture:
             self.router_load = RouterLoad(
                 text_config.num_experts_per_tok, text_config.moe_layer_indices

@@ -1,0 +1,1 @@
+"""Evaluation: answers beside the truth, and what they score."""
