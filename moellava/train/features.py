@@ -1,4 +1,4 @@
-"""What a frozen tower makes of each image, encoded once into a file and read from there in every epoch.
+"""What a frozen tower makes of each image, encoded once into a file and read in every epoch.
 
 Public names: `FeatureFile`, `encode_rows`, `image_key`.
 """
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moellava.data.images import load_image
+from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import encode_files
 from moellava.model.checkpoint.tower_identity import weights_fingerprint
@@ -104,7 +105,7 @@ class FeatureFile:
 
 def encode_rows(
     encoder: VisionEncoder,
-    rows: Iterable[Any],
+    rows: Iterable[Row],
     path: Path,
     *,
     dtype: torch.dtype,
@@ -119,8 +120,9 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
-        encodes: whether this process writes the file; another looks for it until it is there, however long that
-            takes. (Waiting in a process group would end with its timeout.) Several machines need a shared folder.
+        encodes: whether this process writes the file; another looks for it until it is there,
+            however long that takes. (Waiting in a process group would end with its timeout.)
+            Several machines need a shared folder.
 
     Raises:
         ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
@@ -129,9 +131,8 @@ def encode_rows(
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
     while not encodes and not path.exists():
-        time.sleep(
-            0.2
-        )  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
+        # encode_files moves the whole file to its place; the launcher ends us if the writer fails.
+        time.sleep(0.2)
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)

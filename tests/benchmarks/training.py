@@ -31,7 +31,7 @@ from moellava.train.run import (
     row_lengths,
     training_arguments,
 )
-from moellava.train.stages import prepare_model
+from moellava.train.prepare import prepare_model
 
 SIZES = {
     "hidden_size": 2048,

@@ -21,7 +21,7 @@ def tiny(tmp_path_factory):
 def quick_runs():
     """Runs draw no picture and do not wait for the disk, which is most of a tiny run's time."""
     with (
-        mock.patch("moellava.train.run.save_picture"),
+        mock.patch("moellava.train.gradient_steps.save_picture"),
         mock.patch("moellava.train.checkpoints.os.fsync"),
     ):
         yield

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from moellava.train import train
 from moellava.train.arguments import training_arguments
-from moellava.train.recipe import FOLDER, load_recipe, recipe_to_dict
+from moellava.train.options import recipe_to_dict
+from moellava.train.recipe import FOLDER, load_recipe
 from tests.train.results import losses_of, said_by, status_of, weights_of
 from tests.train.tiny import tiny_recipe
 
@@ -106,7 +107,7 @@ def test_adapters_of_a_sharded_run_are_peft_s_own_and_make_the_saved_model(runs)
 def test_nan_on_one_of_two_sharded_processes_stops_both_and_names_its_rows(runs):
     assert status_of(runs, "NaN on the second process")["killed"] == 1
     said = (runs / "NaN on the second process.1.txt").read_text()
-    assert "FloatingPointError: The loss of step 3 is no finite number" in said
+    assert "FloatingPointError: The loss of step 3 is not finite" in said
     assert "Rows of the batch: ['row" in said
     assert "The last good checkpoint is none" in said
 
@@ -220,8 +221,8 @@ def test_accelerates_fsdp_would_wrap_each_decoder_layer(stage, tiny, tmp_path):
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
+    from moellava.train.prepare import prepare_model
     from moellava.train.sharding import decoder_layer_class
-    from moellava.train.stages import prepare_model
 
     moe = {"moe": {"config": {"num_experts": 2}}} if stage == "experts" else {}
     model, _ = prepare_model(tiny_recipe(tiny, stage, tmp_path, **moe), on_meta=True)

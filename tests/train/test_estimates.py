@@ -7,8 +7,8 @@ from transformers import LlamaConfig
 
 from moellava.testing import BIOMEDCLIP, write_tinyllama
 from moellava.train import load_recipe
-from moellava.train.plan import estimate_flops, estimate_memory
-from moellava.train.stages import prepare_model
+from moellava.train.estimates import estimate_flops, estimate_memory
+from moellava.train.prepare import prepare_model
 
 TINYLLAMA = LlamaConfig(
     hidden_size=2048,

@@ -8,8 +8,9 @@ from typer.testing import CliRunner
 from moellava.cli import app
 from moellava.data import read_rows
 from moellava.data.collate import ChatCollator
-from moellava.train.plan import estimate_flops, estimate_memory, plan
-from moellava.train.stages import prepare_model
+from moellava.train.estimates import estimate_flops, estimate_memory
+from moellava.train.plan import plan
+from moellava.train.prepare import prepare_model
 from tests.train.tiny import tiny_recipe
 
 
@@ -48,7 +49,7 @@ def test_a_plan_reads_no_weights_of_the_language_model_and_names_what_training_w
 ):
     recipe = tiny_recipe(tiny, stage, tmp_path / "out", **more)
     expected, _ = prepare_model(recipe)
-    monkeypatch.setattr("moellava.train.stages.load_pretrained_model", None)
+    monkeypatch.setattr("moellava.train.prepare.load_pretrained_model", None)
     monkeypatch.setattr("moellava.model.build.assembly.load_weights", None)
     model, _ = prepare_model(recipe, on_meta=True)
     named = {

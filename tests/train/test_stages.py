@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
-from moellava.train.stages import prepare_model
+from moellava.train.prepare import prepare_model
 from moellava.train.trainable import set_trainable
 from tests.train.tiny import parts_of, tiny_recipe
 
@@ -185,7 +185,7 @@ def test_a_finished_run_is_not_trained_again(chain, tiny):
         ("tune", None, r"Stage 'tune' starts from a finished 'align' stage: set start_from"),
         ("experts", "align", r"'tune', but .* made by stage 'align'. What is missing: moellava train stage2_tune"),
         ("tune", "tune", r"is made by stage 'tune'.*To start from it all the same: after=tune"),
-        ("experts", "nowhere", r"is no folder. Stage 'experts' starts from the output_dir of a finished 'tune' stage"),
+        ("experts", "nowhere", r"is not a folder. Stage 'experts' starts from the output_dir of a finished 'tune' stage"),
     ],
 )  # fmt: skip
 def test_a_stage_from_the_wrong_start_says_what_is_missing(stage, start, message, chain, tiny):
