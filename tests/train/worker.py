@@ -1,8 +1,8 @@
-"""Trains tiny models in forked children: alone, two by two, killed in the middle and gone on with.
+"""Trains tiny models in forked children: alone, two by two, killed in the middle and resumed.
 
-python worker.py FOLDER [RUN ...]: writes FOLDER/<run>/ for each run, or for those named, FOLDER/statuses.json and
-FOLDER/seconds.json. Started once by conftest.py: a fork has what takes seconds to import, and its parent has no threads
-that a fork would lose.
+python worker.py FOLDER [RUN ...]: writes FOLDER/<run>/ for each run, or for those named,
+FOLDER/statuses.json and FOLDER/seconds.json. Started once by conftest.py: a fork has what takes
+seconds to import, and its parent has no threads that a fork would lose.
 """
 
 import gc
@@ -118,7 +118,10 @@ def record_rows(file):
 
 
 def launch(recipe, num_processes=1, moment=None):
-    """Train in forked processes; as torchrun does, all end when one has ended badly. Exit status, -9 if killed."""
+    """Train in forked processes; as torchrun does, all end when one has ended badly.
+
+    Exit status, -9 if killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -185,7 +188,7 @@ class Runs:
         self.tiny = write_tiny(folder / "tiny", num_rows=NUM_ROWS)
 
     def __call__(self, name, stage="tune", *overrides, num_processes=1, killed=None, **more):
-        """Train `name`; with `killed`, once until that moment and, if that ended it by a signal, once more."""
+        """Train `name`; with `killed`, until that moment and, if a signal ended it, once more."""
         if self.chosen and name not in self.chosen:
             return
         began = time.perf_counter()
