@@ -403,8 +403,8 @@ class VisionEncoder(PreTrainedModel):
         height, width = self.config.image_hw
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {height}, "
-                f"{width}). Use encoder.image_processor(images, return_tensors='pt'), or load the "
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, "
+                f"{height}, {width}). Use encoder.image_processor(images, return_tensors='pt'), or load the "
                 "tower with another image_size."
             )
 

@@ -19,13 +19,12 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id
 
 from moellava.messages import first_names
 
@@ -169,7 +168,7 @@ def find_file(
         return Path(hf_hub_download(source.repo_id, name, **hub.keywords))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError) as error:
+    except (LocalEntryNotFoundError, EntryNotFoundError, httpx.HTTPError) as error:
         if not required:
             return None
         is_missing = isinstance(error, EntryNotFoundError)
@@ -193,7 +192,7 @@ def file_exists(source: Source, name: str) -> bool:
         return HfApi(token=source.hub.token).file_exists(
             source.repo_id, name, revision=source.revision
         )
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, httpx.HTTPError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
 
 
