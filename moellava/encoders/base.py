@@ -156,6 +156,11 @@ class VisionEncoder(PreTrainedModel):
         raise NotImplementedError
 
     @property
+    def has_final_norm(self) -> bool:
+        """Whether the trunk has a last norm that fits its hidden states."""
+        return False
+
+    @property
     def layers_are_alike(self) -> bool:
         """Whether the tokens of all layers have one shape; if so, only the first is measured."""
         return False

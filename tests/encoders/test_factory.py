@@ -22,7 +22,7 @@ from moellava.encoders import (
 )
 from moellava.testing import BIOMEDCLIP, OPENAI_CLIP
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "encoders.md"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
 
 
 @pytest.fixture
@@ -161,9 +161,9 @@ def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, ca
 
 
 def example_code() -> str:
-    """The Python block of docs/encoders.md that defines and registers an encoder."""
+    """The Python block of the guide that defines an encoder which only pools."""
     blocks = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(), flags=re.DOTALL)
-    return next(block for block in blocks if "register_encoder(" in block)
+    return next(block for block in blocks if "PooledResNet" in block)
 
 
 def test_documented_custom_encoder_gets_synthesized_tokens(registry, tmp_path, caplog):
