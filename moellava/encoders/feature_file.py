@@ -21,7 +21,7 @@ from moellava.images import ImageLike, to_pil
 
 # safetensors' words for the dtypes that a tower can have.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-# Fields of the encoder's config on which the patch tokens depend; they stand in the file's metadata.
+# Fields of the encoder's config on which the tokens depend; they are in the file's metadata.
 _SETTINGS = (
     *("tower", "revision", "grid", "image_size"),
     *("select_layer", "select_feature", "final_norm"),
@@ -71,8 +71,8 @@ class FeatureFile:
             found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
             if _as_written_today(found) != wanted:
                 raise ValueError(
-                    f"{self.path} holds features of {name}={found!r}, but the model has {wanted!r}. "
-                    "Delete the file to encode anew, or choose another file."
+                    f"{self.path} holds features of {name}={found!r}, but the model has "
+                    f"{wanted!r}. Delete the file to encode anew, or choose another file."
                 )
 
     def _open(self) -> _Rows:
@@ -99,9 +99,9 @@ def encode_files(
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
-    Memory is that of a batch, however many images. Work in progress lies in `<out>.partial`; a later
-    call with the same images and tower resumes it. The file's metadata has the names, the tower's
-    settings and the view.
+    Memory is that of a batch, however many images. Work in progress lies in `<out>.partial`; a
+    later call with the same images and tower resumes it. The file's metadata has the names, the
+    tower's settings and the view.
 
     Args:
         paths: whatever `load_image` takes.

@@ -24,7 +24,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx, validate_repo_id
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses
+from huggingface_hub.utils._validators import validate_repo_id
 
 from moellava.messages import first_names
 
@@ -125,10 +126,9 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
 
 def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
     """The hub's options among the keywords of a `from_pretrained`, and the rest."""
-    rest = dict(keywords)
-    hub: Any = {
-        field.name: rest.pop(field.name) for field in fields(HubOptions) if field.name in rest
-    }
+    names = {field.name for field in fields(HubOptions)}
+    hub = {name: value for name, value in keywords.items() if name in names}
+    rest = {name: value for name, value in keywords.items() if name not in names}
     return HubOptions(**hub), rest
 
 
