@@ -26,7 +26,7 @@ from moellava.train.checkpoints import (
     staging_folder,
     writing,
 )
-from moellava.train.features import FeatureFile, encode_rows
+from moellava.train.features import ImageFeatures, encode_rows
 from moellava.train.log.history import write_history
 from moellava.train.log.picture import save_picture
 from moellava.train.options import Recipe
@@ -113,7 +113,7 @@ def _features(
     arguments: TrainingArguments,
     data: TrainData,
     loaded: LoadedModel,
-) -> FeatureFile:
+) -> ImageFeatures:
     """What the frozen tower makes of every image.
 
     The first process encodes, while the others wait for the file.
