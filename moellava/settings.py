@@ -11,8 +11,9 @@ Values are checked and converted by pydantic against the types that the dataclas
 
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import is_dataclass
+from types import MappingProxyType
 from typing import Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -42,7 +43,13 @@ _EXPECTED = {
 }
 
 
-def from_mapping(cls: type[T], settings: Mapping[str, object], *, kind: str) -> T:
+def from_mapping(
+    cls: type[T],
+    settings: Mapping[str, object],
+    *,
+    kind: str,
+    meanings: Mapping[str, str] = MappingProxyType({}),
+) -> T:
     """A dataclass of what a user wrote, nested sections included.
 
     Text that reads as a number is one where a number is expected (YAML reads `1e-3` as text), and
@@ -51,12 +58,14 @@ def from_mapping(cls: type[T], settings: Mapping[str, object], *, kind: str) -> 
     Args:
         settings: keys are the fields of `cls`; a nested dataclass is a nested mapping.
         kind: what a key is called in messages, such as "recipe key".
+        meanings: what an unknown key is taken to mean in the error, such as `lr` to
+            `optim.learning_rate`.
 
     Raises:
         ValueError: an unknown key, or a value that its type does not admit; the key is named in
             full, such as `optim.learning_rate`, with what was found and what was expected.
     """
-    _require_known(cls, settings, kind, "", cls)
+    _require_known(cls, settings, "", lambda name: unknown_key(cls, name, kind, meanings))
     return _checked(cls, _prepared(cls, settings, ""), kind)
 
 
@@ -84,30 +93,34 @@ def section_class(hint: object) -> type | None:
     return next((item for item in options if isinstance(item, type) and is_dataclass(item)), None)
 
 
-def unknown_key(cls: type, name: str, kind: str) -> ValueError:
+def unknown_key(
+    cls: type, name: str, kind: str, meanings: Mapping[str, str] = MappingProxyType({})
+) -> ValueError:
     """The error for a key that `cls` does not have; it suggests the nearest one.
 
-    A key whose last word is what was typed is nearer than any other spelling.
+    A key that the last word means, or that ends in it, is nearer than any other spelling.
     """
     known = known_keys(cls)
-    same_word = [key for key in known if key.rpartition(".")[2] == name.rpartition(".")[2]]
-    if not same_word:
+    word = name.rpartition(".")[2]
+    meant = [meanings[word]] if word in meanings else []
+    meant += [key for key in known if key.rpartition(".")[2] == word]
+    if not meant:
         return unknown_name(kind, name, known)
     return ValueError(
-        f"Unknown {kind} {name!r}. Did you mean {same_word[0]!r}? Known: {', '.join(known)}."
+        f"Unknown {kind} {name!r}. Did you mean {meant[0]!r}? Known: {', '.join(known)}."
     )
 
 
 def _require_known(
-    cls: type, settings: Mapping[str, object], kind: str, prefix: str, root: type
+    cls: type, settings: Mapping[str, object], prefix: str, unknown: Callable[[str], ValueError]
 ) -> None:
     hints = typing.get_type_hints(cls)
     for name, value in settings.items():
         if name not in hints:
-            raise unknown_key(root, f"{prefix}{name}", kind)
+            raise unknown(f"{prefix}{name}")
         section = section_class(hints[name])
         if section is not None and isinstance(value, Mapping):
-            _require_known(section, value, kind, f"{prefix}{name}.", root)
+            _require_known(section, value, f"{prefix}{name}.", unknown)
 
 
 def _prepared(cls: type, settings: Mapping[str, object], prefix: str) -> dict[str, object]:

@@ -14,6 +14,18 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 FOLDER_LOCK = ".moellava.lock"
+_HELD: set[int] = set()  # descriptors of this process's locks
+
+
+def _close_in_child() -> None:
+    """A fork, such as a data loader's worker, must not keep a lock whose holder was killed."""
+    for descriptor in _HELD:
+        os.close(descriptor)
+    _HELD.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
 
 
 @contextmanager
@@ -30,11 +42,14 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     path = Path(path)
     lock = path / FOLDER_LOCK if path.is_dir() else path.with_name(f"{path.name}.lock")
     descriptor = _acquire(path, lock)
+    _HELD.add(descriptor)
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # before the lock is dropped: nobody else's file is removed
-        os.close(descriptor)
+        if descriptor in _HELD:  # not in a fork of the holder
+            _HELD.discard(descriptor)
+            lock.unlink(missing_ok=True)  # before the lock is dropped: nobody else's is removed
+            os.close(descriptor)
 
 
 def _acquire(path: Path, lock: Path) -> int:

@@ -19,6 +19,7 @@ from moellava.data.rows import Row
 from moellava.messages import first_names
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.train.options import Recipe
+from moellava.train.usable_rows import usable_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,29 +32,33 @@ class TrainData:
     evaluation: Sequence[Row] | None
 
 
-def read_data(recipe: Recipe) -> TrainData:
-    """The rows that the recipe names.
+def read_data(recipe: Recipe, *, show_progress: bool = False) -> TrainData:
+    """The rows that the recipe names, each looked at: it has an answer, and images that open.
 
     Raises:
         OSError: if they cannot be found.
-        ValueError: for a malformed row (unless `data.skip_bad`), or if there is none.
+        ValueError: for a row that cannot be used (unless `data.skip_bad`), or if there is none.
     """
     options = recipe.data
     if options.train is None:
         raise ValueError(
             "The recipe names no training data. Add data.train=FILE (and data.images=FOLDER)."
         )
-    rows = _read("data.train", options.train, options.train_split, recipe)
+    rows = _read("data.train", options.train, options.train_split, recipe, show_progress)
     if options.evaluation is None:
         return TrainData(rows, None)
-    held_out = _read("data.evaluation", options.evaluation, options.evaluation_split, recipe)
+    held_out = _read(
+        "data.evaluation", options.evaluation, options.evaluation_split, recipe, show_progress
+    )
     if recipe.evaluation.num_rows is not None:
         count = min(recipe.evaluation.num_rows, len(held_out))
         held_out = [held_out[index] for index in range(count)]
     return TrainData(rows, held_out)
 
 
-def _read(key: str, source: str, split: str | None, recipe: Recipe) -> Sequence[Row]:
+def _read(
+    key: str, source: str, split: str | None, recipe: Recipe, show_progress: bool
+) -> Sequence[Row]:
     options = recipe.data
     rows = read_rows(
         source,
@@ -64,7 +69,7 @@ def _read(key: str, source: str, split: str | None, recipe: Recipe) -> Sequence[
     )
     if len(rows) == 0:
         raise ValueError(f"{key} is {source!r}, which has no rows.")
-    return rows
+    return usable_rows(rows, key, skip_bad=options.skip_bad, show_progress=show_progress)
 
 
 def build_collator(

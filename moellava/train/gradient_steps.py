@@ -16,6 +16,7 @@ from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from moellava.model.loaded_model import LoadedModel
+from moellava.storage.errors import reading
 from moellava.train import sharding
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
@@ -48,18 +49,17 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TRAINING_ARGUMENTS_FILE = "training_args.bin"  # the Trainer's: a pickle, with paths of this machine
-
 
 def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     """Train a stage's model, from the newest checkpoint if there is one."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
+        _require_resumable(checkpoint)
         logger.info("resuming from %s", checkpoint)
     arguments = training_arguments(
         recipe, show_progress=show_progress, resumes=checkpoint is not None
     )
-    data = read_data(recipe)
+    data = read_data(recipe, show_progress=show_progress and arguments.process_index == 0)
     model, loaded = prepare_model(recipe)
     if recipe.parallel == "fsdp2":
         if checkpoint is not None:
@@ -69,7 +69,10 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
     if trainer.accelerator.is_main_process:
         begin_run(recipe, run)
     trainer.accelerator.wait_for_everyone()
-    _train_or_load(trainer, checkpoint)
+    try:
+        _train_or_load(trainer, checkpoint)
+    finally:
+        trainer.close_progress_bar()  # an error begins on a line of its own
     _finish(recipe, trainer, run)
     return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
 
@@ -134,10 +137,29 @@ def _features(
     )
 
 
+def _require_resumable(checkpoint: Path) -> None:
+    """transformers would go on with an optimizer and random numbers that began anew."""
+    # One file, or DeepSpeed's and accelerate's folders.
+    states = {
+        "the optimizer's state": ("optimizer*", "global_step*"),
+        "step": (TRAINER_STATE_NAME,),
+    }
+    for what, patterns in states.items():
+        if not any(True for pattern in patterns for _ in checkpoint.glob(pattern)):
+            raise FileNotFoundError(
+                f"{checkpoint} has no {patterns[0].replace('*', '.pt')}, so {what} is lost and the "
+                "run could not resume as it was. Delete this folder to resume from the checkpoint "
+                "before it, or to begin anew."
+            )
+
+
 def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:
     """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
     if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        with reading(checkpoint / TRAINER_STATE_NAME, "a trainer's state"):
+            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            if not isinstance(state.global_step, int) or not isinstance(state.max_steps, int):
+                raise TypeError("global_step and max_steps are whole numbers")
         if state.global_step >= state.max_steps:
             trainer.load_checkpoint(checkpoint)
             trainer.state = state
@@ -163,7 +185,6 @@ def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
 def _complete(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path) -> None:
     """What stands beside the weights, and the move of the folder to its place."""
     log = trainer.state.log_history
-    (folder / TRAINING_ARGUMENTS_FILE).unlink(missing_ok=True)
     trainer.loaded.processor.save_pretrained(folder)
     numbers = {
         "steps": trainer.state.global_step,
@@ -183,7 +204,6 @@ def _save_merged(recipe: Recipe, trainer: MoeLlavaTrainer, adapter: Path, folder
     trainer.save_model(str(adapter))
     if not trainer.accelerator.is_main_process:
         return
-    (adapter / TRAINING_ARGUMENTS_FILE).unlink(missing_ok=True)
     if trainer.is_sharded:  # no process has the whole model, so it is built again
         merged = merge_adapters(build_model(recipe).model, adapter)
     else:

@@ -1,11 +1,20 @@
 """The settings of one stage of training, typed and frozen: `Recipe` and its sections."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import Field
+
+# Names such as hub_token, HF_TOKEN, api_key, password; and, under any name, tokens of Hugging Face,
+# GitHub and OpenAI, and an address with a password in it.
+_SECRET_KEY = re.compile(
+    r"(^|[_.-])(token|secret|password|passwd|credentials?|(api|access|private|secret)[_-]?key)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(r"\b(hf_|ghp_|github_pat_|sk-)[A-Za-z0-9_-]{16,}|://[^/@\s]+:[^/@\s]+@")
 
 Number = TypeVar("Number", int, float)
 Positive = Annotated[Number, Field(gt=0)]
@@ -133,12 +142,24 @@ class Recipe:
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain values, as a YAML file holds them."""
-    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(asdict(recipe))))
+    """Plain values, as a YAML file holds them; tokens and passwords are left out."""
+    plain: dict[str, Any] = yaml.safe_load(yaml.safe_dump(without_secrets(asdict(recipe))))
     return plain
 
 
-def _plain(value: object) -> object:
+def without_secrets(value: object) -> object:
+    """Plain values of settings that may be written or printed, nested ones included."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+        return {
+            str(key): without_secrets(item)
+            for key, item in value.items()
+            if not is_secret(str(key), item)
+        }
+    return [without_secrets(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def is_secret(key: str, value: object) -> bool:
+    """Whether a setting holds a token or password, by its name or by its look."""
+    if not isinstance(value, str):
+        return False
+    return bool(_SECRET_KEY.search(key) or _SECRET_VALUE.search(value))

@@ -6,8 +6,6 @@
 | `build_model`, `outline_model` | the same before that, with weights or on the meta device |
 """
 
-from pathlib import Path
-
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -23,8 +21,8 @@ from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.train.options import Recipe
-from moellava.train.run_folder import MODEL_FOLDER, ROUTER_FILE
-from moellava.train.stage import STAGES, stage_of
+from moellava.train.router_file import router_for
+from moellava.train.stage import stage_of
 from moellava.train.start import find_start
 from moellava.train.trainable import set_trainable, with_adapters
 
@@ -62,14 +60,19 @@ def build_model(recipe: Recipe) -> LoadedModel:
     if not _becomes_mixture(recipe, loaded.model.config):
         return loaded
     moe = recipe.moe
-    return upcycle_loaded(
+    config = upcycled_config(loaded.model.config, moe.config)
+    router = router_for(recipe, config)
+    mixture = upcycle_loaded(
         loaded,
         moe.config,
         seed=recipe.seed,
         noise=moe.noise,
         keep_function=moe.keep_function,
-        router=None if moe.router is None else _router_file(moe.router),
+        router=router,
     )
+    if hasattr(config, "expert_labels"):
+        mixture.model.config.expert_labels = config.expert_labels
+    return mixture
 
 
 def outline_model(recipe: Recipe) -> LoadedModel:
@@ -87,6 +90,7 @@ def outline_model(recipe: Recipe) -> LoadedModel:
         processor = MoeLlavaProcessor.from_pretrained(start)
     if _becomes_mixture(recipe, config):
         config = upcycled_config(config, recipe.moe.config)
+        router_for(recipe, config)
     with torch.device("meta"):
         model = MoeLlavaForConditionalGeneration(config)
     nn.Module.to(model, _dtype(recipe))  # transformers' own `to` has no types
@@ -109,17 +113,3 @@ def _becomes_mixture(recipe: Recipe, config: MoeLlavaConfig) -> bool:
             "this mixture further."
         )
     return not is_mixture
-
-
-def _router_file(source: str) -> Path:
-    path = Path(source).expanduser()
-    for candidate in (path / MODEL_FOLDER / ROUTER_FILE, path / ROUTER_FILE):
-        if candidate.is_file():
-            return candidate
-    if path.is_dir():
-        raise FileNotFoundError(
-            f"moe.router is {source!r}, a folder without {ROUTER_FILE}. Give the output_dir of a "
-            f"finished stage 'router' (moellava train {STAGES['router'].recipe}), or a file with "
-            "one router's weights."
-        )
-    return path  # a file; its reader says what is wrong with it

@@ -1,8 +1,9 @@
 """A YAML file and `key=value` words → a checked `Recipe`: `load_recipe`, `recipe_names`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -10,12 +11,41 @@ from moellava.messages import unknown_name
 from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
 from moellava.settings import convert, from_mapping
+from moellava.storage.errors import reading
 from moellava.train.options import Recipe
 from moellava.train.stage import stage_of
 from moellava.train.stages import STAGES
 
 FOLDER = Path(__file__).with_name("recipes")
 _KIND = "recipe key"
+# What words of other trainers are here; errors suggest it.
+MEANINGS = {
+    "alpha": "lora.alpha",
+    "batch": "optim.batch_size",
+    "bs": "optim.batch_size",
+    "bsz": "optim.batch_size",
+    "dataset": "data.train",
+    "epoch": "optim.epochs",
+    "gradient_checkpointing": "optim.activation_checkpointing",
+    "lora_alpha": "lora.alpha",
+    "lora_r": "lora.rank",
+    "lr": "optim.learning_rate",
+    "max_grad": "optim.max_grad_norm",
+    "max_len": "data.max_length",
+    "model_max_length": "data.max_length",
+    "num_epochs": "optim.epochs",
+    "num_train_epochs": "optim.epochs",
+    "out": "output_dir",
+    "output": "output_dir",
+    "per_device_train_batch_size": "optim.per_device_batch_size",
+    "r": "lora.rank",
+    "save_steps": "saving.every",
+    "scheduler": "optim.schedule",
+    "steps": "optim.max_steps",
+    "warmup_ratio": "optim.warmup",
+    "wd": "optim.weight_decay",
+    "workers": "data.num_workers",
+}
 
 
 def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[str] = ()) -> Recipe:
@@ -37,10 +67,14 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
             raise ValueError(
                 f"{override!r} is not a setting. Type key=value, such as optim.learning_rate=1e-4."
             )
-        _set(settings, name, yaml.safe_load(text))
+        try:
+            value = yaml.load(text, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
+        _set(settings, name, value)
     if "stage" not in settings:
         raise ValueError(f"The recipe has no stage. Choose one of {', '.join(STAGES)}.")
-    recipe = from_mapping(Recipe, settings, kind=_KIND)
+    recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
 
@@ -87,15 +121,27 @@ def _read(source: str | Path) -> dict[str, object]:
         raise FileNotFoundError(
             f"There is no recipe file {str(source)!r}, and no packaged one. {near}"
         )
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    with reading(path, "YAML"):
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} holds a {type(settings).__name__}; expected keys such as stage and data."
         )
     return settings
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
+    """Refuses a key that stands twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for name in names:
+            if names.count(name) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {name!r} stands twice; join them", node.start_mark
+                )
+        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def _set(settings: dict[str, object], name: str, value: object) -> None:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ from moellava.storage.writing import write_text
 from moellava.train.batches import TrainData, build_collator
 from moellava.train.options import Recipe
 from moellava.train.prepare import build_model
-from moellava.train.run_folder import ROUTER_FILE
+from moellava.train.router_file import LABELS_KEY, LAYERS_KEY, ROUTER_FILE
 from moellava.train.stage import LogEntry
 
 logger = logging.getLogger(__name__)
@@ -41,25 +42,29 @@ LABEL_KEY = "modality"
 LABELS_FILE = "labels.json"  # expert number to label
 
 
-def fit_router(
-    recipe: Recipe, data: TrainData, *, show_progress: bool = True
-) -> tuple[nn.Linear, list[str], list[LogEntry]]:
+@dataclass(frozen=True)
+class FittedRouter:
+    """A router, and what it is for."""
+
+    router: nn.Linear  # H to E
+    labels: list[str]  # of each expert
+    layers: list[int]  # the sparse layers whose inputs it was fitted to
+    log: list[LogEntry]  # a loss for each epoch, and the held-out accuracy
+
+
+def fit_router(recipe: Recipe, data: TrainData, *, show_progress: bool = True) -> FittedRouter:
     """Fit the router in one process, without checkpoints: it takes one forward pass over the rows.
 
-    Returns:
-        The router, H to E; the label of each expert; a log with the held-out accuracy, if there
-        are held-out rows.
-
     Raises:
-        ValueError: if a row has no `modality`, there are not as many modalities as experts, or
-            there are several processes.
+        ValueError: if a row with an image has no `modality`, there are not as many modalities as
+            experts, or there are several processes.
     """
     if get_int_from_env(("WORLD_SIZE",), 1) > 1:
         raise ValueError(
             "Stage 'router' fits one linear layer, in one process. Start it by moellava train "
             "alone."
         )
-    names = [_label(row) for row in data.train]
+    rows, names = _labelled(data.train)
     labels = sorted(set(names))
     loaded = build_model(recipe)
     mixture = moe_config_from_dense(loaded.model.config.text_config, **recipe.moe.config)
@@ -85,26 +90,33 @@ def fit_router(
             return mean_hidden_states(loaded.model, shown, mixture.moe_layer_indices)
 
     targets = torch.tensor([labels.index(name) for name in names])
-    router = fit_linear(features(data.train), targets, len(labels), recipe)
-    log: list[LogEntry] = []
+    router, log = fit_linear(features(rows), targets, len(labels), recipe)
     if data.evaluation is not None:
-        expected = torch.tensor([labels.index(_label(row)) for row in data.evaluation])
-        accuracy = (router(features(data.evaluation)).argmax(-1) == expected).float().mean().item()
+        held_out, truths = _labelled(data.evaluation)
+        if unknown := sorted(set(truths) - set(labels)):
+            raise ValueError(
+                f"Held-out rows have modalities that no training row has: {', '.join(unknown)}."
+            )
+        expected = torch.tensor([labels.index(name) for name in truths])
+        accuracy = (router(features(held_out)).argmax(-1) == expected).float().mean().item()
         log.append({"eval_router_accuracy": accuracy})
         logger.info("the router is right for %.1f %% of the held-out rows", 100 * accuracy)
-    return router, labels, log
+    return FittedRouter(router, labels, list(mixture.moe_layer_indices), log)
 
 
-def save_router(router: nn.Linear, labels: Sequence[str], folder: Path) -> None:
+def save_router(fitted: FittedRouter, folder: Path) -> None:
     """Write `router.safetensors` and `labels.json`.
 
-    The first has `weight` (E, H) and `bias` (E,), the second the labels in the experts' order.
+    The first has `weight` (E, H) and `bias` (E,), and in its metadata the layers that it is for;
+    the second has the labels in the experts' order.
     """
+    router = fitted.router
     save_file(
         {"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()},
         folder / ROUTER_FILE,
+        metadata={LAYERS_KEY: json.dumps(fitted.layers), LABELS_KEY: json.dumps(fitted.labels)},
     )
-    write_text(folder / LABELS_FILE, json.dumps(labels) + "\n")
+    write_text(folder / LABELS_FILE, json.dumps(fitted.labels) + "\n")
 
 
 @torch.no_grad()
@@ -144,26 +156,46 @@ def mean_hidden_states(
     return torch.cat(means)
 
 
-def fit_linear(features: Tensor, targets: Tensor, num_labels: int, recipe: Recipe) -> nn.Linear:
-    """Cross-entropy by Adam, shuffled anew each epoch by the recipe's seed."""
+def fit_linear(
+    features: Tensor, targets: Tensor, num_labels: int, recipe: Recipe
+) -> tuple[nn.Linear, list[LogEntry]]:
+    """Cross-entropy by Adam, shuffled anew each epoch by the recipe's seed.
+
+    Returns:
+        The layer, and the mean loss of each epoch.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         router = nn.Linear(features.shape[1], num_labels)
     optimizer = torch.optim.Adam(router.parameters(), lr=recipe.optim.learning_rate)
-    for _ in range(math.ceil(recipe.optim.epochs)):
+    log: list[LogEntry] = []
+    for epoch in range(1, math.ceil(recipe.optim.epochs) + 1):
+        total = 0.0
         order = torch.randperm(len(features), generator=generator)
         for batch in torch.split(order, recipe.optim.batch_size):
             optimizer.zero_grad()
-            torch.autograd.backward(F.cross_entropy(router(features[batch]), targets[batch]))
+            loss = F.cross_entropy(router(features[batch]), targets[batch])
+            torch.autograd.backward(loss)
             optimizer.step()
-    return router
+            total += loss.item() * len(batch)
+        log.append({"epoch": epoch, "loss": total / len(features)})
+    return router, log
 
 
-def _label(row: Row) -> str:
-    label = row.extra.get(LABEL_KEY)
-    if label is None:
-        raise ValueError(
-            f"Row {row.id!r} has no {LABEL_KEY!r}; the router learns it from every row."
-        )
-    return str(label)
+def _labelled(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows that have a modality, and it; rows without an image need none, and are left out."""
+    kept, labels = [], []
+    for row in rows:
+        label = row.extra.get(LABEL_KEY)
+        if label is not None:
+            kept.append(row)
+            labels.append(str(label))
+        elif row.images:
+            raise ValueError(
+                f"Row {row.id!r} has no {LABEL_KEY!r}; the router learns it from every row with an "
+                "image."
+            )
+    if len(kept) < len(rows):
+        logger.info("%d rows without an image are left out", len(rows) - len(kept))
+    return kept, labels

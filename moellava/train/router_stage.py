@@ -24,19 +24,19 @@ from moellava.train.start import find_start
 
 def train_router(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     """Fit and save; without checkpoints, since it takes one forward pass over the rows."""
-    data = read_data(recipe)
-    router, labels, log = fit_router(recipe, data, show_progress=show_progress)
+    data = read_data(recipe, show_progress=show_progress)
+    fitted = fit_router(recipe, data, show_progress=show_progress)
     begin_run(recipe, run)
     with writing(run, MODEL_FOLDER) as folder:
         folder.mkdir(parents=True)
-        save_router(router, labels, folder)
+        save_router(fitted, folder)
         write_history(
             folder, find_start(recipe), stage=recipe.stage, rows=len(data.train), seed=recipe.seed
         )
-        write_log(log, run)
+        write_log(fitted.log, run)
         publish(folder, run / MODEL_FOLDER)
     clear_staging(run)
-    return TrainResult(run / MODEL_FOLDER, log)
+    return TrainResult(run / MODEL_FOLDER, fitted.log)
 
 
 def plan_router(recipe: Recipe) -> Plan:

@@ -1,7 +1,13 @@
 """A recipe → a trained model in a folder, with its log and picture: `train`."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+from accelerate.utils import get_int_from_env
+
+from moellava.storage.locking import locked
 from moellava.train.options import Recipe
 from moellava.train.run_folder import MODEL_FOLDER, read_log, require_same_recipe, run_folder
 from moellava.train.stage import TrainResult, stage_of
@@ -23,6 +29,26 @@ def train(recipe: Recipe, *, show_progress: bool = True) -> TrainResult:
         FloatingPointError: at the first loss or gradient that is not finite.
     """
     run = run_folder(recipe)
+    with _only_run(run):
+        return _train(recipe, run, show_progress)
+
+
+@contextmanager
+def _only_run(run: Path) -> Iterator[None]:
+    """Hold the folder against other runs; of several processes, the first holds it for all."""
+    if get_int_from_env(("RANK",), 0) != 0:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(run):
+            yield
+    finally:
+        if not any(run.iterdir()):  # what could not begin leaves nothing
+            run.rmdir()
+
+
+def _train(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     require_same_recipe(recipe, run)
     if (run / MODEL_FOLDER).is_dir():
         logger.info("%s has finished before", run)

@@ -8,13 +8,15 @@
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
+from moellava.storage.errors import reading
 from moellava.storage.writing import write_text
 from moellava.train.checkpoints import clear_staging
-from moellava.train.options import Recipe, recipe_to_dict
+from moellava.train.options import Recipe, recipe_to_dict, without_secrets
 from moellava.train.stage import LogEntry
 
 MODEL_FOLDER = "model"  # there once the stage has finished
@@ -22,7 +24,6 @@ ADAPTER_FOLDER = "adapter"
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.json"
 PICTURE_FILE = "training.png"
-ROUTER_FILE = "router.safetensors"  # in the model folder of a `router` stage
 # Keys that may change when a run resumes: they do not change the weights.
 _FREE_KEYS = ("output_dir", "logging", "saving", "evaluation")
 
@@ -38,18 +39,33 @@ def require_same_recipe(recipe: Recipe, run: Path) -> None:
     """Raise `ValueError` if another recipe began the run in this folder."""
     if not (run / RECIPE_FILE).is_file():
         return
-    old = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
-    new = recipe_to_dict(recipe)
+    with reading(run / RECIPE_FILE, "a recipe"):
+        written = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
+        old = _leaves(without_secrets(written))
+    new = _leaves(recipe_to_dict(recipe))
     changed = [
         f"{key}: {old.get(key)!r} then, {new.get(key)!r} now"
         for key in {**old, **new}
-        if key not in _FREE_KEYS and old.get(key) != new.get(key)
+        if key.partition(".")[0] not in _FREE_KEYS and old.get(key) != new.get(key)
     ]
     if changed:
         raise ValueError(
             f"{run} holds a run of another recipe ({'; '.join(changed)}). Give the same settings "
             "to resume it, or another output_dir."
         )
+
+
+def _leaves(settings: object, prefix: str = "") -> dict[str, object]:
+    """Nested settings as one mapping with keys such as `optim.learning_rate`."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"a recipe is a mapping, not a {type(settings).__name__}")
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
 
 
 def begin_run(recipe: Recipe, run: Path) -> None:
@@ -61,7 +77,10 @@ def begin_run(recipe: Recipe, run: Path) -> None:
 
 def read_log(run: Path) -> list[LogEntry]:
     """The log of a finished run."""
-    log: list[LogEntry] = json.loads((run / LOG_FILE).read_text(encoding="utf-8"))
+    with reading(run / LOG_FILE, "a log"):
+        log: list[LogEntry] = json.loads((run / LOG_FILE).read_text(encoding="utf-8"))
+        if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+            raise TypeError("a log is a list of entries")
     return log
 
 

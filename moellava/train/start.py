@@ -5,7 +5,7 @@ from pathlib import Path
 from moellava.messages import unknown_name
 from moellava.train.checkpoints import checkpoints
 from moellava.train.log.history import HISTORY_FILE, read_history
-from moellava.train.options import Recipe
+from moellava.train.options import Recipe, without_secrets
 from moellava.train.run_folder import MODEL_FOLDER
 from moellava.train.stage import STAGES, stage_of
 
@@ -29,7 +29,7 @@ def find_start(recipe: Recipe) -> str | None:
     if recipe.model:
         raise ValueError(
             f"start_from is {recipe.start_from!r}, a model whose parts are fixed, but the recipe "
-            f"has model={dict(recipe.model)} too. Leave out one of them (model={{}})."
+            f"has model={without_secrets(recipe.model)} too. Leave out one of them (model={{}})."
         )
     folder = Path(recipe.start_from).expanduser()
     if not folder.is_dir():

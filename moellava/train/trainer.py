@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from moellava.data.collate import ChatCollator
 from moellava.data.rows import Row
 from moellava.model.loaded_model import LoadedModel
+from moellava.storage.errors import reading
 from moellava.train import sharding
 from moellava.train.answers import answer_rows, share_exact
 from moellava.train.checkpoints import (
@@ -91,6 +92,11 @@ class MoeLlavaTrainer(Trainer):
         self.frozen_tower = (
             None if any(weight.requires_grad for weight in tower.parameters()) else tower
         )
+        self._lacks_images = False
+        sees = (tower, loaded.model.model.multi_modal_projector)
+        if any(weight.requires_grad for module in sees for weight in module.parameters()):
+            embedding = loaded.model.get_input_embeddings()
+            embedding.register_forward_hook(self._add_image_part)
         self.step_log = StepLog(loaded.model.config)
         self.sampler = EpochSampler(
             len(train_rows),
@@ -104,8 +110,13 @@ class MoeLlavaTrainer(Trainer):
         self._output_dir = self.run
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        self.progress_bar = ProgressBar()
         if not arguments.disable_tqdm:
-            self.add_callback(ProgressBar())
+            self.add_callback(self.progress_bar)
+
+    def close_progress_bar(self) -> None:
+        """Leave the bar's line, also after an error."""
+        self.progress_bar.close()
 
     # Data
 
@@ -137,6 +148,7 @@ class MoeLlavaTrainer(Trainer):
         if self.frozen_tower is not None:
             # Running statistics and dropout of a frozen tower stay as they are.
             self.frozen_tower.train(False)
+        self._lacks_images = model.training and not {"pixel_values", "patch_tokens"} & set(inputs)
         inputs["use_cache"] = False
         if self.step_log.is_mixture:
             inputs["output_router_logits"] = True
@@ -185,6 +197,25 @@ class MoeLlavaTrainer(Trainer):
             "nothing was written after it. Look at these rows, or lower optim.learning_rate, and "
             "start the recipe again."
         )
+
+    # Batches without an image
+
+    def _add_image_part(
+        self, _module: nn.Module, _ids: object, embeddings: Tensor
+    ) -> Tensor | None:
+        """Give what sees images a gradient of zero in a batch that has none.
+
+        Stage 1 would have nothing to learn from it, and processes that wait for the gradients of
+        one another (DDP, FSDP2) would wait for ever. Added inside the model's forward pass, in
+        which FSDP2 has the projector's weights whole.
+        """
+        if not self._lacks_images:
+            return None
+        base = self.loaded.model
+        height, width = base.config.vision_config.image_hw
+        pixels = torch.zeros(1, 3, height, width, device=embeddings.device)
+        image: Tensor = base.model.get_image_features(pixels).pooler_output[0]
+        return embeddings + 0 * image.sum().to(embeddings.dtype)
 
     # Logs
 
@@ -282,6 +313,9 @@ class MoeLlavaTrainer(Trainer):
             )
         else:
             super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            # A pickle with paths of this machine, and the tokens that `trainer` may hold.
+            (Path(str(output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:
@@ -296,6 +330,10 @@ class MoeLlavaTrainer(Trainer):
             torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or self.run, "an optimizer's state"):
+            self._load_states(checkpoint)
+
+    def _load_states(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self.is_sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -310,4 +348,9 @@ class MoeLlavaTrainer(Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         if not self.is_sharded:  # a sharded one was loaded before it was split
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with reading(resume_from_checkpoint, "a checkpoint"):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(checkpoint or self.run, "random states"):
+            super()._load_rng_state(checkpoint)

@@ -1,8 +1,9 @@
 import pytest
 import yaml
 
-from moellava.train.options import recipe_to_dict
-from moellava.train.recipe import FOLDER, load_recipe, recipe_names
+from moellava.settings import known_keys
+from moellava.train.options import Recipe, recipe_to_dict
+from moellava.train.recipe import FOLDER, MEANINGS, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -67,6 +68,18 @@ def test_settings_override_the_file_and_leave_the_rest():
             "learning_rate=1",
             r"Unknown recipe key 'learning_rate'. Did you mean 'optim.learning_rate'\?",
         ),
+        ("optim.lr=1", r"key 'optim.lr'. Did you mean 'optim.learning_rate'\?"),
+        ("bs=1", r"key 'bs'. Did you mean 'optim.batch_size'\?"),
+        ("lora.r=1", r"key 'lora.r'. Did you mean 'lora.rank'\?"),
+        ("optim.batch_size=-4", r"optim.batch_size is -4; expected more than 0"),
+        ("optim.epochs=0", r"optim.epochs is 0; expected more than 0"),
+        ("optim.epochs=-1", r"optim.epochs is -1; expected more than 0"),
+        ("optim.max_steps=0", r"optim.max_steps is 0; expected more than 0"),
+        ("saving.keep=-1", r"saving.keep is -1; expected more than 0"),
+        ("saving.keep=0", r"saving.keep is 0; expected more than 0"),
+        ("moe.noise=.nan", r"moe.noise is nan; expected 0 or more"),
+        ("optim.learning_rate=.inf", r"optim.learning_rate is inf; expected a finite number"),
+        ("model=[", r"model=\[ is not valid YAML"),
         ("outputdir=a", r"Did you mean 'output_dir'\?"),
         ("moe.config.num_expert=2", r"Did you mean 'moe.config.num_experts'\?"),
         ("stage=alig", r"Unknown stage 'alig'. Did you mean 'align'\?"),
@@ -105,3 +118,21 @@ def test_a_recipe_without_stage_is_an_error(tmp_path):
         ValueError, match=r"has no stage. Choose one of align, tune, router, experts"
     ):
         load_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stage: align\noptim: {epochs: 1}\noptim: {epochs: 2}\n", "'optim' stands twice"),
+        ("stage: align\noptim:\n  epochs: 1\n  epochs: 2\n", "'epochs' stands twice"),
+    ],
+)
+def test_a_key_that_stands_twice_is_an_error(text, message, tmp_path):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_every_word_of_other_trainers_means_a_key():
+    assert set(MEANINGS.values()) <= set(known_keys(Recipe))
+    assert not set(MEANINGS) & set(known_keys(Recipe))

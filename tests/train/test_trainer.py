@@ -271,3 +271,29 @@ def test_an_error_in_our_own_code_is_not_called_a_full_disk(tiny, tmp_path, monk
     monkeypatch.setattr(MoeLlavaTrainer, "_save_scaler", lambda *args: {}["missing"])
     with pytest.raises(KeyError, match="missing"):
         train(tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=2"), show_progress=False)
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_batch_without_an_image_trains_the_projector_by_nothing(packing, tiny, tmp_path):
+    """Stage 1: rows 0 and 4 have no image; of batches of one row, theirs change nothing."""
+    rows = json.loads((tiny / "rows.json").read_text())
+    (tmp_path / "mixed.json").write_text(json.dumps([rows[0], rows[1], rows[4], rows[2]]))
+    settings = [f"data.train={tmp_path / 'mixed.json'}", f"data.packing={packing}"]
+    settings += ["optim.batch_size=1", "optim.per_device_batch_size=1", "optim.max_steps=4"]
+    result = train(tiny_recipe(tiny, "align", tmp_path / "out", *settings), show_progress=False)
+    norms = sorted(entry["grad_norm"] for entry in result.log if "grad_norm" in entry)
+    assert norms[:2] == [0, 0]
+    assert norms[2] > 0
+    (tmp_path / "text.json").write_text(json.dumps([rows[0], rows[4]]))
+    settings[0] = f"data.train={tmp_path / 'text.json'}"
+    train(tiny_recipe(tiny, "align", tmp_path / "text", *settings), show_progress=False)
+
+
+def test_an_error_begins_on_a_line_of_its_own(tiny, tmp_path, monkeypatch, capfd):
+    def fail(*args, **kwargs):
+        raise ValueError("in the middle")
+
+    monkeypatch.setattr(MoeLlavaTrainer, "compute_loss", fail)
+    with pytest.raises(ValueError, match="in the middle"):
+        train(tiny_recipe(tiny, "tune", tmp_path / "out"))
+    assert capfd.readouterr().err.endswith("\n")

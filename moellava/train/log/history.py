@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import moellava
+from moellava.storage.errors import reading
 from moellava.storage.writing import write_text
 
 HISTORY_FILE = "training.json"  # in a model's folder
@@ -12,9 +13,12 @@ HISTORY_FILE = "training.json"  # in a model's folder
 def read_history(model_folder: str | Path | None) -> list[dict[str, str | int]]:
     """First to last; empty if `moellava train` did not make the model, or without the folder."""
     file = Path(model_folder or "") / HISTORY_FILE
-    history: list[dict[str, str | int]] = (
-        json.loads(file.read_text(encoding="utf-8"))["stages"] if file.is_file() else []
-    )
+    if not file.is_file():
+        return []
+    with reading(file, "the history of a model"):
+        history: list[dict[str, str | int]] = json.loads(file.read_text(encoding="utf-8"))["stages"]
+        if not isinstance(history, list) or not all("stage" in entry for entry in history):
+            raise TypeError("stages is a list of entries with their names")
     return history
 
 

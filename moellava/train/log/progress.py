@@ -16,6 +16,13 @@ SHOWN = (
 class ProgressBar(ProgressCallback):
     """transformers' bar; of each log entry it shows what people read, not a number per expert."""
 
+    def close(self) -> None:
+        """Close the bars; what is printed next begins on a line of its own."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+        self.prediction_bar = self.training_bar = None
+
     def on_log(
         self,
         args: TrainingArguments,
