@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from moellava.model.checkpoint.llava import LanguageModelOf
 from moellava.model.checkpoint.strict import load_weights
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.checkpoint.llava import LanguageModelOf
 from moellava.model.language_model.router_weights import RouterSource
 from moellava.model.language_model.upcycling import moe_config_from_dense, upcycled_tensors
 from moellava.model.loaded_model import LoadedModel
@@ -48,10 +48,18 @@ def upcycle_loaded(
     }
     reader = LanguageModelOf("the dense language model", dense)
     for name, tensor in upcycled_tensors(
-        reader, text_config, dtype=dense.dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
+        reader,
+        text_config,
+        dtype=dense.dtype,
+        seed=seed,
+        noise=noise,
+        keep_function=keep_function,
+        router=router,
     ):
         state_dict[joined_name(name)] = tensor
-    model = load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
+    model = load_weights(
+        None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype
+    )
     model.generation_config = dense.generation_config
     model.built_from = dense.built_from
     model.eval()

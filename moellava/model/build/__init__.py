@@ -1,0 +1,1 @@
+"""A request for a new model → its parts → one model."""
