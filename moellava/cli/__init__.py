@@ -50,7 +50,10 @@ def _one_line(error: Exception) -> str:
 app = typer.Typer(
     name="moellava",
     cls=_Commands,
-    help="Medical vision-language models: an image encoder joined to a mixture-of-experts language model.",
+    help=(
+        "Medical vision-language models: an image encoder joined to a mixture-of-experts "
+        "language model."
+    ),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
