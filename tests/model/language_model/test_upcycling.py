@@ -259,9 +259,9 @@ def test_meta_expert_mixture_does_not_become_dense(dense_folder):
         ),
         (
             {"moe_intermediate_size": 16, "num_experts": 16},
-            "num_experts_per_tok=2 is no multiple of 4",
+            "num_experts_per_tok=2 is not a multiple of 4",
         ),
-        ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is no multiple of 2"),
+        ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is not a multiple of 2"),
         ({"noise": -1.0}, "noise is -1.0"),
     ],
 )
@@ -285,7 +285,7 @@ def test_other_architecture_is_refused_by_name(tmp_path):
 def test_mixture_is_not_upcycled_twice(dense_folder, tmp_path):
     upcycle(dense_folder).save_pretrained(tmp_path / "mixture")
     with pytest.raises(
-        ValueError, match=r"mixture of experts already.*LlamaMoeForCausalLM\.from_pretrained"
+        ValueError, match=r"already a mixture of experts.*LlamaMoeForCausalLM\.from_pretrained"
     ):
         upcycle(tmp_path / "mixture")
 
