@@ -55,7 +55,7 @@ def upcycle_loaded(
     )
     model.generation_config = dense.generation_config
     model.built_from = dense.built_from
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return LoadedModel(model, loaded.processor)
 
 

@@ -11,7 +11,7 @@ TensorReader                        what upcycling needs of a reader
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class CheckpointReader:
         except OSError as error:  # transformers' text does not name what was asked for
             at = f" at revision {self.hub.revision}" if self.hub.revision else ""
             raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
-        self.config_dict: dict[str, object] = found
+        self.config_dict: dict[str, Any] = found
         self.model_type = str(found.get("model_type", ""))
         self._file_of = self._find_weights()
         self._unpickled: dict[Path, dict[str, Tensor]] = {}

@@ -19,7 +19,7 @@ LAYER_CHOICES: dict[str, Callable[[int], range]] = {
 
 # No `from __future__ import annotations` here: @strict checks types only if they are real objects.
 @strict
-class LlamaMoeConfig(LlamaConfig):
+class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
     """A `LlamaConfig` whose chosen layers route each token to `num_experts_per_tok` of their MLPs.
 
     Args:
@@ -75,7 +75,7 @@ class LlamaMoeConfig(LlamaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.intermediate_size
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.validate_mixture()
 
     def validate_mixture(self) -> None:

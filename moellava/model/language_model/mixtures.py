@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,8 +71,7 @@ def import_mixture(
     """
     config, state_dict = imported_state_dict(source, dtype=dtype, **hub)
     dtype = dtype or state_dict["model.embed_tokens.weight"].dtype
-    model = with_weights(f"the mixture {source}", config, state_dict, dtype)
-    return model if device is None else model.to(device)
+    return with_weights(str(source), config, state_dict, dtype=dtype, device=device)
 
 
 def imported_state_dict(
@@ -197,7 +195,7 @@ def _mixtral_config(reader: CheckpointReader) -> LlamaMoeConfig:
 
 def _moe_llava_config(reader: CheckpointReader) -> LlamaMoeConfig:
     found = reader.config_dict
-    moe: Any = found.get("moe") or {}
+    moe = found.get("moe") or {}
     required = ("moe_layers_idx", "num_experts", "top_k_experts")
     missing = [key for key in required if not moe.get(key)]
     if missing:

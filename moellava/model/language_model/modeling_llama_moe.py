@@ -38,7 +38,7 @@ from moellava.model.language_model.moe import (
 from moellava.storage.weights import require_fit, require_loaded
 
 
-class LlamaMoeDecoderLayer(LlamaDecoderLayer):
+class LlamaMoeDecoderLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.is_sparse(layer_idx):
@@ -46,7 +46,7 @@ class LlamaMoeDecoderLayer(LlamaDecoderLayer):
             self.mlp: nn.Module = LlamaMoeSparseBlock(config)  # type: ignore[assignment]
 
 
-class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
+class LlamaMoePreTrainedModel(LlamaPreTrainedModel):  # type: ignore[no-untyped-call]
     """What both models share: initialisation, recorded outputs, loading without random weights."""
 
     config: LlamaMoeConfig
@@ -70,7 +70,7 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, LlamaMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
@@ -87,7 +87,8 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
             ValueError: naming missing or misshapen weights; transformers would draw random ones.
         """
         kwargs["ignore_mismatched_sizes"] = True  # our error names them, transformers' does not
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         _require_complete((args and args[0]) or "the state dict", info)
         for module in model.modules():
             if isinstance(module, LlamaMoeRouter):  # loading makes new parameters, all trainable
@@ -95,7 +96,7 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
+class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):  # type: ignore[no-untyped-call]
     """The decoder without a head; `router_logits` has one (B*T, E) float32 per sparse layer."""
 
     def __init__(self, config: LlamaMoeConfig) -> None:
@@ -112,15 +113,17 @@ class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
         """As `LlamaModel`, but the output class has a place for the recorded router logits."""
         return MoeModelOutputWithPast(**super().forward(*args, **kwargs))
 
 
-class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationMixin):
+class LlamaMoeForCausalLM(  # type: ignore[no-untyped-call]
+    LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationMixin
+):
     """The decoder with its language-model head."""
 
     def __init__(self, config: LlamaMoeConfig) -> None:
@@ -128,10 +131,10 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
         self.model = LlamaMoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -171,16 +174,22 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        return MoeCausalLMOutputWithPast(**fields)
+        return MoeCausalLMOutputWithPast(**fields)  # type: ignore[arg-type]  # tuple[Tensor] there
 
 
 def with_weights(
-    where: str, config: LlamaMoeConfig, state_dict: dict[str, Tensor], dtype: torch.dtype
+    where: str,
+    config: LlamaMoeConfig,
+    state_dict: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
 ) -> LlamaMoeForCausalLM:
     """The model of a config with exactly these weights, in evaluation mode.
 
     Args:
         where: what the weights are, for the message.
+        device: where the model goes; None leaves it on the CPU.
 
     Raises:
         ValueError: naming weights that are missing, unexpected or misshapen.
@@ -190,6 +199,8 @@ def with_weights(
     )
     require_loaded(where, info)
     assert isinstance(model, LlamaMoeForCausalLM)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides its signature
     return model
 
 

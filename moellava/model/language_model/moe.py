@@ -41,12 +41,14 @@ class LlamaMoeSparseBlock(nn.Module):
         super().__init__()
         self.gate = LlamaMoeRouter(config)
         self.experts = LlamaMoeExperts(config)
-        self.meta_expert = LlamaMLP(config) if config.meta_expert else None
+        self.meta_expert: LlamaMLP | None = None
+        if config.meta_expert:
+            self.meta_expert = LlamaMLP(config)  # type: ignore[no-untyped-call]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, H)
         _, top_k_weights, top_k_index = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights)  # (N, H)
+        output: Tensor = self.experts(tokens, top_k_index, top_k_weights)  # (N, H)
         if self.meta_expert is not None:
             output = output + self.meta_expert(tokens)
         return output.reshape(hidden_states.shape)
@@ -301,8 +303,9 @@ def add_router_losses(
     """
     if not router_logits:
         return loss, None
-    is_2d = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-    mask = attention_mask if is_2d else None
+    mask = None
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        mask = attention_mask
     aux_loss = load_balancing_loss(
         router_logits, config.num_experts, config.num_experts_per_tok, mask
     )

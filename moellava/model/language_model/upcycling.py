@@ -154,8 +154,8 @@ def upcycle(
     config = moe_config_from_dense(reader.config(), **options)
     dtype = dtype or reader.dtype()
     state_dict = dict(upcycled_tensors(reader, config, upcycling, dtype=dtype))
-    model = with_weights(f"the mixture made of {reader.source}", config, state_dict, dtype)
-    return model if device is None else model.to(device)
+    where = f"the mixture made of {reader.source}"
+    return with_weights(where, config, state_dict, dtype=dtype, device=device)
 
 
 def upcycled_state_dict(
@@ -256,15 +256,16 @@ def to_dense(model: LlamaMoeForCausalLM) -> LlamaForCausalLM:
         state_dict[f"{prefix}.up_proj.weight"] = up.flatten(0, 1).clone()
         down = torch.cat(list(experts.down_proj.detach()[:pieces]), dim=1)  # (H, I)
         state_dict[f"{prefix}.down_proj.weight"] = down / pieces
-    dense_model: LlamaForCausalLM
-    dense_model, info = LlamaForCausalLM.from_pretrained(
+    loaded: Any = LlamaForCausalLM.from_pretrained(
         None,
         config=LlamaConfig(**dense),
         state_dict=state_dict,
         dtype=model.dtype,
         output_loading_info=True,
     )
+    dense_model, info = loaded
     require_loaded("the dense model", info)
+    assert isinstance(dense_model, LlamaForCausalLM)
     return dense_model
 
 
