@@ -1,7 +1,6 @@
 """A multimodal model with a dense language model in, the same with a mixture of experts out."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from moellava.model.checkpoint.llava import LanguageModelOf
 from moellava.model.checkpoint.strict import load_weights
@@ -18,7 +17,7 @@ from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration, j
 
 def upcycle_loaded(
     loaded: LoadedModel,
-    moe_config: Mapping[str, Any] | None = None,
+    moe_config: Mapping[str, object] | None = None,
     *,
     seed: int = 0,
     noise: float = 0.0,
@@ -59,7 +58,7 @@ def upcycle_loaded(
     return LoadedModel(model, loaded.processor)
 
 
-def upcycled_config(config: MoeLlavaConfig, moe_config: Mapping[str, Any]) -> MoeLlavaConfig:
+def upcycled_config(config: MoeLlavaConfig, moe_config: Mapping[str, object]) -> MoeLlavaConfig:
     """The config of the mixture that a dense model becomes.
 
     Arguments and errors are those of `upcycle_loaded`.

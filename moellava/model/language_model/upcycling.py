@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class UpcyclingKeywords(TypedDict, total=False):
 UPCYCLING_OPTIONS = tuple(UpcyclingKeywords.__annotations__)
 
 
-def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) -> LlamaMoeConfig:
+def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: object) -> LlamaMoeConfig:
     """The config of the mixture that a dense Llama becomes.
 
     Args:
@@ -109,17 +109,17 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: Any) ->
     dense = dense_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
-    return LlamaMoeConfig(**dense, **moe_options)
+    return LlamaMoeConfig(**(dense | moe_options))
 
 
 def split_moe_options(
-    moe_config: Mapping[str, Any] | Literal[True],
-) -> tuple[dict[str, Any], UpcyclingKeywords]:
+    moe_config: Mapping[str, object] | Literal[True],
+) -> tuple[dict[str, object], UpcyclingKeywords]:
     """`moe_config` of `load_pretrained_model`: options of the config, and those of `Upcycling`."""
     given = {} if moe_config is True else dict(moe_config)
     options = {name: value for name, value in given.items() if name not in UPCYCLING_OPTIONS}
-    upcycling: Any = {name: given[name] for name in UPCYCLING_OPTIONS if name in given}
-    return options, upcycling
+    upcycling = {name: given[name] for name in UPCYCLING_OPTIONS if name in given}
+    return options, cast(UpcyclingKeywords, upcycling)
 
 
 def upcycle(
@@ -131,7 +131,7 @@ def upcycle(
     noise: float = 0.0,
     keep_function: bool = True,
     router: RouterSource | None = None,
-    **options: Any,
+    **options: object,
 ) -> LlamaMoeForCausalLM:
     """A mixture whose logits equal the dense checkpoint's.
 
