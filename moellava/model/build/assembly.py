@@ -33,7 +33,12 @@ from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.storage.sources import HubOptions, origin_of
 from moellava.model.build.parts import IMAGE_TOKEN, load_encoder, load_tokenizer
-from moellava.model.checkpoint.configs import as_dtype, load_generation_config, load_model_config, model_type_of
+from moellava.model.checkpoint.configs import (
+    as_dtype,
+    load_generation_config,
+    load_model_config,
+    model_type_of,
+)
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, projector_options
 from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identity
@@ -77,7 +82,9 @@ def assemble(
     state_dict = _join_state_dicts(parts.language_model.read(), parts.encoder, config)
     for key, tensor in _projector_weights(config, projector, seed).items():
         state_dict[f"{PROJECTOR_PREFIX}{key}"] = tensor
-    model = load_weights(None, name, config=config, state_dict=state_dict, **{**build, "dtype": dtype})
+    model = load_weights(
+        None, name, config=config, state_dict=state_dict, **{**build, "dtype": dtype}
+    )
     model.generation_config = load_generation_config(name, parts.processor.tokenizer, **hub)
     # For save_trainable, which reads the base again; paths of this machine, so it is no part of the config.
     model.built_from = {"model_name_or_path": name, "mm_vision_tower": request.mm_vision_tower}
@@ -88,7 +95,9 @@ def configure(
     request: BuildRequest, *, moe_config: Mapping[str, Any] | bool, dtype: torch.dtype | None
 ) -> tuple[MoeLlavaConfig, MoeLlavaProcessor]:
     """Config and processor of the model that a request describes; of the weights, only the tower's are opened."""
-    parts = _find_parts(request, moe_config=moe_config, dtype=dtype, seed=0, hub={}, fallback_to_default=False)
+    parts = _find_parts(
+        request, moe_config=moe_config, dtype=dtype, seed=0, hub={}, fallback_to_default=False
+    )
     return parts.config, parts.processor
 
 
@@ -115,7 +124,9 @@ def _find_parts(
     name = request.model_name_or_path
     projector = None if request.projector_path is None else read_projector(request.projector_path)
     projector_type, options = _choose_projector(request, projector)
-    language_model = find_language_model(name, moe_config=moe_config, dtype=dtype, seed=seed, hub=hub)
+    language_model = find_language_model(
+        name, moe_config=moe_config, dtype=dtype, seed=seed, hub=hub
+    )
     tower_hub = {**hub, "revision": request.mm_vision_tower_revision}
     encoder = load_encoder(request, fallback_to_default=fallback_to_default, **tower_hub)
     tokenizer = load_tokenizer(name, **hub)
@@ -152,7 +163,12 @@ class LanguageModel(NamedTuple):
 
 
 def find_language_model(
-    name: str, *, moe_config: Mapping[str, Any] | bool, dtype: torch.dtype | None, seed: int, hub: Mapping[str, Any]
+    name: str,
+    *,
+    moe_config: Mapping[str, Any] | bool,
+    dtype: torch.dtype | None,
+    seed: int,
+    hub: Mapping[str, Any],
 ) -> LanguageModel:
     """A dense Llama as a mixture, or dense with `moe_config=False`; a mixture as it is."""
     model_type = model_type_of(name, **hub)
@@ -169,7 +185,9 @@ def find_language_model(
         )
     if model_type in LAYOUTS:
         mixture, state_dict = imported_state_dict(name, dtype=dtype, **hub)
-        return LanguageModel(mixture, dtype or state_dict["model.embed_tokens.weight"].dtype, lambda: state_dict)
+        return LanguageModel(
+            mixture, dtype or state_dict["model.embed_tokens.weight"].dtype, lambda: state_dict
+        )
     config = load_model_config(name, **hub)
     dtype = dtype or as_dtype(config.dtype) or torch.float32
     if is_mixture or moe_config is False:
@@ -177,11 +195,21 @@ def find_language_model(
         return LanguageModel(config, dtype, partial(read, name, dtype=dtype, **hub))
     options, upcycling = split_moe_options(moe_config)
     mixture = moe_config_from_dense(config, **options)
-    read = partial(upcycled_state_dict, name, copy.deepcopy(mixture), dtype=dtype, seed=seed, **upcycling, **hub)
+    read = partial(
+        upcycled_state_dict,
+        name,
+        copy.deepcopy(mixture),
+        dtype=dtype,
+        seed=seed,
+        **upcycling,
+        **hub,
+    )
     return LanguageModel(mixture, dtype, read)
 
 
-def _choose_projector(request: BuildRequest, trained: TrainedProjector | None) -> tuple[str, dict[str, Any]]:
+def _choose_projector(
+    request: BuildRequest, trained: TrainedProjector | None
+) -> tuple[str, dict[str, Any]]:
     """Type and options: those asked for, or the trained projector's own, which may not be contradicted."""
     if trained is None:
         projector_type = request.projector_type or DEFAULT_PROJECTOR
@@ -200,21 +228,32 @@ def _choose_projector(request: BuildRequest, trained: TrainedProjector | None) -
     return trained.projector_type, own
 
 
-def _projector_weights(config: MoeLlavaConfig, trained: TrainedProjector | None, seed: int) -> dict[str, Tensor]:
+def _projector_weights(
+    config: MoeLlavaConfig, trained: TrainedProjector | None, seed: int
+) -> dict[str, Tensor]:
     if trained is not None:
         return trained.state_dict
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        projector = build_projector(config.projector_type, config.projector_shape, config.projector_options)
+        projector = build_projector(
+            config.projector_type, config.projector_shape, config.projector_options
+        )
     return projector.state_dict()
 
 
-def _log_projector(config: MoeLlavaConfig, trained: TrainedProjector | None, tower: TowerIdentity) -> None:
+def _log_projector(
+    config: MoeLlavaConfig, trained: TrainedProjector | None, tower: TowerIdentity
+) -> None:
     if trained is None:
         source = f"fresh, to be trained for {tower}"
     else:
         source = f"loaded from {trained.path}, trained for {trained.tower or 'a tower that it does not name'}"
-    logger.info("projector %s: %d image tokens per image, %s", config.projector_type, config.num_image_tokens, source)
+    logger.info(
+        "projector %s: %d image tokens per image, %s",
+        config.projector_type,
+        config.num_image_tokens,
+        source,
+    )
 
 
 def _join_state_dicts(

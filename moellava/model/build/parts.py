@@ -29,9 +29,13 @@ def load_tokenizer(model_name_or_path: str | Path, **hub: Any) -> PreTrainedToke
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **hub)
     except (OSError, ValueError) as error:
-        raise OSError(f"No tokenizer can be read at {str(model_name_or_path)!r}: {error}") from error
+        raise OSError(
+            f"No tokenizer can be read at {str(model_name_or_path)!r}: {error}"
+        ) from error
     if IMAGE_TOKEN not in tokenizer.get_vocab():
-        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        tokenizer.add_tokens(
+            [AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True
+        )
     if tokenizer.pad_token is None:
         # Padding is found by the attention mask, never by this id, so that sharing it with </s> does no harm.
         tokenizer.pad_token = tokenizer.eos_token

@@ -14,9 +14,13 @@ from moellava.messages import unknown_name
 class CustomVisionConfig:
     """How the image encoder is used, under the names of the BiomedCLIP integration guide."""
 
-    image_size: int = 224  # pixels; position embeddings are interpolated where the tower was trained at another
+    image_size: int = (
+        224  # pixels; position embeddings are interpolated where the tower was trained at another
+    )
     vision_feature_layer: int = -2  # LLaVA's meaning: -2 is the output of the last block but one
-    vision_feature_select_strategy: str = "default"  # "default" drops the class token, "full" keeps it
+    vision_feature_select_strategy: str = (
+        "default"  # "default" drops the class token, "full" keeps it
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +34,9 @@ class BuildRequest:
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str | None = None  # None: mlp2x_gelu, or that of the trained projector
     projector_options: Mapping[str, Any] | None = None  # of that type; see moellava.model.projector
-    projector_path: str | Path | None = None  # a trained projector; see moellava.model.checkpoint.projector_file
+    projector_path: str | Path | None = (
+        None  # a trained projector; see moellava.model.checkpoint.projector_file
+    )
     image_size: int | None = None
     vision_feature_layer: int | None = None
     vision_feature_select_strategy: str | None = None
@@ -77,9 +83,17 @@ def read_build_request(
     if encoder_type is not None:
         _merge(settings, {"encoder_type": encoder_type}, "the argument encoder_type")
     if custom_vision_config is not None:
-        _merge(settings, _as_mapping(custom_vision_config, "custom_vision_config"), "custom_vision_config")
+        _merge(
+            settings,
+            _as_mapping(custom_vision_config, "custom_vision_config"),
+            "custom_vision_config",
+        )
     if projector_config is not None:
-        _merge(settings, _projector_settings(_as_mapping(projector_config, "projector_config")), "projector_config")
+        _merge(
+            settings,
+            _projector_settings(_as_mapping(projector_config, "projector_config")),
+            "projector_config",
+        )
     values = {key: value for key, (value, _) in settings.items()}
     for key in required:
         if key not in values:
@@ -93,10 +107,15 @@ def read_build_request(
 def _projector_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """`path`, `type` and the options of that type, flat as users write them, under the keys of `BuildRequest`."""
     rest = {name: value for name, value in given.items() if value is not None}
-    settings = {key: rest.pop(name, None) for name, key in (("path", "projector_path"), ("type", "projector_type"))}
+    settings = {
+        key: rest.pop(name, None)
+        for name, key in (("path", "projector_path"), ("type", "projector_type"))
+    }
     if rest and settings["projector_type"] is None:
         first = next(iter(rest))
-        raise unknown_name("key in projector_config:", first, ("path", "type", "the options of a given type"))
+        raise unknown_name(
+            "key in projector_config:", first, ("path", "type", "the options of a given type")
+        )
     return settings | {"projector_options": rest or None}
 
 
@@ -122,7 +141,9 @@ def _read_file(path: Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path.")
+        raise ValueError(
+            f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path."
+        )
     return content
 
 
