@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from moellava.model.checkpoint.strict import load_weights
+from moellava.model.checkpoint.strict import model_from_tensors
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.checkpoint.llava import LanguageModelOf
 from moellava.model.language_model.router_weights import RouterSource
@@ -51,11 +51,15 @@ def upcycle_loaded(
         reader, text_config, dtype=dense.dtype, seed=seed, noise=noise, keep_function=keep_function, router=router
     ):
         state_dict[joined_name(name)] = tensor
-    model = load_weights(None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype)
-    model.generation_config = dense.generation_config
-    model.built_from = dense.built_from
-    model.eval()
-    return LoadedModel(model, loaded.processor)
+    return model_from_tensors(
+        state_dict,
+        config,
+        loaded.processor,
+        name="the upcycled model",
+        dtype=dense.dtype,
+        generation_config=dense.generation_config,
+        built_from=dense.built_from,
+    )
 
 
 def upcycled_config(config: MoeLlavaConfig, moe_config: Mapping[str, Any]) -> MoeLlavaConfig:
