@@ -49,7 +49,7 @@ def encode_batches(
     progress: bool = False,
     load_image: Callable[[Any], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
-    """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
+    """Patch tokens (B, N, D) by batch; the next is preprocessed while this one is in the model."""
     batches: Iterable[Tensor] = pixel_batches(
         encoder, images, batch_size=batch_size, load_image=load_image
     )
@@ -70,12 +70,13 @@ def pixel_batches(
     batch_size: int,
     load_image: Callable[[Any], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
-    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
+    """Pixel values (B, 3, H, W), on the encoder's device and in its dtype, a batch ahead."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
     def pixels(batch: Sequence[Any]) -> Tensor:
-        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
+        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL
+        # here.
         ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
         return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
 

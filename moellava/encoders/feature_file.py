@@ -32,15 +32,17 @@ def encode_files(
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
-    Work in progress lies in `<out>.partial`, which a later call with the same images and tower continues.
-    Names, the tower and the `view`, options of `moellava.images.View` such as `window`, stand in the file's metadata.
-    Memory is that of a batch, however many images. `paths` may hold whatever `load_image` takes. `dtype` is what is
-    stored; None is the encoder's. `metadata` is kept in the file as it is.
+    Work in progress lies in `<out>.partial`, which a later call with the same images and tower
+    continues. Names, the tower and the `view`, options of `moellava.images.View` such as `window`,
+    stand in the file's metadata. Memory is that of a batch, however many images. `paths` may hold
+    whatever `load_image` takes. `dtype` is what is stored; None is the encoder's. `metadata` is
+    kept in the file as it is.
 
     Returns:
         How many images an earlier, interrupted call had done.
     Raises:
-        FileExistsError: `out` is there already, or the unfinished work is of other images or another tower.
+        FileExistsError: `out` is there already, or the unfinished work is of other images or
+            another tower.
         ValueError: an image cannot be read; its file is named. The images before it are kept.
     """
     if out.exists():
@@ -81,7 +83,7 @@ def _header(
     view: Mapping[str, Any],
     given: Mapping[str, str],
 ) -> tuple[bytes, int]:
-    """safetensors' header for all images, and the bytes of one image; rows can then be appended in order."""
+    """safetensors' header for all images, and the bytes of one: rows are then appended in order."""
     config = encoder.config
     shape = [len(names), encoder.num_patches, encoder.hidden_size]
     num_bytes = encoder.num_patches * encoder.hidden_size * dtype.itemsize
@@ -119,6 +121,7 @@ def _prepare(partial: Path, journal: Path, header: bytes, num_bytes: int) -> int
         )
     if not is_same:
         raise FileExistsError(
-            f"{partial} is unfinished work on other images or with another tower; delete it to start anew."
+            f"{partial} is unfinished work on other images or with another tower; delete it to "
+            "start anew."
         )
     return int(journal.read_text()) if journal.exists() else 0

@@ -56,7 +56,7 @@ class HubOptions:
 
     @property
     def keywords(self) -> HubKeywords:
-        """For `from_pretrained`; a token that was not given is left out, so that the login is used."""
+        """For `from_pretrained`; a token that was not given is left out: the login is used."""
         given: HubKeywords = {
             "revision": self.revision,
             "cache_dir": self.cache_dir,
@@ -86,7 +86,7 @@ class Source:
 
 
 class Origin(NamedTuple):
-    """Where weights came from: a repo id or a folder's own name, and the commit if the hub has one."""
+    """Where weights came from: a repo id or a folder's own name, and the commit if any."""
 
     name: str
     revision: str | None
@@ -134,7 +134,7 @@ def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[st
 
 
 def origin_of(source: str | os.PathLike[str], hub: HubOptions | None = None) -> Origin:
-    """The origin of a checkpoint that has just been read: a folder or hub id with a `config.json`."""
+    """The origin of a checkpoint that was just read: a folder or hub id with a `config.json`."""
     parsed = parse_source(source, hub)
     config_file = find_file(parsed, "config.json")
     return Origin(parsed.name, None if config_file is None else commit_of(config_file))

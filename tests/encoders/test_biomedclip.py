@@ -328,7 +328,7 @@ def test_wrong_settings_list_the_right_ones(field, value, message):
 
 
 def test_misspelt_setting_suggests_the_right_one(architecture):
-    with pytest.raises(TypeError, match=r"no field 'select_layr'\. Did you mean 'select_layer'\?"):
+    with pytest.raises(TypeError, match=r"no option 'select_layr'\. Did you mean 'select_layer'\?"):
         BiomedClipEncoder.from_pretrained(architecture("vit"), select_layr=-1)
 
 

@@ -113,7 +113,7 @@ def test_path_unlike_biomedclip_is_warned_about_and_tried(architecture, tmp_path
         assert caplog.text == ""
         with pytest.raises(OSError, match="cannot get open_clip_config"):
             create_encoder("biomedclip", "someone/plain-name")
-    assert "someone/plain-name does not look like a BiomedCLIP checkpoint" in caplog.text
+    assert "someone/plain-name does not look like a biomedclip checkpoint" in caplog.text
 
 
 def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, caplog, no_network):
