@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TypedDict
 
 import torch
-from huggingface_hub.utils import (
+from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
     enable_progress_bars,
@@ -77,7 +77,7 @@ def load_pretrained_model(
     """Build a multimodal model from its parts, or open a saved one.
 
     Args:
-        model: what to load. A mapping, dataclass or object, or a YAML or JSON file, with the keys of
+        model: what to load. A mapping, dataclass or object, or a YAML or JSON file with the keys of
             `moellava.model.build.request.BuildRequest`: `model_name_or_path` (language model),
             `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`,
             ... and the encoder's options (`image_size`, `patch_tokens`, ...: see
@@ -157,7 +157,7 @@ def load_pretrained_model(
     if device is not None:
         # transformers' decorator hides the signature of `to`
         loaded.model.to(device)  # type: ignore[arg-type]
-    loaded.model.eval()
+    loaded.model.eval()  # type: ignore[no-untyped-call]
     return loaded
 
 
@@ -233,9 +233,9 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def _switch(shown: bool, downloads_shown: bool) -> None:
     if shown:
-        transformers_logging.enable_progress_bar()
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
     else:
-        transformers_logging.disable_progress_bar()
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if downloads_shown:
         enable_progress_bars()
     else:

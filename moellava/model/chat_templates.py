@@ -3,7 +3,7 @@
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-# A message's content is a string or a list of items; an image stands on a line of its own, as in LLaVA.
+# A message's content is a string or a list of items; an image is a line of its own, as in LLaVA.
 _CONTENT = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{ content }}{%- else -%}{%- for item in content -%}"

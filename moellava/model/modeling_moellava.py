@@ -1,6 +1,7 @@
-"""Pixels and token ids → logits: image encoder, projector and language model as one Hugging Face model.
+"""Pixels and token ids → logits: image encoder, projector and language model as one model.
 
-Letters: B prompts, T positions, I images in the batch, N image embeddings per image, D_t text width, V vocabulary.
+Letters: B prompts, T positions, I images in the batch, N image embeddings per image, D_t text
+width, V vocabulary.
 """
 
 from typing import Any
@@ -57,7 +58,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but a weight that the checkpoint lacks is an error: it would be drawn at random.
+        """As transformers', but a missing weight is an error: it would be drawn at random.
 
         Raises:
             ValueError: naming the missing weights.
@@ -73,7 +74,7 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As transformers', but reentrant checkpointing of a mixture with router losses is refused.
+        """As transformers', but not reentrant for a mixture with router losses.
 
         Raises:
             ValueError: it runs the layers without gradients first and records the router's logits
@@ -82,8 +83,8 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         is_reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if is_reentrant and has_router_penalty(self.config.text_config):
             raise ValueError(
-                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or set "
-                "router_aux_loss_coef and router_z_loss_coef of the text config to 0."
+                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or "
+                "set router_aux_loss_coef and router_z_loss_coef of the text config to 0."
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
@@ -142,7 +143,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
 
         Args:
             input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
+            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
             inputs_embeds: (B, T, D_t), in place of `input_ids`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, in place of `pixel_values`.
             patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
@@ -188,8 +189,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
     def _check_ids(self, input_ids: Tensor) -> None:
         if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
             raise ValueError(
-                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. Here "
-                f"an image is {self.config.num_image_tokens} tokens of id "
+                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. "
+                f"Here an image is {self.config.num_image_tokens} tokens of id "
                 f"{self.config.image_token_id}: let MoeLlavaProcessor write them, "
                 "processor(text=..., images=...)."
             )
@@ -203,7 +204,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
 
 
 class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):
-    """The model that answers questions about images; see `load_pretrained_model` for how to build one."""
+    """The model that answers questions about images; `load_pretrained_model` builds one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -258,7 +259,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
         Args:
             input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
+            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
             labels: (B, T); -100 at positions without a loss.
             output_router_logits: also return `router_logits` and `aux_loss`; default: what the text
                 config says. In training with `labels`, the router's losses are part of `loss`

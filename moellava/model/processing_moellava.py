@@ -25,7 +25,7 @@ AFTER_TRUNCATION = (
 
 
 class MoeLlavaProcessor(ProcessorMixin):
-    """One object for both inputs of the model, with the chat template that the language model was tuned on.
+    """Images and text in one object, with the chat template that the language model was tuned on.
 
     Args:
         image_processor: the tower's own.

@@ -190,7 +190,7 @@ def find_language_model(name: str, options: LoadOptions, hub: HubOptions) -> Lan
 def _choose_projector(
     request: BuildRequest, trained: TrainedProjector | None
 ) -> tuple[str, dict[str, object]]:
-    """Type and options: those asked for, or the trained projector's own, which may not be contradicted."""
+    """Type and options: those asked for, or the trained projector's, which may not differ."""
     if trained is None:
         projector_type = request.projector_type or DEFAULT_PROJECTOR
         return projector_type, projector_options(projector_type, request.projector_options)
@@ -203,7 +203,8 @@ def _choose_projector(
     asked = projector_options(trained.projector_type, request.projector_options or own)
     if asked != own:
         raise ValueError(
-            f"The options of the projector are {asked}, but {trained.path} has {own}. Leave projector_options out."
+            f"The options of the projector are {asked}, but {trained.path} has {own}. Leave "
+            "projector_options out."
         )
     return trained.projector_type, own
 
@@ -227,7 +228,8 @@ def _log_projector(
     if trained is None:
         source = f"fresh, to be trained for {tower}"
     else:
-        source = f"loaded from {trained.path}, trained for {trained.tower or 'a tower that it does not name'}"
+        trained_for = trained.tower or "a tower that it does not name"
+        source = f"loaded from {trained.path}, trained for {trained_for}"
     logger.info(
         "projector %s: %d image tokens per image, %s",
         config.projector_type,
@@ -239,7 +241,10 @@ def _log_projector(
 def _join_state_dicts(
     language_model: dict[str, Tensor], encoder: VisionEncoder, config: MoeLlavaConfig
 ) -> dict[str, Tensor]:
-    """Language model and tower in one state dict; tensors are moved, not copied: memory peaks at the final size."""
+    """Language model and tower in one state dict.
+
+    Tensors are moved, not copied, so that memory peaks at the final size.
+    """
     joined: dict[str, Tensor] = {}
     for key in list(language_model):
         tensor = language_model.pop(key)
@@ -252,7 +257,7 @@ def _join_state_dicts(
 
 
 def _with_rows(weight: Tensor, num_rows: int) -> Tensor:
-    """(V, D) → (num_rows, D): added tokens start as the mean of the others, like a word nothing is known of."""
+    """(V, D) → (num_rows, D): added tokens start as the mean of the others."""
     if num_rows == len(weight):
         return weight
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)

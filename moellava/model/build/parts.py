@@ -34,7 +34,7 @@ def load_tokenizer(
         image = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
         tokenizer.add_tokens([image], special_tokens=True)
     if tokenizer.pad_token is None:
-        # Padding is found by the attention mask, never by this id: sharing it with </s> is harmless.
+        # Padding is found by the attention mask, never by this id: it may be that of </s>.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -66,8 +66,8 @@ def load_encoder(
     )
     if request.mm_hidden_size not in (None, encoder.hidden_size):
         raise ValueError(
-            f"mm_hidden_size is {request.mm_hidden_size}, but {request.mm_vision_tower} gives patch "
-            f"tokens of width {encoder.hidden_size}. Set mm_hidden_size={encoder.hidden_size}, or "
-            "leave it out."
+            f"mm_hidden_size is {request.mm_hidden_size}, but {request.mm_vision_tower} gives "
+            f"patch tokens of width {encoder.hidden_size}. Set "
+            f"mm_hidden_size={encoder.hidden_size}, or leave it out."
         )
     return encoder

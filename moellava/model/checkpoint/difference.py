@@ -278,8 +278,8 @@ def _without_adapter(model: PreTrainedModel) -> MoeLlavaForConditionalGeneration
         own = model.get_base_model()
     if getattr(own, "hf_quantizer", None) is not None:
         raise ValueError(
-            "The model's weights are quantised, so that hardly any equals the base's. Save it whole "
-            "with save_pretrained, or train and save it without load_in_8bit."
+            "The model's weights are quantised, so that hardly any equals the base's. Save it "
+            "whole with save_pretrained, or train and save it without load_in_8bit."
         )
     found: MoeLlavaForConditionalGeneration = own
     return found
@@ -302,7 +302,7 @@ def _difference(
 
 
 def _checksums(shared: dict[str, Tensor]) -> tuple[str, str]:
-    """SHA-256 over names, dtypes, shapes and bytes of the language model's and of the tower's tensors."""
+    """SHA-256 over names, dtypes, shapes and bytes: of the language model and of the tower."""
     hashes = hashlib.sha256(), hashlib.sha256()
     for name in sorted(shared):
         tensor, digest = shared[name].detach().contiguous(), hashes[name.startswith(TOWER_PREFIX)]
@@ -371,8 +371,8 @@ def _read_base(config: MoeLlavaConfig, base: BasePlaces, hub: HubOptions) -> dic
         encoder = create_encoder(_encoder_type(config), tower, **tower_hub.keywords, **options)
     except OSError as error:
         raise OSError(
-            f"The base cannot be read: language model {origins['model_name_or_path']}, vision tower "
-            f"{origins['mm_vision_tower']}. If they are local folders, say where: "
+            f"The base cannot be read: language model {origins['model_name_or_path']}, vision "
+            f"tower {origins['mm_vision_tower']}. If they are local folders, say where: "
             f"base={{'model_name_or_path': ..., 'mm_vision_tower': ...}}. {error}"
         ) from error
     state = {joined_name(name): value for name, value in state.items()}

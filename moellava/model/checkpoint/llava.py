@@ -67,7 +67,7 @@ def read_llava(
 
     Args:
         source: its folder or hub id.
-        moe_config: as in `load_pretrained_model`; with False the model computes what LLaVA computes.
+        moe_config: as in `load_pretrained_model`; False gives LLaVA's own function.
         dtype: of the weights; None keeps the checkpoint's.
         seed: of the routers, the only weights that the checkpoint does not hold.
         **hub: `revision`, `cache_dir`, `local_files_only`, as in transformers.
