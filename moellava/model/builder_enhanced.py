@@ -183,14 +183,19 @@ def load_vision_encoder(
         custom_vision_config=custom_vision_config,
         required=("mm_vision_tower",),
     )
-    revision = options.pop("revision", None) or request.mm_vision_tower_revision
-    hub = HubOptions(
-        revision=revision,
-        cache_dir=options.pop("cache_dir", None),
-        local_files_only=options.pop("local_files_only", False),
-        token=options.pop("token", None),
+    encoder = load_encoder(
+        request,
+        HubOptions(
+            revision=options.get("revision") or request.mm_vision_tower_revision,
+            cache_dir=options.get("cache_dir"),
+            local_files_only=options.get("local_files_only", False),
+            token=options.get("token"),
+        ),
+        load_text=options.get("load_text", False),
+        fallback_to_default=options.get("fallback_to_default", False),
+        device=options.get("device"),
+        dtype=options.get("dtype"),
     )
-    encoder = load_encoder(request, hub, **options)
     return encoder, encoder.image_processor
 
 

@@ -95,7 +95,7 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     own, it is kept without ours. A model without a template (a base model) gets `vicuna_v1`,
     LLaVA's.
     """
-    own = tokenizer.chat_template
+    own: str | None = tokenizer.chat_template
     if own is None:
         return VICUNA_V1
     flattened = flatten_messages("text") + own

@@ -8,13 +8,13 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from moellava.encoders._transformers import TransformersVisionConfig, plain_config
-from moellava.encoders.base import VisionEncoderConfig
+from moellava.encoders.configuration import VisionEncoderConfig
 from moellava.encoders.factory import encoder_kinds
 from moellava.model.projector import ProjectorShape, num_projected_tokens
 
 
 @strict
-class MoeLlavaConfig(PreTrainedConfig):
+class MoeLlavaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
     """Configuration of `MoeLlavaForConditionalGeneration`.
 
     Args:
@@ -53,7 +53,7 @@ class MoeLlavaConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
         self.vision_config = _as_encoder_config(self.vision_config)
         self.projector_options = self.projector_options or {}
         # Language models keep this flag in their config; transformers reads the outer one.
@@ -65,7 +65,7 @@ class MoeLlavaConfig(PreTrainedConfig):
         vision = self.vision_config
         if vision.hidden_size is None:  # not yet built: encoders measure themselves
             with torch.device("meta"):
-                AutoModel.from_config(vision)
+                AutoModel.from_config(vision)  # type: ignore[no-untyped-call]
         return ProjectorShape(
             vision_width=vision.hidden_size,
             text_width=self.text_config.hidden_size,
@@ -95,4 +95,6 @@ def _as_encoder_config(config: PreTrainedConfig) -> VisionEncoderConfig:
             f"Known: {', '.join(known)}. moellava.encoders.factory.register_encoder adds one."
         )
     # A whole CLIP's or SigLIP's config holds that of its tower.
-    return config_class(tower_config=plain_config(getattr(config, "vision_config", config)))
+    tower_config = plain_config(getattr(config, "vision_config", config))
+    wrapped: VisionEncoderConfig = config_class(tower_config=tower_config)
+    return wrapped

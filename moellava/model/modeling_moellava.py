@@ -37,7 +37,7 @@ def joined_name(name: str) -> str:
     return f"model.language_{name}" if name.startswith("model.") else name
 
 
-class MoeLlavaPreTrainedModel(PreTrainedModel):
+class MoeLlavaPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
     config: MoeLlavaConfig
     config_class = MoeLlavaConfig
     base_model_prefix = "model"
@@ -89,22 +89,22 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
 
-class MoeLlavaModel(MoeLlavaPreTrainedModel):
+class MoeLlavaModel(MoeLlavaPreTrainedModel):  # type: ignore[no-untyped-call]
     """Image encoder, projector and language model without the output head."""
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower: VisionEncoder = AutoModel.from_config(config.vision_config)  # type: ignore[no-untyped-call]
         self.multi_modal_projector = build_projector(
             config.projector_type, config.projector_shape, config.projector_options
         )
-        self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
+        self.language_model = AutoModel.from_config(config.text_config)  # type: ignore[no-untyped-call]
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_vision_tower(self) -> VisionEncoder:
         return self.vision_tower
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -125,8 +125,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             last_hidden_state=patch_tokens, pooler_output=image_embeds
         )
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -200,10 +200,11 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        placeholder_embeds: Tensor = self.get_input_embeddings()(placeholder)
+        return (inputs_embeds == placeholder_embeds).all(-1)
 
 
-class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):
+class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
     """The model that answers questions about images; `load_pretrained_model` builds one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -213,14 +214,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.model = MoeLlavaModel(config)
+        self.model: MoeLlavaModel = MoeLlavaModel(config)
         self.lm_head = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=False
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+        features: BaseModelOutputWithPooling = self.model.get_image_features(pixel_values, **kwargs)
+        return features
 
     def get_model(self) -> MoeLlavaModel:
         """The model without its head, as LLaVA's code calls it."""
@@ -238,8 +240,8 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         """
         return push_to_hub(self, repo_id, **options)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,

@@ -53,7 +53,7 @@ class MoeLlavaProcessor(ProcessorMixin):
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_image_tokens = num_image_tokens
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
     def prepare_inputs_layout(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
         # transformers reads no DICOM and no NIfTI, and clamps 16-bit grey to white.
@@ -73,18 +73,20 @@ class MoeLlavaProcessor(ProcessorMixin):
             "text_kwargs"
         ]
         if text is None or given.get("truncation") in (None, False, "do_not_truncate"):
-            return super().__call__(images=images, text=text, **kwargs)
+            untruncated: BatchFeature = super().__call__(images=images, text=text, **kwargs)
+            return untruncated
         kwargs = without(kwargs, AFTER_TRUNCATION)
         for section in ("text_kwargs", "common_kwargs"):
             if section in kwargs:
                 kwargs[section] = without(kwargs[section], AFTER_TRUNCATION)
-        batch = super().__call__(
+        batch: BatchFeature = super().__call__(
             images=images, text=text, truncation=False, padding=False, verbose=False, **kwargs
         )
         self._truncate_and_pad(batch, given)
-        return batch.convert_to_tensors(
+        tensors: BatchFeature = batch.convert_to_tensors(
             given.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion
         )
+        return tensors
 
     def _truncate_and_pad(self, batch: BatchFeature, given: dict[str, Any]) -> None:
         tokenizer = self.tokenizer

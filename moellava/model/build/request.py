@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -122,7 +123,7 @@ class _Settings:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
             if key in options:
-                value = convert(options[key].type, value, name)
+                value = convert(_type_of(options[key]), value, name)
             earlier = self.values.setdefault(key, value)
             if earlier != value:
                 raise ValueError(
@@ -130,6 +131,11 @@ class _Settings:
                     f"{name!r}). Give it once, or the same value in both."
                 )
             self._places.setdefault(key, place)
+
+
+def _type_of(option: Field[Any]) -> type[object]:
+    kind: type[object] = option.type  # type: ignore[assignment]  # a real type, not its name
+    return kind
 
 
 def _projector_settings(given: Mapping[str, object]) -> dict[str, object]:

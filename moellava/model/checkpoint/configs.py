@@ -50,9 +50,12 @@ def load_generation_config(
     A checkpoint without `generation_config.json` gets one with the tokenizer's own tokens.
     """
     try:
-        config: GenerationConfig = GenerationConfig.from_pretrained(model_name_or_path, **hub)
+        config: GenerationConfig = GenerationConfig.from_pretrained(
+            model_name_or_path,
+            **hub,  # type: ignore[arg-type]  # a revision may be None
+        )
     except OSError:  # optional in a repo; the tokenizer knows what is needed
-        config = GenerationConfig(
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
         )
     # TinyLlama's file says 0 (<unk>), its tokenizer </s>: what pads the prompts pads the answers.

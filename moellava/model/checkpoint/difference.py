@@ -275,7 +275,7 @@ def _without_adapter(model: PreTrainedModel) -> MoeLlavaForConditionalGeneration
                 "The model has an adapter inside, from add_adapter. Use "
                 "peft.get_peft_model(model, config)."
             )
-        own = model.get_base_model()
+        own = own.get_base_model()
     if getattr(own, "hf_quantizer", None) is not None:
         raise ValueError(
             "The model's weights are quantised, so that hardly any equals the base's. Save it "
@@ -322,7 +322,7 @@ def _require_same_base(folder: Path, base: BasePlaces, shared: dict[str, Tensor]
                 "or save the folder again."
             )
         if found != expected["sha256"]:
-            name, revision = expected.get("name"), expected.get("revision")
+            name, revision = str(expected.get("name")), expected.get("revision")
             raise ValueError(
                 f"The weights in {folder} were saved for the {part} {Origin(name, revision)} "
                 f"(sha256 {expected['sha256'][:12]}), but {str(base.get(key, name))!r} holds other "

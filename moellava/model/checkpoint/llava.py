@@ -77,7 +77,10 @@ def read_llava(
         ValueError: if it is another kind of LLaVA, or its weights do not fit its config.
     """
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
-    llava_config = LlavaConfig.from_pretrained(name, **hub)
+    llava_config: Any = LlavaConfig.from_pretrained(
+        name,
+        **hub,  # type: ignore[arg-type]  # a revision may be None
+    )
     _require_clip_and_llama(name, llava_config)
     llava = _load_llava(name, HubOptions(**hub))
     dtype = dtype or llava.dtype
@@ -182,7 +185,7 @@ def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
     return {_own_projector_key(key): value for key, value in weights.items()}
 
 
-def _require_clip_and_llama(name: str, config: LlavaConfig) -> None:
+def _require_clip_and_llama(name: str, config: Any) -> None:
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
         "text_config.model_type": (config.text_config.model_type, "llama"),
@@ -201,7 +204,11 @@ def _require_clip_and_llama(name: str, config: LlavaConfig) -> None:
 def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub.keywords
+        name,
+        dtype="auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
     )
     llava: LlavaForConditionalGeneration
     llava, info = loaded
@@ -211,7 +218,9 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
 
 def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(name, **hub.keywords)
+        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            name, **hub.keywords
+        )
     except (OSError, ValueError) as error:
         raise OSError(
             f"The LLaVA checkpoint {name!r} has no processor that can be read "

@@ -46,7 +46,11 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
         return open_trainable(Path(name), {}, options, hub)
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
     model = read_model(place, name, options, hub)
-    return LoadedModel(model, MoeLlavaProcessor.from_pretrained(place, **hub.keywords))
+    processor = MoeLlavaProcessor.from_pretrained(
+        place,
+        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
+    )
+    return LoadedModel(model, processor)
 
 
 def _open_llava(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:

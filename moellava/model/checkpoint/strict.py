@@ -27,8 +27,8 @@ def read_model(
         place: its folder or hub id.
         name: what the user called it, for messages.
     """
-    dtype = options.dtype or "auto"
-    return _from_pretrained(place, name, dtype=dtype, **options.keywords, **hub.keywords)
+    keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
+    return _from_pretrained(place, name, **keywords)
 
 
 def model_from_tensors(
@@ -59,7 +59,7 @@ def model_from_tensors(
     if generation_config is not None:
         model.generation_config = generation_config
     model.built_from = None if built_from is None else dict(built_from)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return LoadedModel(model, processor)
 
 

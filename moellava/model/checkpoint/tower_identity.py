@@ -13,8 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
-
-from moellava.encoders import VisionEncoderConfig
+from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +24,7 @@ class TowerIdentity:
     tower: str | None = None  # repo id, or a local folder's own name
     revision: str | None = None
     weights: str | None = None  # see `weights_fingerprint`
-    select_layer: int | list[int] | None = None
+    select_layer: int | list[int] | tuple[int, ...] | None = None
     hidden_size: int | None = None
     num_patches: int | None = None
 
@@ -60,7 +59,7 @@ class TowerIdentity:
 
 
 def tower_identity(
-    config: VisionEncoderConfig, state_dict: Mapping[str, Tensor] | None = None
+    config: PreTrainedConfig, state_dict: Mapping[str, Tensor] | None = None
 ) -> TowerIdentity:
     """The identity of a vision tower by its config and, if given, by its weights."""
     return TowerIdentity(

@@ -101,7 +101,7 @@ def model_card(
         or None,
         datasets=[dataset for dataset in datasets if _is_repo_id(dataset)] or None,
     )
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         card_data,
         template_str=TEXT,
         title=name.rstrip("/").rsplit("/", 1)[-1],
@@ -119,6 +119,7 @@ def model_card(
         or "The authors have not said what it was trained on.",
         licence=_licence(licence, (language_model, tower)),
     )
+    return card
 
 
 def push_to_hub(
