@@ -4,7 +4,7 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -123,7 +123,7 @@ class _Settings:
             if isinstance(value, os.PathLike):
                 value = os.fspath(value)
             if key in options:
-                value = convert(_type_of(options[key]), value, name)
+                value = _converted(options[key], value, name)
             earlier = self.values.setdefault(key, value)
             if earlier != value:
                 raise ValueError(
@@ -133,9 +133,12 @@ class _Settings:
             self._places.setdefault(key, place)
 
 
-def _type_of(option: Field[Any]) -> type[object]:
+def _converted(option: Field[Any], value: object, name: str) -> object:
+    """A value as its encoder option's type; text is a number, not a list of one word."""
     kind: type[object] = option.type  # type: ignore[assignment]  # a real type, not its name
-    return kind
+    if isinstance(value, str) and int in get_args(kind):
+        return convert(int, value, name)
+    return convert(kind, value, name)
 
 
 def _projector_settings(given: Mapping[str, object]) -> dict[str, object]:

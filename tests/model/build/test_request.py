@@ -47,7 +47,7 @@ class TestBadInput:
         ):
             load_pretrained_model(parts | {"encoder_type": "clip"}, encoder_type="biomedclip")
         with pytest.raises(
-            ValueError, match=r"vision_feature_layer is -3 .* and -2 in custom_vision_config"
+            ValueError, match=r"select_layer is -3 .* and -2 in custom_vision_config \(as 'vision_f"
         ):
             load_pretrained_model(
                 parts | {"mm_vision_select_layer": -3}, custom_vision_config=CustomVisionConfig()

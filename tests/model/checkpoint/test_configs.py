@@ -18,7 +18,7 @@ class TestBadInput:
     def test_a_folder_that_is_no_checkpoint_says_what_it_holds(self, tmp_path):
         (tmp_path / "notes.txt").write_text("x")
         with pytest.raises(
-            OSError, match=r"no checkpoint: it has no config.json \(found: notes.txt\)"
+            OSError, match=r"not a checkpoint: it has no config.json \(found: notes.txt\)"
         ):
             load_pretrained_model(tmp_path)
 
