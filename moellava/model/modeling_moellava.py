@@ -4,6 +4,7 @@ Letters: B prompts, T positions, I images in the batch, N image embeddings per i
 width, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,12 @@ from transformers.modeling_outputs import (
     MultimodalMoeBaseModelOutputWithPast,
     MultimodalMoeCausalLMOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import add_router_losses, has_router_penalty
+from moellava.model.language_model import has_router_penalty, lm_outputs
 from moellava.model.projector import build_projector
 from moellava.model.publish.model_card import push_to_hub
 from moellava.storage.weights import require_fit
@@ -276,50 +276,27 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         Raises:
             ValueError: if the placeholders of an image are not as many as its embeddings.
         """
-        text_config = self.config.text_config
-        if output_router_logits is None:
-            output_router_logits = getattr(text_config, "output_router_logits", False)
-        is_penalised = self.training and labels is not None and has_router_penalty(text_config)
-        outputs = self.model(
+        decode = partial(
+            self.model,
             input_ids=input_ids,
             pixel_values=pixel_values,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             patch_tokens=patch_tokens,
-            output_router_logits=output_router_logits or is_penalised,
+        )
+        fields, outputs = lm_outputs(
+            self,
+            self.config.text_config,
+            decode,
+            attention_mask=attention_mask,
+            labels=labels,
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        logits = self.lm_head(
-            slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        )  # (B, T, V)
-
-        loss: Tensor | None = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs
-            )
-        loss, aux_loss = add_router_losses(
-            text_config,
-            loss,
-            outputs.router_logits,
-            attention_mask,
-            is_penalised=is_penalised,
-            labels=labels,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-        )
-        return MultimodalMoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
-            image_outputs=outputs.image_outputs,
-        )
+        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)
 
 
 def place_image_embeds(

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     BaseImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedConfig,
+    PreTrainedModel,
 )
 from typing_extensions import Unpack
 
@@ -29,8 +30,9 @@ from moellava.messages import first_names
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.checkpoint.tower_identity import tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
+from moellava.model.language_model.checkpoint import Shape, causal_lm_shapes
 from moellava.model.language_model.upcycling import (
+    Upcycling,
     moe_config_from_dense,
     split_moe_options,
     upcycled_tensors,
@@ -95,7 +97,8 @@ def read_llava(
     else:
         options, upcycling = split_moe_options(moe_config)
         text_config = moe_config_from_dense(text_config, **options)
-        tensors = dict(upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **upcycling))
+        how = Upcycling(seed=seed, **upcycling)
+        tensors = dict(upcycled_tensors(reader, text_config, how, dtype=dtype))
 
     state_dict = {joined_name(key): value for key, value in tensors.items()}
     tower = {f"tower.{key}": value for key, value in llava.model.vision_tower.state_dict().items()}
@@ -258,18 +261,14 @@ def _clip_encoder(
         return ClipEncoder(config)
 
 
-class LanguageModelOf(CheckpointReader):
-    """The Llama inside a loaded multimodal model, a LLaVA or ours, read like a checkpoint of its own."""
+class LanguageModelOf:
+    """The Llama inside a loaded multimodal model, a LLaVA or ours: a `TensorReader`."""
 
-    def __init__(self, source: str, llava: Any) -> None:
+    def __init__(self, source: str, model: PreTrainedModel) -> None:
         self.source = source
-        self.model_type = llava.config.text_config.model_type
-        self._config = llava.config.text_config
-        modules: dict[str, nn.Module] = {
-            "model": llava.model.language_model,
-            "lm_head": llava.lm_head,
-        }
-        self._tensors = {
+        self._config = model.config.get_text_config()
+        modules = {"model": model.model.language_model, "lm_head": model.lm_head}
+        self._tensors: dict[str, Tensor] = {
             f"{prefix}.{key}": value
             for prefix, module in modules.items()
             for key, value in module.state_dict().items()
@@ -281,8 +280,9 @@ class LanguageModelOf(CheckpointReader):
     def names(self) -> list[str]:
         return sorted(self._tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._tensors[name].to(dtype)
+        tensor = self._tensors[name]
+        return tensor if dtype is None else tensor.to(dtype)

@@ -25,7 +25,7 @@ def make_mixtral(tiny, **fields):
 def write_moe_llava(
     folder, tiny, state_dict, *, layers, top_k, claimed_experts=4, image_side=True, **moe
 ):
-    """MoE-LLaVA's stage III checkpoint: DeepSpeed's names, `moe` in the config, projector and tower beside them."""
+    """MoE-LLaVA's stage III checkpoint: DeepSpeed's names, `moe` in the config, an image side."""
     renamed = {}
     for name, value in state_dict.items():
         prefix, _, suffix = name.partition(".mlp.")
@@ -54,12 +54,20 @@ def write_moe_llava(
         folder / "model.safetensors",
     )
     config = LlamaConfig(**tiny).to_dict() | {
-        "model_type": "moe_llava_llama", "architectures": ["MoELLaVALlamaForCausalLM"], "mm_hidden_size": 1024,
+        "model_type": "moe_llava_llama",
+        "architectures": ["MoELLaVALlamaForCausalLM"],
+        "mm_hidden_size": 1024,
         "moe": {
-            "moe_enable": True, "moe_layers_idx": layers, "num_experts": [claimed_experts] * len(layers),
-            "top_k_experts": top_k, "use_residual": False, "capacity_factor": 1.5, "router_aux_loss_coef": 0.01, **moe,
+            "moe_enable": True,
+            "moe_layers_idx": layers,
+            "num_experts": [claimed_experts] * len(layers),
+            "top_k_experts": top_k,
+            "use_residual": False,
+            "capacity_factor": 1.5,
+            "router_aux_loss_coef": 0.01,
+            **moe,
         },
-    }  # fmt: skip
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -127,7 +135,8 @@ def test_missing_expert_is_named(tiny, tmp_path):
         claimed_experts=5,
     )
     with pytest.raises(
-        ValueError, match=r"12 missing tensors: model\.layers\.0.*deepspeed_experts\.4\.down_proj"
+        ValueError,
+        match=r"missing keys: model\.layers\.0.*deepspeed_experts\.4\.down_proj.* and 7 more",
     ):
         import_mixture(folder)
 

@@ -23,9 +23,16 @@ from moellava.model.language_model.quantization import (
 def mixture_folder(tmp_path):
     torch.manual_seed(0)
     config = LlamaMoeConfig(
-        vocab_size=99, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.1, meta_expert=True, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=99,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        meta_expert=True,
+        pad_token_id=0,
+    )
     LlamaMoeForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "mixture")
     return tmp_path / "mixture"
 
