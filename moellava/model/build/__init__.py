@@ -1,1 +1,1 @@
-"""A request for a new model → its parts → one model."""
+"""From a description of the parts to a model: request, parts, assembly, upcycling."""
