@@ -9,7 +9,7 @@ from .model import (
     MoeLlavaModel,
     MoeLlavaProcessor,
 )
-from .model.build.request import CustomVisionConfig
+from .model.builder.request import CustomVisionConfig
 from .model.builder_enhanced import load_pretrained_model, load_vision_encoder
 from .model.checkpoint.difference import load_trainable, save_trainable
 from .model.checkpoint.projector_file import read_projector, save_projector

@@ -54,7 +54,7 @@ def modules_in_circles(package: Path) -> set[str]:
     changed = True
     while changed:
         changed = False
-        for name, targets in reached.items():
+        for targets in reached.values():
             further = set().union(*(imports[target] for target in targets)) - targets
             changed = changed or bool(further)
             targets |= further

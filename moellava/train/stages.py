@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from moellava.messages import unknown_name
-from moellava.model.build.assembly import configure
-from moellava.model.build.request import read_build_request
-from moellava.model.build.upcycle import upcycle_loaded, upcycled_config
+from moellava.model.builder.assembly import configure
+from moellava.model.builder.request import read_build_request
+from moellava.model.builder.upcycle import upcycle_loaded, upcycled_config
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.configuration_moellava import MoeLlavaConfig
