@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from moellava.data import read_rows
 from moellava.data.images import load_image
 from moellava.encoders import create_encoder
-from moellava.images import read_image
+from moellava.images import to_pil
 from moellava.testing import write_biomedclip
 from moellava.testing.datasets import picture
 
@@ -90,11 +90,11 @@ def dicom(folder: Path) -> None:
     files = [str(get_testdata_file(name, download=False)) for name in names]
     files += [large_file(folder, side) for side in (512, 1024, 2048)]
     for path in files:
-        ours, rival = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 30)
+        ours, rival = in_turns(partial(to_pil, path), partial(decode_with_pydicom, path), 30)
         row(Path(path).name, ours, rival)
     path = str(get_testdata_file("examples_ybr_color.dcm", download=False))
     ours, rival = in_turns(
-        partial(read_image, path, frame=7), partial(decode_with_pydicom, path), 10
+        partial(to_pil, path, frame=7), partial(decode_with_pydicom, path), 10
     )
     row("one of 30 frames, examples_ybr_color.dcm, against all", ours, rival)
     every_file()
@@ -109,7 +109,7 @@ def every_file() -> None:
         try:
             if int(pydicom.dcmread(path).get("NumberOfFrames", None) or 1) > 1:
                 continue
-            times = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 9)
+            times = in_turns(partial(to_pil, path), partial(decode_with_pydicom, path), 9)
         except Exception:  # pydicom raises what a broken file leads it to
             continue
         ours, rival = map(statistics.median, times)
