@@ -79,7 +79,7 @@ def encode(
     """Write the patch tokens of a folder of images to one safetensors file; a killed run goes on."""
     from moellava.encoders import create_encoder
     from moellava.encoders.feature_file import encode_files
-    from moellava.images import IMAGE_SUFFIXES, is_image_file
+    from moellava.images import image_suffixes, is_image_file
 
     view = view_options(window, frame, plane)
     if not folder.is_dir():
@@ -87,7 +87,8 @@ def encode(
     paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
     if not paths:
         raise ValueError(
-            f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}, and DICOM by content."
+            f"{folder} holds no image; looked for {', '.join(image_suffixes())}, "
+            "and DICOM by content."
         )
     tower = create_encoder(
         None,
