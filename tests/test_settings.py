@@ -1,4 +1,4 @@
-"""A mapping becomes a checked dataclass: conversions, sections, and errors that name key and value."""
+"""A mapping becomes a checked dataclass; errors name the key, what was found and expected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

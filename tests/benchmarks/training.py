@@ -24,6 +24,7 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.testing.datasets import picture
 from moellava.train import load_recipe, train
+from moellava.train.prepare import prepare_model
 from moellava.train.run import (
     build_collator,
     build_trainer,
@@ -31,7 +32,6 @@ from moellava.train.run import (
     row_lengths,
     training_arguments,
 )
-from moellava.train.stages import prepare_model
 
 SIZES = {
     "hidden_size": 2048,

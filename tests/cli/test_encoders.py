@@ -152,7 +152,7 @@ def test_encode_takes_dicom_and_nifti_through_a_window(medical_folder, small_bio
 
 
 def test_encode_of_a_path_is_encode_of_its_picture(medical_folder, small_biomedclip):
-    from moellava.data.images import load_image
+    from moellava.images import load_image
 
     tower = create_encoder("biomedclip", small_biomedclip)
     for name in ("a.dcm", "v.nii.gz"):
