@@ -1,4 +1,5 @@
-# The public names and where they are defined: `__init__.py` reads this file, and so do type checkers.
+# The public names and where they are defined: `__init__.py` reads this file, and so do type
+# checkers.
 from . import data, encoders, eval, images, model, train
 from .data import check_rows, read_rows, register_format
 from .encoders import VisionEncoder, create_encoder, detect_encoder_type, register_encoder

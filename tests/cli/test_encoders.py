@@ -54,8 +54,8 @@ def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
     code, text = run("encoders", "show", "openai/clip-not-here")
     assert code == 0
     assert (
-        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
-        in text
+        "fetch hf download openai/clip-not-here config.json preprocessor_config.json "
+        "model.safetensors" in text
     )
     code, text = run("encoders", "show", tmp_path / "nowhere")
     assert code == 1

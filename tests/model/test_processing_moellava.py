@@ -213,7 +213,9 @@ def test_a_dicom_file_is_an_image_like_any_other(loaded, name):
 
 
 def test_transformers_own_processors_get_images_that_they_can_read(loaded, hub_cache, tmp_path):
-    """CLIP's processor clamps 16-bit grey to white and knows no NIfTI; arrays stay its own business."""
+    """CLIP's processor clamps 16-bit grey to white and knows no NIfTI; arrays stay its own
+    business.
+    """
     import nibabel
     import numpy as np
     from PIL import Image
