@@ -99,6 +99,7 @@ def encode(
             f"{folder} holds no image; looked for {', '.join(image_suffixes())}, "
             "and DICOM by content."
         )
+    options = _encoder_options(settings or [], select_layer=select_layer, image_size=image_size)
     tower = create_encoder(
         None,
         encoder,
@@ -107,7 +108,7 @@ def encode(
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
-        **_encoder_options(settings or [], select_layer=select_layer, image_size=image_size),
+        **options,  # type: ignore[arg-type]  # mypy takes them for any of the other keywords
     )
     names = [path.relative_to(folder).as_posix() for path in paths]
     done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
@@ -134,7 +135,7 @@ def classify(
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Print the probability of each label for each image (zero-shot, research use only)."""
-    from moellava.encoders import create_encoder
+    from moellava.encoders import BiomedClipEncoder, create_encoder
     from moellava.images import to_pil
 
     view = view_options(window, frame, plane)
@@ -150,6 +151,7 @@ def classify(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    assert isinstance(tower, BiomedClipEncoder)  # the only kind that takes load_text
     probabilities = tower.zero_shot(pictures, names, template=template)
     for path, row in zip(image, probabilities.tolist(), strict=True):
         typer.echo(str(path))
