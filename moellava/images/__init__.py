@@ -8,10 +8,13 @@ from moellava.images.reading import (
     to_eight_bit,
     to_pil,
 )
+from moellava.images.types import ImageLike, Images
 from moellava.images.view import MAX_PIXELS, PLANES, WINDOWS, View, parse_frame, parse_window
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "ImageLike",
+    "Images",
     "MAX_PIXELS",
     "PLANES",
     "WINDOWS",

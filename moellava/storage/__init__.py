@@ -1,1 +1,1 @@
-"""Files: where a model lies (`sources`), how weights are read (`weights`) and files written (`writing`)."""
+"""Files: where they lie (`sources`), how they are read (`weights`) and written (`writing`)."""

@@ -1,13 +1,14 @@
-"""Weights on disk to weights in a module: safetensors first, then pickles, opened with `weights_only=True`.
+"""Weights on disk to weights in a module.
 
-`read_weights`, `assign_weights`, and the one strict check `require_fit`.
+read_weights                    safetensors, or a pickle opened with `weights_only=True`
+assign_weights                  into a module, without copying
+require_fit, require_loaded     the one strict check of loading
 """
 
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from moellava.messages import first_names
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Tensors of a checkpoint whose names start with one of `prefixes`, mapped from the file, not copied.
+    """Tensors whose names start with one of `prefixes`, mapped from the file, not copied.
 
     Raises:
         ValueError: a truncated or foreign file, or a pickle that wants to run code.
@@ -28,8 +29,8 @@ def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Ten
             with safe_open(path, framework="pt") as file:
                 return {
                     key: file.get_tensor(key)
-                    for key in file.keys()
-                    if key.startswith(prefixes)  # noqa: SIM118
+                    for key in file.keys()  # noqa: SIM118  (not a mapping: it has keys() alone)
+                    if key.startswith(prefixes)
                 }
         except (SafetensorError, OSError) as error:
             raise ValueError(
@@ -101,7 +102,7 @@ def require_fit(
         )
 
 
-def _read_pickle(path: Path, mmap: bool = True) -> Any:
+def _read_pickle(path: Path, mmap: bool = True) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
@@ -109,12 +110,13 @@ def _read_pickle(path: Path, mmap: bool = True) -> Any:
             return _read_pickle(path, mmap=False)
         if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
             raise ValueError(
-                f"{path} is a pickle that wants more than tensors, so it is not opened (it could run code): "
-                f"{_reason(error)} Save its state_dict as safetensors on a machine where you trust it."
+                f"{path} is a pickle that wants more than tensors, so it is not opened (it could "
+                f"run code): {_reason(error)} Save its state_dict as safetensors on a machine "
+                "where you trust it."
             ) from error
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? "
-            f"({_reason(error)})"
+            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it "
+            f"complete? ({_reason(error)})"
         ) from error
 
 
@@ -124,8 +126,8 @@ def _reason(error: Exception) -> str:
     return found[1].strip() if found else (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a state dict, or of open_clip's training checkpoints (names with `module.`)."""
+def _tensors(state: object) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a state dict, or of open_clip's training checkpoints (`module.` names)."""
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if isinstance(state, Mapping):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from moellava.model.checkpoint.llava import LanguageModelOf
-from moellava.model.checkpoint.strict import load_weights
+from moellava.model.checkpoint.strict import model_from_tensors
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.router_weights import RouterSource
 from moellava.model.language_model.upcycling import (
@@ -49,13 +49,15 @@ def upcycle_loaded(
     tensors = upcycled_tensors(reader, config.text_config, upcycling, dtype=dense.dtype)
     for name, tensor in tensors:
         state_dict[joined_name(name)] = tensor
-    model = load_weights(
-        None, "the upcycled model", config=config, state_dict=state_dict, dtype=dense.dtype
+    return model_from_tensors(
+        state_dict,
+        config,
+        loaded.processor,
+        name="the upcycled model",
+        dtype=dense.dtype,
+        generation_config=dense.generation_config,
+        built_from=dense.built_from,
     )
-    model.generation_config = dense.generation_config
-    model.built_from = dense.built_from
-    model.eval()  # type: ignore[no-untyped-call]
-    return LoadedModel(model, loaded.processor)
 
 
 def upcycled_config(config: MoeLlavaConfig, moe_config: Mapping[str, object]) -> MoeLlavaConfig:
