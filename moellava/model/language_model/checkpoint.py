@@ -25,6 +25,7 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 from typing_extensions import Unpack
 
+from moellava.storage.limits import require_bounded
 from moellava.storage.sources import HubKeywords, HubOptions, parse_source, read_json
 from moellava.storage.weights import read_weights, require_fit
 
@@ -66,6 +67,7 @@ class CheckpointReader:
         except OSError as error:  # transformers' text does not name what was asked for
             at = f" at revision {self.hub.revision}" if self.hub.revision else ""
             raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
+        require_bounded(f"the config of {self.source}", found)
         self.config_dict: dict[str, Any] = found
         self.model_type = str(found.get("model_type", ""))
         self._file_of = self._find_weights()

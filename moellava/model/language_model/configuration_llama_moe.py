@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 
 from moellava.messages import unknown_name
+from moellava.storage.limits import require_within
 
 # MoE-LLaVA's names (arXiv 2401.15947, `moe_mode`); the argument is the number of decoder layers.
 LAYER_CHOICES: dict[str, Callable[[int], range]] = {
@@ -80,6 +81,9 @@ class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
 
     def validate_mixture(self) -> None:
         """Raise `ValueError` if the routing fields contradict each other or the layer count."""
+        # Before the layers are listed: a file may say 10^7 of them.
+        require_within("layers", self.num_hidden_layers, "num_hidden_layers")
+        require_within("experts", self.num_experts, "num_experts")
         self.moe_layer_indices  # noqa: B018 - resolving is the check
         if self.num_experts < 1:
             raise ValueError(

@@ -74,9 +74,9 @@ class Upcycling:
     router: RouterSource | None = None
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
+        if not 0 <= self.noise < float("inf"):  # NaN is not
             raise ValueError(
-                f"noise is {self.noise}, but a standard deviation cannot be negative. "
+                f"noise is {self.noise}, but a standard deviation is 0 or a positive number. "
                 "Use 0 for exact copies."
             )
 

@@ -277,6 +277,9 @@ def test_meta_expert_mixture_does_not_become_dense(dense_folder):
         ),
         ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is not a multiple of 2"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan"),
+        ({"noise": float("inf")}, "noise is inf"),
+        ({"num_experts": 10**9}, r"num_experts asks for 1,000,000,000.*MOELLAVA_MAX_EXPERTS="),
     ],
 )
 def test_impossible_options_are_refused(options, message, dense_folder):
