@@ -328,7 +328,7 @@ def require_dense_llama(reader: CheckpointReader) -> None:
             f"{reader.source} calls itself a dense 'llama' but has experts. Read it with "
             "moellava.model.language_model.import_mixture(source)."
         )
-    shapes = causal_lm_shapes(reader.config())
+    shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))
 
 
