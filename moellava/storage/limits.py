@@ -68,7 +68,7 @@ def require_bounded(where: object, config: Mapping[str, object]) -> None:
 
 
 def _sizes(
-    config: Mapping[object, object], outer: tuple[str, ...], where: object
+    config: Mapping[str, object], outer: tuple[str, ...], where: object
 ) -> Iterator[tuple[tuple[str, ...], str, int]]:
     require_within("nesting", len(outer), where)
     for key, value in config.items():

@@ -113,7 +113,7 @@ class TestConfigsOfTransformers:
         model.save_pretrained(tmp_path)
         again = AutoModelForImageTextToText.from_pretrained(tmp_path)
         with torch.no_grad():
-            # What docs/saving.md claims for any memory; and the bits, in memory of equal alignment.
+            # What the guides claim for any memory; and the bits, in memory of equal alignment.
             torch.testing.assert_close(again(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
             expected = in_fresh_memory(model)(**inputs).logits
             assert torch.equal(in_fresh_memory(again)(**inputs).logits, expected)

@@ -206,6 +206,15 @@ def causal_lm_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
     }
 
 
+def require_float(dtype: torch.dtype | None) -> None:
+    """Raise `ValueError` for a dtype that weights cannot be computed in; None keeps the file's."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype is {dtype}; give torch.float32, torch.bfloat16 or torch.float16. For 8-bit "
+            "weights, give quantization_config to from_pretrained."
+        )
+
+
 def is_mixture(reader: CheckpointReader) -> bool:
     """Whether the checkpoint holds experts, by its config or by its tensors' names."""
     return reader.model_type == "llama_moe" or any(".experts." in name for name in reader.names())
@@ -241,6 +250,7 @@ def require_tensors(
 
 
 def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    require_float(dtype)
     shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))
     keep_float32 = ("mlp.gate.weight", "mlp.gate.bias") if reader.model_type == "llama_moe" else ()

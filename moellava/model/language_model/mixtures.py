@@ -22,6 +22,7 @@ from moellava.model.language_model.checkpoint import (
     CheckpointReader,
     Shape,
     is_harmless,
+    require_float,
     require_tensors,
 )
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
@@ -97,6 +98,7 @@ def imported_state_dict(
         ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that
             do not fit.
     """
+    require_float(dtype)
     reader = CheckpointReader(source, HubOptions(**hub))
     if reader.model_type not in LAYOUTS:
         raise _unreadable(reader)

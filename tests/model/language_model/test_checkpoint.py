@@ -156,3 +156,9 @@ def test_a_config_that_asks_for_too_much_is_refused_at_once(read, field, dense_f
         ValueError, match=rf"{field} in the config of .*dense asks for 1,000,000,000"
     ):
         read(dense_folder)
+
+
+@pytest.mark.parametrize("read", [dense_state_dict, upcycle], ids=["dense", "upcycled"])
+def test_an_integer_dtype_is_refused(read, dense_folder):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; give torch\.float32"):
+        read(dense_folder, dtype=torch.int8)
