@@ -1,1 +1,1 @@
-"""Files: where they lie (`sources`), how they are read (`weights`) and written (`writing`)."""
+"""Files: where they lie, how they are read and written, and what is said if they cannot be."""

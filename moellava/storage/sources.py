@@ -28,6 +28,7 @@ from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the cli
 from huggingface_hub.utils._validators import validate_repo_id
 
 from moellava.messages import first_names
+from moellava.storage.errors import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -202,10 +203,8 @@ def read_json(path: Path) -> dict[str, object]:
     Raises:
         ValueError: the file is not JSON, or not an object; it is named.
     """
-    try:
+    with reading(path, "JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object.")
     return content

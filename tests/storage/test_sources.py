@@ -177,10 +177,11 @@ def test_failed_download_names_the_file_the_reason_and_the_command(monkeypatch, 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "is not valid JSON"),
-        (b"", "is not valid JSON"),
-        (b"<html></html>", "is not valid JSON"),
-        ("{}".encode("utf-16"), "is not valid JSON"),
+        (b"{", r"\(1 bytes\) cannot be read as JSON: "),
+        (b"", r".*it is empty"),
+        (b"<html></html>", r".*it is a web page"),
+        ("{}".encode("utf-16"), r".*it is UTF-16"),
+        (b'{"name": "Z\xfcrich"}', r".*cannot be read as JSON: 'utf-8' codec"),
         (b"[1]", "holds a JSON list; expected an object"),
     ],
 )

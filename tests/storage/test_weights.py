@@ -1,5 +1,6 @@
 """Tensors of a file, and the one strict check of loading."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -9,7 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from moellava.storage.weights import assign_weights, read_weights, require_fit, require_loaded
+from moellava.storage.errors import LFS_FIRST_LINE
+from moellava.storage.weights import (
+    assign_weights,
+    read_index,
+    read_weights,
+    require_finite,
+    require_fit,
+    require_loaded,
+    require_own_files,
+)
 
 STATE = {"a.weight": torch.ones(2, 3), "a.bias": torch.zeros(2), "b.weight": torch.ones(4)}
 
@@ -44,8 +54,59 @@ def test_training_checkpoint_of_open_clip_is_read(tmp_path):
 def test_truncated_files_are_named(tmp_path, name, keep):
     path = write(tmp_path / name)
     os.truncate(path, int(path.stat().st_size * keep))
-    with pytest.raises(ValueError, match=rf"{name}.* cannot be read as .*is it complete\?"):
+    with pytest.raises(ValueError, match=rf"{name} \(\d+ bytes\) cannot be read as "):
         read_weights(path)
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state_dict", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_of_training_loops_are_taken_off(tmp_path, wrapper, prefix):
+    state = {f"{prefix}{key}": value for key, value in STATE.items()}
+    torch.save({"epoch": 3, wrapper: state}, tmp_path / "x.bin")
+    assert set(read_weights(tmp_path / "x.bin")) == set(STATE)
+    save_file(state, tmp_path / "x.safetensors")
+    assert set(read_weights(tmp_path / "x.safetensors", ("a.",))) == {"a.weight", "a.bias"}
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.safetensors"])
+def test_a_git_lfs_pointer_is_called_one(tmp_path, name):
+    (tmp_path / name).write_bytes(LFS_FIRST_LINE + b"\noid sha256:0123\nsize 34567\n")
+    with pytest.raises(ValueError, match=rf"{name} is a Git LFS pointer"):
+        read_weights(tmp_path / name)
+
+
+# ---- sharded weights ----
+
+
+def write_index(folder: Path, *files: str) -> Path:
+    path = folder / "model.safetensors.index.json"
+    weight_map = {f"t{number}": name for number, name in enumerate(files)}
+    path.write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def test_an_index_names_files_of_its_folder(tmp_path):
+    path = write_index(tmp_path, "model-00001-of-00002.safetensors", "..a.safetensors")
+    assert read_index(path) == {"t0": "model-00001-of-00002.safetensors", "t1": "..a.safetensors"}
+    require_own_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x.safetensors", "/x.safetensors", "sub/x.safetensors", "..", "", "C:x", "..\\x", "a/../x"],
+)
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
+    path = write_index(tmp_path, "model-00001-of-00002.safetensors", name)
+    for read, place in ((read_index, path), (require_own_files, tmp_path)):
+        with pytest.raises(ValueError, match=r"index\.json names the file .* is not a plain name"):
+            read(place)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "<html>", '{"weight_map": []}'])
+def test_what_is_not_an_index_is_named(tmp_path, content):
+    (tmp_path / "x.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"x\.index\.json "):
+        read_index(tmp_path / "x.index.json")
 
 
 class Harmful:
@@ -112,3 +173,10 @@ def test_what_transformers_only_logs_is_an_error():
         require_loaded("x", info)
     with pytest.raises(ValueError, match="errors: broken"):
         require_loaded("x", {"error_msgs": ["broken"]})
+
+
+def test_what_is_not_finite_is_refused_with_what_may_be_wrong():
+    require_finite("the tower", torch.ones(3))
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"the tower gives NaN or infinity: .*torch\.float16"):
+            require_finite("the tower", torch.tensor([1.0, value], dtype=torch.float16))

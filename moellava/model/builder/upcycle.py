@@ -39,7 +39,7 @@ def upcycle_loaded(
     """
     upcycling = Upcycling(seed=seed, noise=noise, keep_function=keep_function, router=router)
     dense: MoeLlavaForConditionalGeneration = loaded.model
-    config = upcycled_config(dense.config, moe_config or {})
+    config = upcycled_config(dense.config, upcycling.labelled(moe_config or {}))
     state_dict = {
         name: tensor
         for name, tensor in dense.state_dict().items()

@@ -30,7 +30,7 @@ from moellava.model.language_model.moe import (
     router_z_loss,
 )
 from moellava.model.language_model.quantization import quantization_config, weight_bytes
-from moellava.model.language_model.router_weights import load_router
+from moellava.model.language_model.router_weights import load_router, write_router
 from moellava.model.language_model.upcycling import (
     layers_with_differing_experts,
     moe_config_from_dense,
@@ -67,4 +67,5 @@ __all__ = [
     "upcycle",
     "upcycled_state_dict",
     "weight_bytes",
+    "write_router",
 ]

@@ -25,8 +25,10 @@ from transformers.utils import (
 from transformers.utils.hub import cached_file
 from typing_extensions import Unpack
 
-from moellava.storage.sources import HubKeywords, HubOptions, parse_source, read_json
-from moellava.storage.weights import read_weights, require_fit
+from moellava.storage.errors import reading
+from moellava.storage.limits import require_bounded
+from moellava.storage.sources import HubKeywords, HubOptions, parse_source
+from moellava.storage.weights import read_index, read_weights, require_fit
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
@@ -61,11 +63,17 @@ class CheckpointReader:
     def __init__(self, source: str | os.PathLike[str], hub: HubOptions | None = None) -> None:
         self.hub = hub or HubOptions()
         self.source = _folder_or_id(source)
+        self._config_file = Path(self.source) / "config.json"  # a name for messages if on the hub
         try:
-            found, _ = PreTrainedConfig.get_config_dict(self.source, **self.hub.keywords)
+            with reading(self._config_file, "a config"):
+                found, _ = PreTrainedConfig.get_config_dict(self.source, **self.hub.keywords)
         except OSError as error:  # transformers' text does not name what was asked for
             at = f" at revision {self.hub.revision}" if self.hub.revision else ""
             raise OSError(f"Cannot read the config of {self.source}{at}: {error}") from error
+        if not isinstance(found, dict):
+            kind = type(found).__name__
+            raise ValueError(f"{self._config_file} holds a JSON {kind}; expected an object.")
+        require_bounded(f"the config of {self.source}", found)
         self.config_dict: dict[str, Any] = found
         self.model_type = str(found.get("model_type", ""))
         self._file_of = self._find_weights()
@@ -73,8 +81,17 @@ class CheckpointReader:
 
     def config(self) -> PreTrainedConfig:
         """The checkpoint's own config, of the class that transformers has for its `model_type`."""
-        config: PreTrainedConfig = AutoConfig.from_pretrained(self.source, **self.hub.keywords)
+        with reading(self._config_file, "a config"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.source, trust_remote_code=False, **self.hub.keywords
+            )
         return config
+
+    def expected_shapes(self, config: PreTrainedConfig | None = None) -> dict[str, Shape]:
+        """`causal_lm_shapes` of the checkpoint's config, or of one that was made of it."""
+        config = config or self.config()
+        with reading(self._config_file, "the config of a model"):
+            return causal_lm_shapes(config)
 
     def names(self) -> list[str]:
         return sorted(self._file_of)
@@ -89,18 +106,24 @@ class CheckpointReader:
 
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are stored in: the first floating-point tensor's."""
-        return next(
-            dtype for name in self.names() if (dtype := self.read(name).dtype).is_floating_point
-        )
+        for name in self.names():
+            dtype = self.read(name).dtype
+            if dtype.is_floating_point:
+                return dtype
+        raise ValueError(f"The weights in {self.source} are all integers; expected numbers.")
 
     def _mapped(self, name: str) -> Tensor:
         path = self._file_of[name]
         if path.suffix == ".safetensors":
             # A mapping of its own, which is given back with the tensor.
-            return read_weights(path, (name,))[name]
-        if path not in self._unpickled:
-            self._unpickled[path] = read_weights(path)
-        return self._unpickled[path][name]
+            tensors = read_weights(path, (name,))
+        else:
+            if path not in self._unpickled:
+                self._unpickled[path] = read_weights(path)
+            tensors = self._unpickled[path]
+        if name not in tensors:
+            raise ValueError(f"{path} has no tensor {name!r}, but the index beside it says so.")
+        return tensors[name]
 
     def _find_weights(self) -> dict[str, Path]:
         for filename in WEIGHT_FILES:
@@ -120,14 +143,13 @@ class CheckpointReader:
 
     def _locate(self, filename: str) -> Path:
         """The path of a file that must be there; `OSError` if it is not."""
-        return Path(str(cached_file(self.source, filename, **self.hub.keywords)))
+        with reading(Path(self.source) / filename):
+            return Path(str(cached_file(self.source, filename, **self.hub.keywords)))
 
     def _names_in(self, path: Path) -> dict[str, Path]:
         if path.suffix != ".json":
             return dict.fromkeys(read_weights(path), path)
-        weight_map = read_json(path).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{path} has no 'weight_map', the object from tensor to file.")
+        weight_map = read_index(path)
         shards = {shard: self._locate(shard) for shard in set(weight_map.values())}
         return {name: shards[shard] for name, shard in weight_map.items()}
 
@@ -184,6 +206,15 @@ def causal_lm_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
     }
 
 
+def require_float(dtype: torch.dtype | None) -> None:
+    """Raise `ValueError` for a dtype that weights cannot be computed in; None keeps the file's."""
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype is {dtype}; give torch.float32, torch.bfloat16 or torch.float16. For 8-bit "
+            "weights, give quantization_config to from_pretrained."
+        )
+
+
 def is_mixture(reader: CheckpointReader) -> bool:
     """Whether the checkpoint holds experts, by its config or by its tensors' names."""
     return reader.model_type == "llama_moe" or any(".experts." in name for name in reader.names())
@@ -219,7 +250,8 @@ def require_tensors(
 
 
 def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    shapes = causal_lm_shapes(reader.config())
+    require_float(dtype)
+    shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))
     keep_float32 = ("mlp.gate.weight", "mlp.gate.bias") if reader.model_type == "llama_moe" else ()
     return {

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, PreTrainedConfig
 
 from moellava.messages import unknown_name
+from moellava.storage.limits import require_within
 
 # MoE-LLaVA's names (arXiv 2401.15947, `moe_mode`); the argument is the number of decoder layers.
 LAYER_CHOICES: dict[str, Callable[[int], range]] = {
@@ -34,6 +35,7 @@ class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
             weight 1 (Med-MoE, arXiv 2404.10237: O = sum_i G_i E_i + E_meta).
         router_bias: give the router a bias, one number per expert (Med-MoE).
         router_frozen: the router gets no gradient (Med-MoE's third stage).
+        expert_labels: what each expert serves, such as a modality; from the router's file.
         output_router_logits: return `router_logits` and `aux_loss` even if not asked to.
         router_aux_loss_coef: weight of the load-balancing loss, which is 1.0 when balanced, in the
             training loss.
@@ -68,6 +70,7 @@ class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
     meta_expert: bool = False
     router_bias: bool = False
     router_frozen: bool = False
+    expert_labels: list[str] | None = None
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.0
@@ -80,6 +83,9 @@ class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
 
     def validate_mixture(self) -> None:
         """Raise `ValueError` if the routing fields contradict each other or the layer count."""
+        # Before the layers are listed: a file may say 10^7 of them.
+        require_within("layers", self.num_hidden_layers, "num_hidden_layers")
+        require_within("experts", self.num_experts, "num_experts")
         self.moe_layer_indices  # noqa: B018 - resolving is the check
         if self.num_experts < 1:
             raise ValueError(
@@ -100,6 +106,11 @@ class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
                 raise ValueError(
                     f"{name} is {getattr(self, name)}, but must be 0 (off) or a positive number."
                 )
+        if self.expert_labels is not None and len(self.expert_labels) != self.num_experts:
+            raise ValueError(
+                f"expert_labels has {len(self.expert_labels)} labels, but there are "
+                f"num_experts={self.num_experts} experts. Give one label for each."
+            )
         if self.mlp_bias:
             raise ValueError(
                 "mlp_bias is True, but experts have no biases. "

@@ -21,8 +21,8 @@ from moellava.messages import unknown_name
 from moellava.model.language_model.checkpoint import (
     CheckpointReader,
     Shape,
-    causal_lm_shapes,
     is_harmless,
+    require_float,
     require_tensors,
 )
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
@@ -30,6 +30,7 @@ from moellava.model.language_model.modeling_llama_moe import (
     LlamaMoeForCausalLM,
     with_weights,
 )
+from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions
 
 logger = logging.getLogger(__name__)
@@ -97,12 +98,14 @@ def imported_state_dict(
         ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that
             do not fit.
     """
+    require_float(dtype)
     reader = CheckpointReader(source, HubOptions(**hub))
     if reader.model_type not in LAYOUTS:
         raise _unreadable(reader)
     layout = LAYOUTS[reader.model_type]
-    config = layout.config(reader)
-    shapes = causal_lm_shapes(config)
+    with reading(reader.source, "a mixture's config"):
+        config = layout.config(reader)
+    shapes = reader.expected_shapes(config)
     require_tensors(reader, _source_shapes(layout, config, shapes), may_have=_may_have(shapes))
     ignored = [name for name in reader.names() if name.startswith(NOT_LANGUAGE_MODEL)]
     if ignored:
@@ -234,7 +237,8 @@ def _unreadable(reader: CheckpointReader) -> ValueError:
             f"{reader.source} is a MoE-LLaVA on {known_other} ({reader.model_type!r}); only those "
             "on a Llama ('moe_llava_llama') can be read so far."
         )
-    return unknown_name("mixture architecture", reader.model_type, LAYOUTS)
+    error = unknown_name("mixture architecture", reader.model_type, LAYOUTS)
+    return ValueError(f"{reader.source}: {error}")
 
 
 _LLAMA_PARTS = {part: part for part in ("gate_proj", "up_proj", "down_proj")}

@@ -27,12 +27,13 @@ from moellava.model.language_model.checkpoint import (
     causal_lm_shapes,
     is_harmless,
     is_mixture,
+    require_float,
     require_tensors,
 )
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, with_weights
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
-from moellava.model.language_model.router_weights import RouterSource, read_router
+from moellava.model.language_model.router_weights import RouterSource, read_router, router_facts
 from moellava.storage.sources import HubKeywords, HubOptions, split_hub_keywords
 from moellava.storage.weights import require_loaded
 
@@ -74,11 +75,16 @@ class Upcycling:
     router: RouterSource | None = None
 
     def __post_init__(self) -> None:
-        if self.noise < 0:
+        if not 0 <= self.noise < float("inf"):  # NaN is not
             raise ValueError(
-                f"noise is {self.noise}, but a standard deviation cannot be negative. "
+                f"noise is {self.noise}, but a standard deviation is 0 or a positive number. "
                 "Use 0 for exact copies."
             )
+
+    def labelled(self, moe_options: Mapping[str, object]) -> dict[str, object]:
+        """The options of the config, with the labels of the experts that the router's file has."""
+        labels = router_facts(self.router).labels
+        return ({} if labels is None else {"expert_labels": labels}) | dict(moe_options)
 
 
 class UpcyclingKeywords(TypedDict, total=False):
@@ -151,7 +157,7 @@ def upcycle(
     hub, options = split_hub_keywords(options)
     reader = CheckpointReader(source, hub)
     require_dense_llama(reader)
-    config = moe_config_from_dense(reader.config(), **options)
+    config = moe_config_from_dense(reader.config(), **upcycling.labelled(options))
     dtype = dtype or reader.dtype()
     state_dict = dict(upcycled_tensors(reader, config, upcycling, dtype=dtype))
     where = f"the mixture made of {reader.source}"
@@ -328,7 +334,7 @@ def require_dense_llama(reader: CheckpointReader) -> None:
             f"{reader.source} calls itself a dense 'llama' but has experts. Read it with "
             "moellava.model.language_model.import_mixture(source)."
         )
-    shapes = causal_lm_shapes(reader.config())
+    shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))
 
 
@@ -357,11 +363,18 @@ def upcycled_tensors(
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Every (name, tensor) of the mixture, one dense tensor in memory at a time."""
+    require_float(dtype)
     if upcycling.keep_function and not _is_convex(config) and not config.meta_expert:
         raise ValueError(
             "With norm_topk_prob=False the chosen experts' weights do not sum to 1, so copies of "
             "the dense MLP change the logits. Use norm_topk_prob=True, add meta_expert=True, or "
             "accept it with keep_function=False."
+        )
+    if config.router_frozen and upcycling.router is None:
+        raise ValueError(
+            "router_frozen=True keeps the router as it is, but without router=... it is random. "
+            "Give the file of a trained router (in a recipe, moe.router: the output_dir of stage "
+            "'router'), or leave router_frozen out."
         )
     router_generator = torch.Generator().manual_seed(upcycling.seed)
     noise_generator = torch.Generator().manual_seed(upcycling.seed + 1)

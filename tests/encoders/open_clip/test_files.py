@@ -191,7 +191,7 @@ def test_config_without_an_image_tower_is_refused(repo):
         ):
             BiomedClipEncoder.from_pretrained(repo)
     (repo / "open_clip_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"open_clip_config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"open_clip_config\.json .*cannot be read as JSON"):
         BiomedClipEncoder.from_pretrained(repo)
     (repo / "open_clip_config.json").unlink()
     with pytest.raises(
@@ -217,7 +217,7 @@ def test_truncated_weights_are_named(repo, name, keep):
         save_file(state_of(repo), repo / name)
     size = (repo / name).stat().st_size
     os.truncate(repo / name, int(size * keep))
-    with pytest.raises(ValueError, match=rf"{name}.* cannot be read as .*is it complete\?"):
+    with pytest.raises(ValueError, match=rf"{name}.* cannot be read as "):
         BiomedClipEncoder.from_pretrained(repo)
 
 

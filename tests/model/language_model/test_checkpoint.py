@@ -145,3 +145,20 @@ def test_mixture_is_read_as_it_is_but_not_as_dense(dense_folder, tmp_path):
         ValueError, match=r"is a mixture of experts \('llama_moe'\), not a dense model"
     ):
         dense_state_dict(tmp_path / "mixture")
+
+
+@pytest.mark.parametrize("read", [dense_state_dict, upcycle], ids=["dense", "upcycled"])
+@pytest.mark.parametrize("field", ["num_hidden_layers", "num_attention_heads", "vocab_size"])
+def test_a_config_that_asks_for_too_much_is_refused_at_once(read, field, dense_folder):
+    config = json.loads((dense_folder / "config.json").read_text())
+    (dense_folder / "config.json").write_text(json.dumps(config | {field: 10**9}))
+    with pytest.raises(
+        ValueError, match=rf"{field} in the config of .*dense asks for 1,000,000,000"
+    ):
+        read(dense_folder)
+
+
+@pytest.mark.parametrize("read", [dense_state_dict, upcycle], ids=["dense", "upcycled"])
+def test_an_integer_dtype_is_refused(read, dense_folder):
+    with pytest.raises(ValueError, match=r"dtype is torch\.int8; give torch\.float32"):
+        read(dense_folder, dtype=torch.int8)

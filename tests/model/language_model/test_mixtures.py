@@ -14,6 +14,7 @@ from moellava.model.language_model import (
     import_mixture,
     imported_state_dict,
 )
+from moellava.testing import in_fresh_memory
 
 
 def make_mixtral(tiny, **fields):
@@ -75,7 +76,7 @@ def write_moe_llava(
 def test_mixtral_checkpoint_keeps_its_logits(tiny, ids, tmp_path):
     mixtral = make_mixtral(tiny)
     mixtral.save_pretrained(tmp_path, max_shard_size="60KB")
-    imported = import_mixture(tmp_path)
+    imported = in_fresh_memory(import_mixture(tmp_path))
     assert isinstance(imported, LlamaMoeForCausalLM)
     assert torch.equal(imported(ids).logits, mixtral(ids).logits)
 
@@ -109,7 +110,7 @@ def test_med_moe_checkpoint_brings_its_meta_expert_and_router_bias(tiny, ids, tm
     for layer in (0, 2):
         original.model.layers[layer].mlp.gate.bias.data.normal_()
     folder = write_moe_llava(tmp_path / "med", tiny, original.state_dict(), layers=[0, 2], top_k=1)
-    imported = import_mixture(folder)
+    imported = in_fresh_memory(import_mixture(folder))
     assert torch.equal(imported(ids).logits, original(ids).logits)
     assert imported.config.meta_expert
     assert imported.config.router_bias

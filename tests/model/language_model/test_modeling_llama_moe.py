@@ -26,6 +26,7 @@ from moellava.model.language_model import (
     LlamaMoeModel,
     load_balancing_loss,
 )
+from moellava.testing import in_fresh_memory
 
 
 def make_mixture(seed=0, **fields):
@@ -321,10 +322,10 @@ def test_every_dtype_generates_close_to_float32(dtype, device, ids):
 def test_saved_model_comes_back_through_the_auto_classes_bit_for_bit(tied, ids, tmp_path):
     mixture = make_mixture(tie_word_embeddings=tied, meta_expert=True, router_bias=True)
     mixture.save_pretrained(tmp_path, max_shard_size="100KB")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = in_fresh_memory(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert isinstance(loaded, LlamaMoeForCausalLM)
     assert torch.equal(loaded(ids).logits, mixture(ids).logits)
-    base = AutoModel.from_pretrained(tmp_path)
+    base = in_fresh_memory(AutoModel.from_pretrained(tmp_path))
     assert isinstance(base, LlamaMoeModel)
     assert torch.equal(base(ids).last_hidden_state, mixture.model(ids).last_hidden_state)
 

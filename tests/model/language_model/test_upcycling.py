@@ -18,7 +18,7 @@ from moellava.model.language_model import (
     upcycle,
     upcycled_state_dict,
 )
-from moellava.testing import TINYLLAMA
+from moellava.testing import TINYLLAMA, in_fresh_memory
 
 KEPT = {
     "default": {},
@@ -74,7 +74,7 @@ def test_every_llama_keeps_its_logits_and_greedy_tokens(
 ):
     dense = make_dense(**fields)
     dense.save_pretrained(tmp_path, max_shard_size=shard_size)
-    mixture = upcycle(tmp_path)
+    mixture = in_fresh_memory(upcycle(tmp_path))
     torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-5)
     options = {"max_new_tokens": 8, "pad_token_id": 0}
     assert torch.equal(mixture.generate(ids, **options), dense.generate(ids, **options))
@@ -228,7 +228,7 @@ def test_untrained_mixture_becomes_the_dense_checkpoint_again(
 ):
     dense = to_dense(upcycle(dense_folder))
     dense.save_pretrained(tmp_path / "again")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    loaded = in_fresh_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
     assert type(loaded) is LlamaForCausalLM
     assert torch.equal(loaded(ids).logits, make_dense()(ids).logits)
 
@@ -277,6 +277,9 @@ def test_meta_expert_mixture_does_not_become_dense(dense_folder):
         ),
         ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is not a multiple of 2"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan"),
+        ({"noise": float("inf")}, "noise is inf"),
+        ({"num_experts": 10**9}, r"num_experts asks for 1,000,000,000.*MOELLAVA_MAX_EXPERTS="),
     ],
 )
 def test_impossible_options_are_refused(options, message, dense_folder):
