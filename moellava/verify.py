@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moellava.encoders import create_encoder, detect_encoder_type, parse_source, resolve
+from moellava.encoders import DEFAULT_BIOMEDCLIP, create_encoder, parse_source
+from moellava.encoders.factory import kind_of
 from moellava.model.builder_enhanced import LoadedModel, describe, load_pretrained_model
 from moellava.model.language_model.checkpoint import WEIGHT_FILES
 from moellava.storage.sources import Source, commit_of, find_file
 
-DEFAULT_TOWER = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+DEFAULT_TOWER = DEFAULT_BIOMEDCLIP
 DEFAULT_LANGUAGE_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 PACKAGES = ("torch", "torchvision", "transformers", "open_clip_torch", "timm", "huggingface_hub")
 
@@ -89,12 +90,9 @@ def _versions() -> str:
 
 
 def _tower_files(tower: str) -> str:
-    if detect_encoder_type(tower) == "biomedclip":
-        files = resolve(parse_source(tower), download=True)
-        paths = [files.config_file, files.weights_file]
-    else:
-        paths = [find_file(parse_source(tower), "config.json", download=True)]
-    return "; ".join(_place(path) for path in paths)
+    source = parse_source(tower)
+    files = kind_of(None, tower).files(source, download=True)
+    return "; ".join(_place(path or find_file(source, name, download=True)) for name, path in files)
 
 
 def _language_model_files(language_model: str) -> str:

@@ -29,27 +29,13 @@ def show(
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Print which files a tower would be loaded from, without loading or fetching them."""
-    from moellava.encoders.factory import detect_encoder_type
-    from moellava.encoders.open_clip.files import CONFIG_FILE, is_saved_encoder, resolve
-    from moellava.storage.sources import HubOptions, commit_of, find_file, parse_source
+    from moellava.encoders.factory import detect_encoder_type, kind_of
+    from moellava.storage.sources import HubOptions, commit_of, parse_source
 
     hub = HubOptions(revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
     source = parse_source(tower, hub)
     encoder_type = detect_encoder_type(tower, download=False, **hub.keywords)
-    if encoder_type == "biomedclip" and not is_saved_encoder(source, download=False):
-        files = resolve(source)
-        pairs = [(CONFIG_FILE, files.config_file), (files.weights_name, files.weights_file)]
-    else:
-        names = (
-            "config.json",
-            "preprocessor_config.json",
-            "model.safetensors",
-            "pytorch_model.bin",
-        )
-        pairs = [(name, find_file(source, name, required=False)) for name in names]
-        pairs = [pair for pair in pairs if pair[1] is not None or source.folder is None]
-        if source.folder is None and pairs[2][1] is not None:
-            pairs.pop()  # the pickle is only asked for where there is no safetensors file
+    pairs = kind_of(encoder_type, tower).files(source)
     typer.echo(f"tower     {source.name}")
     typer.echo(f"type      {encoder_type}")
     typer.echo(

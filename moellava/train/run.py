@@ -25,7 +25,7 @@ from moellava.train.checkpoints import (
     staging_folder,
     writing,
 )
-from moellava.train.features import FeatureFile, encode_rows
+from moellava.train.features import ImageFeatures, encode_rows
 from moellava.train.log.history import write_history
 from moellava.train.log.picture import save_picture
 from moellava.train.recipe import Recipe, recipe_to_dict
@@ -127,7 +127,7 @@ def build_trainer(
 
 def _features(
     recipe: Recipe, arguments: TrainingArguments, data: TrainData, loaded: LoadedModel
-) -> FeatureFile:
+) -> ImageFeatures:
     """What the frozen tower makes of every image; encoded by the first process, while the others wait for the file."""
     tower = loaded.model.model.vision_tower
     if any(weight.requires_grad for weight in tower.parameters()):

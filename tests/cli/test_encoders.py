@@ -86,7 +86,7 @@ def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip
     assert torch.allclose(load_file(out)["patch_tokens"], expected, atol=1e-5)
     code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip)
     assert code == 1
-    assert "is there already" in text
+    assert "already exists" in text
 
 
 def test_encode_says_what_is_wrong_with_a_folder(folder, small_biomedclip, tmp_path):

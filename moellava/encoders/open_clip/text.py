@@ -1,6 +1,9 @@
 """The text side of an open_clip checkpoint: words in, unit vectors of the joint space out.
 
-`ClipText` (tower, scale and bias of the logits), `load_text` (its weights, config and tokenizer from files).
+ClipText            the tower, and scale and bias of the logits
+load_text           its weights from a checkpoint
+text_settings       its config from a checkpoint
+load_tokenizer      its tokenizer
 """
 
 import logging
@@ -52,7 +55,7 @@ class ClipText(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
     def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(B, L): softmax over the labels; a sigmoid per label for models trained with a logit bias."""
+        """(B, L): softmax over the labels, or a sigmoid per label if there is a logit bias."""
         logits = self.logit_scale.exp() * image_vectors @ text_vectors.T
         return (
             logits.softmax(-1) if self.logit_bias is None else (logits + self.logit_bias).sigmoid()
@@ -60,7 +63,7 @@ class ClipText(nn.Module):
 
 
 def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path) -> dict[str, Any]:
-    """The config fields of the text side: open_clip's `text_cfg`, and a Hugging Face text model's config.
+    """The config fields of the text side: open_clip's `text_cfg`, and its text model's config.
 
     Raises:
         OSError: that config is on no disk here; the text has the command that fetches it.
@@ -73,14 +76,15 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     state = read_weights(weights_file, ("text.", "logit_bias"))
     settings = {"text_cfg": text_cfg, "has_logit_bias": "logit_bias" in state}
     if text_cfg.get("hf_model_name"):
-        settings["text_model_config"] = _text_model_config(text_cfg["hf_model_name"], source, state)
+        settings["text_model_config"] = text_model_config(text_cfg["hf_model_name"], source, state)
     return settings
 
 
 def without_local_paths(text_cfg: dict[str, Any]) -> dict[str, Any]:
     """`text_cfg` as it may be saved: a folder of this machine is called by its own name only.
 
-    A saved encoder carries the text model's config and tokenizer, so that nothing is looked for under these names.
+    A saved encoder carries the text model's config and tokenizer, so that nothing is looked for
+    under these names.
     """
     names = ("hf_model_name", "hf_tokenizer_name")
     local = {
@@ -115,7 +119,7 @@ def load_text(config: BiomedClipVisionConfig, weights_file: Path) -> ClipText:
 
 
 def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Any:
-    """open_clip's tokenizer for the text tower, from the checkpoint's own files where it has them."""
+    """open_clip's tokenizer for the text tower, from the checkpoint's own files if it has any."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text_cfg = config.text_cfg or {}
@@ -161,7 +165,7 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     return tower
 
 
-def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
+def text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
     """The Hugging Face config of the text model, without a network where that can be."""
     if os.path.isdir(name):
         return read_json(Path(name) / "config.json")
@@ -182,8 +186,8 @@ def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> d
     except OSError as error:
         where = f"{source.folder}/{TEXT_CONFIG_FILE}" if source.folder else "the cache"
         raise OSError(
-            f"The text tower of {source.name} is a {name}, whose config.json is not on this machine. {error} "
-            f"Only that one file is needed; it may also be put at {where}."
+            f"The text tower of {source.name} is a {name}, whose config.json is not on this "
+            f"machine. {error} Only that one file is needed; it may also be put at {where}."
         ) from error
     assert path is not None
     return read_json(path)

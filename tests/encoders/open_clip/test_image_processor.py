@@ -234,9 +234,7 @@ def test_unknown_settings_list_the_known_ones():
         ValueError, match="resize_mode is 'stretch'; choose one of shortest, longest, squash"
     ):
         processor(resize_mode="stretch")
-    with pytest.raises(
-        ValueError, match=r"interpolation 'cubic'; known: \['bicubic', 'bilinear'\]"
-    ):
+    with pytest.raises(ValueError, match=r"interpolation 'cubic'; known: bicubic, bilinear"):
         processor(interpolation="cubic")
 
 
