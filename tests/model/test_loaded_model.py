@@ -1,5 +1,46 @@
+import copy
+import dataclasses
+import pickle
+
 import pytest
 import torch
+
+from moellava.model.loaded_model import LoadedModel
+
+
+class TestParts:
+    def test_it_unpacks_into_four_and_is_indexed_like_them(self, loaded):
+        model, image_processor, tokenizer, context_len = loaded
+        assert (model, image_processor) == (loaded.model, loaded.processor.image_processor)
+        assert (tokenizer, context_len) == (loaded.processor.tokenizer, 2048)
+        assert len(loaded) == 4
+        assert loaded[0] is model
+        assert loaded[-1] == 2048
+
+    @pytest.mark.parametrize(
+        "duplicate",
+        [copy.copy, copy.deepcopy, lambda loaded: pickle.loads(pickle.dumps(loaded))],
+        ids=["copy", "deepcopy", "pickle"],
+    )
+    def test_a_copy_answers_alike(self, loaded, images, duplicate):
+        again = duplicate(loaded)
+        assert type(again) is LoadedModel
+        assert again.context_len == loaded.context_len
+        question = "What is this?"
+        found = again.answer(images[0], question, max_new_tokens=5)
+        assert found == loaded.answer(images[0], question, max_new_tokens=5)
+
+    def test_one_part_can_be_replaced(self, loaded):
+        processor = copy.copy(loaded.processor)
+        again = dataclasses.replace(loaded, processor=processor)
+        assert again.processor is processor
+        assert again.model is loaded.model
+
+    def test_its_repr_is_one_line_that_names_the_parts(self, loaded):
+        shown = repr(loaded)
+        assert "biomedclip_small + mlp2x_gelu + TinyLlama/TinyLlama-1.1B-Chat-v1.0" in shown
+        assert len(shown) < 200
+        assert "\n" not in shown
 
 
 def test_one_image_serves_all_questions(loaded, images):
