@@ -296,7 +296,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)
+        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)  # type: ignore[arg-type]  # transformers annotates a tuple of one
 
 
 def place_image_embeds(

@@ -1,44 +1,26 @@
 """What a frozen tower makes of each image, encoded once into a file and read from there in every epoch.
 
-Public names: `FeatureFile`, `encode_rows`, `image_key`.
+Public names: `FeatureFile`, `encode_rows`.
 """
 
-import hashlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-from moellava.data.images import load_image
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import encode_files
+from moellava.images import image_key, load_image
 from moellava.model.checkpoint.tower_identity import weights_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-def image_key(image: Any) -> str:
-    """What an image is found by again: its path, or a hash of its bytes or pixels."""
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, bytes | bytearray):
-        return "sha256:" + hashlib.sha256(image).hexdigest()
-    pixels = np.asarray(image)
-    shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
-    return (
-        "sha256:"
-        + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    )
 
 
 class FeatureFile:

@@ -1,12 +1,12 @@
-"""Every layout in the form in which it is downloaded, against `datasets` and the standard library on the same files."""
+"""Every layout as it is downloaded, against `datasets` and the standard library."""
 
 import json
 
 import numpy as np
 import pytest
 
-from moellava.data import FORMATS, Row, RowError, Turn, read_rows, register_reader
-from moellava.data.images import load_image
+from moellava.data import Row, RowError, Turn, read_rows
+from moellava.images import load_image
 from moellava.testing import write_medmnist, write_pmc_vqa, write_slake, write_vqa_rad_authors
 
 
@@ -91,7 +91,7 @@ class TestLlava:
 
 
 class TestHub:
-    """By the real ids, from a filled cache, with sockets blocked; `datasets` reads the same files as the oracle."""
+    """By the real ids, from a filled cache, sockets blocked; `datasets` is the oracle."""
 
     @pytest.mark.parametrize(
         ("name", "source", "splits"),
@@ -329,26 +329,6 @@ def test_answer_types_are_derived_only_where_asked(dataset_cache):
     assert [row.answer_type for row in derived] == [
         "CLOSED" if row.answer in ("yes", "no") else "OPEN" for row in plain
     ]
-
-
-def test_a_layout_of_ones_own_is_registered(tmp_path, monkeypatch):
-    monkeypatch.setattr("moellava.data.readers.FORMATS", FORMATS.copy())
-
-    def to_row(record, index, context):
-        turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", record["finding"]))
-        return Row(
-            id=record["case"], images=(str(context.image_root / record["scan"]),), turns=turns
-        )
-
-    register_reader("cases", to_row, matches=lambda columns, name: "finding" in columns)
-    rows = read_rows(
-        write(tmp_path / "c.json", [{"case": "1", "scan": "a.dcm", "finding": "none"}])
-    )
-    assert (rows.format, rows[0].answer) == ("cases", "none")
-    with pytest.raises(ValueError, match="'cases' is taken"):
-        register_reader("cases", lambda record, index, context: None)
-    with pytest.raises(RowError, match="it has no 'scan'"):
-        read_rows(write(tmp_path / "d.json", [{"case": "1", "finding": "none"}]))
 
 
 def test_rows_work_in_the_workers_of_a_loader(dataset_cache, tmp_path):
