@@ -101,9 +101,12 @@ class LoadedModel:
         generation = {name: value for name, value in options.items() if name not in view}
         require_generation_options(generation)
         single = isinstance(questions, str) or is_conversation(questions)
+        if not single and not isinstance(questions, list | tuple):
+            raise _not_a_question(questions)
         asked = [questions] if single else list(questions)
         if not asked:
             return []
+        images = _without_files(images)
         turns = [
             with_images(question, _as_list(item))
             for question, item in zip(asked, _pair_images(images, len(asked), single), strict=True)
@@ -156,10 +159,7 @@ def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object
         turn = {"role": "user", "content": [*items, {"type": "text", "text": question}]}
         return [turn], images
     if not is_conversation(question):
-        raise TypeError(
-            f"A question is a {type(question).__name__}; expected a string, or a list of chat "
-            "messages such as {'role': 'user', 'content': 'What is this?'}."
-        )
+        raise _not_a_question(question)
     messages = [_with_item_list(turn) for turn in question]
     places = [item for turn in messages for item in turn["content"] if item.get("type") == "image"]
     empty = [item for item in places if "image" not in item]
@@ -182,6 +182,13 @@ def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object
         for item in turn["content"]
         if item.get("type") == "image"
     ]
+
+
+def _not_a_question(given: object) -> TypeError:
+    return TypeError(
+        f"A question is a {type(given).__name__}; expected a string, or a list of chat messages "
+        "such as {'role': 'user', 'content': 'What is this?'}."
+    )
 
 
 def _with_item_list(turn: Any) -> dict[str, Any]:
@@ -211,6 +218,13 @@ def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]
 
 
 def _as_list(item: Any) -> list[Any]:
-    """One image or a list of them; an open file is read, since all may be asked about it."""
-    items = list(item) if isinstance(item, list | tuple) else [] if item is None else [item]
-    return [image.read() if isinstance(image, IOBase) else image for image in items]
+    if item is None:
+        return []
+    return list(item) if isinstance(item, list | tuple) else [item]
+
+
+def _without_files(images: Any) -> Any:
+    """Open files as their bytes: several questions may be asked about one."""
+    if isinstance(images, list | tuple):
+        return [_without_files(image) for image in images]
+    return images.read() if isinstance(images, IOBase) else images
