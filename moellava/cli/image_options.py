@@ -1,12 +1,13 @@
-"""What the commands that take images share: the window, frame and plane of a DICOM or NIfTI file."""
+"""What the commands that take images share: window, frame and plane of a DICOM or NIfTI file."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moellava.images import View, ViewOptions
-from moellava.images.view import Frame as FrameChoice
-from moellava.images.view import Window as WindowChoice
+if TYPE_CHECKING:
+    from moellava.images import ViewOptions
+    from moellava.images.view import Frame as FrameChoice
+    from moellava.images.view import Window as WindowChoice
 
 Window = Annotated[
     str | None,
@@ -26,8 +27,10 @@ Plane = Annotated[
 ]
 
 
-def view_options(window: str | None, frame: str | None, plane: str | None) -> ViewOptions:
-    """The options as `moellava.images.load_image` takes them, checked; only those that were given."""
+def view_options(window: str | None, frame: str | None, plane: str | None) -> "ViewOptions":
+    """The options of `moellava.images.load_image`, checked; only those that were given."""
+    from moellava.images import View
+
     given: ViewOptions = {}
     if window is not None:
         given["window"] = parse_window(window)
@@ -39,7 +42,7 @@ def view_options(window: str | None, frame: str | None, plane: str | None) -> Vi
     return given
 
 
-def parse_window(text: str) -> WindowChoice:
+def parse_window(text: str) -> "WindowChoice":
     """`lung`, `full`, `40,400` (center, width), or `1` (the file's second).
 
     Raises:
@@ -58,6 +61,6 @@ def parse_window(text: str) -> WindowChoice:
         ) from None
 
 
-def parse_frame(text: str) -> FrameChoice:
+def parse_frame(text: str) -> "FrameChoice":
     """A number, `grid`, or `grid:9`."""
     return int(text) if text.lstrip("-").isdigit() else text

@@ -10,14 +10,8 @@ parse_source, resolve                                       where a tower comes 
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from moellava.encoders.base import (
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
-    VisionEncoderOutput,
-    synthesize_patch_tokens,
-)
-from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConfig
+from moellava.encoders.base import VisionEncoder
+from moellava.encoders.biomedclip import BiomedClipEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
 from moellava.encoders.configuration import OptionValue, VisionEncoderConfig, option
 from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
@@ -27,9 +21,18 @@ from moellava.encoders.factory import (
     encoder_options,
     register_encoder,
 )
-from moellava.encoders.open_clip.configuration import DEFAULT_BIOMEDCLIP
+from moellava.encoders.open_clip.configuration import (
+    DEFAULT_BIOMEDCLIP,
+    BiomedClipVisionConfig,
+)
 from moellava.encoders.open_clip.files import resolve
 from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.outputs import (
+    LayerTokens,
+    TrunkOutput,
+    VisionEncoderOutput,
+    synthesize_patch_tokens,
+)
 from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
 from moellava.encoders.siglip2 import Siglip2Encoder, Siglip2VisionConfig
 from moellava.storage.sources import parse_source

@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from typing_extensions import Self
 
-from moellava.encoders.base import (
-    CONFIG_FILE,
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
-    check_divisible,
-)
+from moellava.encoders.base import CONFIG_FILE, VisionEncoder, check_divisible
 from moellava.encoders.configuration import (
     OptionValue,
     VisionEncoderConfig,
     check_options,
     image_height_width,
 )
+from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.storage.sources import Source, commit_of, find_file, read_json
 from moellava.storage.weights import require_fit
 

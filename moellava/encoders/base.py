@@ -4,24 +4,21 @@
     vector
 
 VisionEncoder                       the base class; a family adds `run_trunk` and `num_layers`
-VisionEncoderOutput, TrunkOutput    what an encoder gives, and what its trunk gives
-measure, Shapes                     the shapes of a config's tokens, found without weights
-synthesize_patch_tokens             the fallback for towers that only pool
+measure                             the shapes of a config's tokens, found without weights
+check_divisible, block_index        image sizes and layers that a trunk can take
 """
 
 import copy
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import ModelOutput
 from typing_extensions import Self
 
 from moellava.encoders.batches import encode_images
@@ -30,51 +27,24 @@ from moellava.encoders.configuration import (
     VisionEncoderConfig,
     image_height_width,
 )
+from moellava.encoders.outputs import (
+    LayerTokens,
+    Shapes,
+    TrunkOutput,
+    VisionEncoderOutput,
+    synthesize_patch_tokens,
+)
 from moellava.images import Images
 from moellava.storage.sources import Source, find_file, parse_source, split_hub_keywords
 from moellava.storage.weights import require_loaded
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-
-
-@dataclass
-class VisionEncoderOutput(ModelOutput):
-    """Patch tokens of a batch.
-
-    patch_tokens: (B, N, D). pooled: (B, P), or None when it was not asked for. synthesized: whether
-    the patch tokens are the pooled vector repeated over the grid.
-    """
-
-    patch_tokens: Tensor | None = None
-    pooled: Tensor | None = None
-    synthesized: bool | None = None
-
-
-class LayerTokens(NamedTuple):
-    """Output of one layer: class token (B, 1, D) or None, patches (B, N, D); no registers."""
-
-    class_token: Tensor | None
-    patches: Tensor
-    grid: tuple[int, int]  # rows, columns; rows * columns = N
-
-
-class TrunkOutput(NamedTuple):
-    """What `run_trunk` returns: the layers asked for, in that order, and (B, P) if asked for."""
-
-    layers: list[LayerTokens]
-    pooled: Tensor | None = None
-
-
-class Shapes(NamedTuple):
-    """What comes out per image: (rows, columns) of patches, N tokens, D their width."""
-
-    grid: tuple[int, int]
-    num_patches: int
-    hidden_size: int
 
 
 def measure(encoder_class: type["VisionEncoder"], config: VisionEncoderConfig) -> Shapes:
@@ -87,19 +57,6 @@ def measure(encoder_class: type["VisionEncoder"], config: VisionEncoderConfig) -
     with torch.device("meta"):
         twin = encoder_class(copy.deepcopy(config))  # a tower on meta measures itself
     return Shapes(twin.grid, twin.num_patches, twin.hidden_size)
-
-
-def synthesize_patch_tokens(pooled: Tensor, num_patches: int) -> Tensor:
-    """Repeat one vector per image over a grid: (B, P) -> (B, num_patches, P).
-
-    The fallback for a tower without spatial tokens. All patches of an image are equal, so a model
-    behind it knows what the image shows but not where.
-    """
-    if pooled.ndim != 2:
-        raise ValueError(f"pooled has shape {tuple(pooled.shape)}; expected (images, width).")
-    if num_patches < 1:
-        raise ValueError(f"num_patches is {num_patches}; expected at least 1.")
-    return pooled.unsqueeze(1).expand(-1, num_patches, -1).contiguous()
 
 
 def check_divisible(image_hw: tuple[int, int], patch_size: int | Sequence[int] | None) -> None:
@@ -133,6 +90,7 @@ def block_index(select_layer: int, num_layers: int) -> int:
 class VisionEncoder(PreTrainedModel):
     """An image tower that gives patch tokens, built from its config alone: no disk, no network."""
 
+    config: VisionEncoderConfig
     config_class = VisionEncoderConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
@@ -154,6 +112,11 @@ class VisionEncoder(PreTrainedModel):
     def num_layers(self) -> int:
         """How many layers `run_trunk` can give tokens of; 0 for a tower that only pools."""
         raise NotImplementedError
+
+    @property
+    def has_final_norm(self) -> bool:
+        """Whether the trunk has a last norm that fits its hidden states."""
+        return False
 
     @property
     def layers_are_alike(self) -> bool:
@@ -179,23 +142,24 @@ class VisionEncoder(PreTrainedModel):
     @property
     def hidden_size(self) -> int:
         """D, the width of a patch token."""
-        return self.config.hidden_size
+        return _measured(self.config.hidden_size)
 
     @property
     def num_patches(self) -> int:
         """N, the tokens that come out per image, the class token included if it is selected."""
-        return self.config.num_patches
+        return _measured(self.config.num_patches)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches."""
-        rows, columns = self.config.grid
+        rows, columns = _measured(self.config.grid)
         return rows, columns
 
     @property
     def image_size(self) -> int | list[int]:
         """Pixels, one side or [height, width]."""
-        return self.config.image_size
+        size = self.config.image_size or self.config.trained_image_size
+        return size if isinstance(size, int) else list(size)
 
     @property
     def image_processor(self) -> BaseImageProcessor:
@@ -237,7 +201,9 @@ class VisionEncoder(PreTrainedModel):
         """
         return encode_images(self, images, batch_size=batch_size, progress=progress)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """Write config, weights and the image processor into a folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
@@ -245,8 +211,8 @@ class VisionEncoder(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: object,
         image_size: int | Sequence[int] | None = None,
         device: torch.device | str | None = None,
         **kwargs: Any,
@@ -403,10 +369,15 @@ class VisionEncoder(PreTrainedModel):
         height, width = self.config.image_hw
         if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, {height}, "
-                f"{width}). Use encoder.image_processor(images, return_tensors='pt'), or load the "
-                "tower with another image_size."
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, "
+                f"{height}, {width}). Use encoder.image_processor(images, return_tensors='pt'), or "
+                "load the tower with another image_size."
             )
+
+
+def _measured(value: T | None) -> T:
+    assert value is not None  # `post_init` has written it
+    return value
 
 
 def _select(layer: LayerTokens, select_feature: str) -> Tensor:

@@ -16,12 +16,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from moellava.encoders.base import (
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
-    check_divisible,
-)
+from moellava.encoders.base import VisionEncoder, check_divisible
 from moellava.encoders.batches import pixel_batches
 from moellava.encoders.configuration import OptionValue, check_options
 from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
@@ -41,6 +36,7 @@ from moellava.encoders.open_clip.towers import (
     interpolate_positions,
     read_tower,
 )
+from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.images import Images
 from moellava.images.threads import as_image_list
 from moellava.storage.sources import Source, parse_source
@@ -226,7 +222,9 @@ class BiomedClipEncoder(VisionEncoder):
             )
         return self.text
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """Write config, weights, image processor and, with a text tower, its tokenizer."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.text is not None and hasattr(self.tokenizer, "save_pretrained"):

@@ -264,13 +264,15 @@ def create_encoder(
     chosen = {key: value for key, value in options.items() if value is not None}
     check_options(encoder_class.config_class, chosen, encoder_options(encoder_class.config_class))
     loading = {"device": device, "dtype": dtype, "load_text": load_text or None}
-    chosen |= {key: value for key, value in loading.items() if value is not None}
+    keywords: dict[str, Any] = {
+        key: value for key, value in {**chosen, **loading}.items() if value is not None
+    }
     if kind.config_files:
         _warn_if_unlike(kind, name, hub)
     try:
-        return encoder_class.from_pretrained(name, **hub.keywords, **chosen)
+        return _loaded(encoder_class, name, hub, keywords)
     except (OSError, ValueError) as error:
-        if not fallback_to_default or str(name) == kind.default:
+        if not fallback_to_default or kind.default in (None, str(name)):
             raise
         logger.warning(
             "%s cannot be loaded (%s). Loading %s INSTEAD, as fallback_to_default=True allows.",
@@ -278,8 +280,16 @@ def create_encoder(
             error,
             kind.default,
         )
+    assert kind.default is not None
     hub = hub.at(None)  # a revision of the tower asked for means nothing here
-    return encoder_class.from_pretrained(kind.default, **hub.keywords, **chosen)
+    return _loaded(encoder_class, kind.default, hub, keywords)
+
+
+def _loaded(
+    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: dict[str, Any]
+) -> VisionEncoder:
+    encoder: VisionEncoder = encoder_class.from_pretrained(name, **hub.keywords, **keywords)
+    return encoder
 
 
 def _default_of(encoder_type: str | None) -> str:

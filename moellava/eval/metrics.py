@@ -2,7 +2,7 @@
 
 
 def is_exact_answer(answer: str, truth: str) -> bool:
-    """Whether two answers are the same words; case, outer white space and final periods are ignored."""
+    """Whether two answers are the same words; case, outer space and final periods do not count."""
     return _plain(answer) == _plain(truth)
 
 

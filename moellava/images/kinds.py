@@ -72,8 +72,16 @@ def is_gzipped_nifti(start: bytes) -> bool:
         return False
 
 
+def _plain(name: str, suffixes: tuple[str, ...], recognises: Callable[[bytes], bool]) -> ImageKind:
+    return ImageKind(name=name, suffixes=suffixes, recognises=recognises, decode=decode_picture)
+
+
 # The first match wins: some DICOM files carry the header of a TIFF in their preamble.
 IMAGE_KINDS: list[ImageKind] = [
+    _plain("PNG", (".png",), starts_with(b"\x89PNG")),
+    _plain("JPEG", (".jpg", ".jpeg"), starts_with(b"\xff\xd8\xff")),
+    _plain("GIF", (".gif",), starts_with(b"GIF8")),
+    _plain("WebP", (".webp",), lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP"),
     ImageKind(
         name="DICOM",
         suffixes=(".dcm", ".dicom", ".ima"),
@@ -95,17 +103,8 @@ IMAGE_KINDS: list[ImageKind] = [
         recognises=is_gzipped_nifti,
         decode=decode_nifti,
     ),
-    *(
-        ImageKind(name=name, suffixes=suffixes, recognises=recognises, decode=decode_picture)
-        for name, suffixes, recognises in (
-            ("PNG", (".png",), starts_with(b"\x89PNG")),
-            ("JPEG", (".jpg", ".jpeg"), starts_with(b"\xff\xd8\xff")),
-            ("TIFF", (".tif", ".tiff"), starts_with(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
-            ("BMP", (".bmp",), starts_with(b"BM")),
-            ("GIF", (".gif",), starts_with(b"GIF8")),
-            ("WebP", (".webp",), lambda start: start[:4] == b"RIFF" and start[8:12] == b"WEBP"),
-        )
-    ),
+    _plain("TIFF", (".tif", ".tiff"), starts_with(b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")),
+    _plain("BMP", (".bmp",), starts_with(b"BM")),
 ]
 
 

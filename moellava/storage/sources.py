@@ -19,13 +19,13 @@ from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses
+from huggingface_hub.utils._validators import validate_repo_id
 
 from moellava.messages import first_names
 
@@ -126,10 +126,9 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
 
 def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
     """The hub's options among the keywords of a `from_pretrained`, and the rest."""
-    rest = dict(keywords)
-    hub: Any = {
-        field.name: rest.pop(field.name) for field in fields(HubOptions) if field.name in rest
-    }
+    names = {field.name for field in fields(HubOptions)}
+    hub = {name: value for name, value in keywords.items() if name in names}
+    rest = {name: value for name, value in keywords.items() if name not in names}
     return HubOptions(**hub), rest
 
 
@@ -169,7 +168,7 @@ def find_file(
         return Path(hf_hub_download(source.repo_id, name, **hub.keywords))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError) as error:
+    except (LocalEntryNotFoundError, EntryNotFoundError, httpx.HTTPError) as error:
         if not required:
             return None
         is_missing = isinstance(error, EntryNotFoundError)
@@ -193,7 +192,7 @@ def file_exists(source: Source, name: str) -> bool:
         return HfApi(token=source.hub.token).file_exists(
             source.repo_id, name, revision=source.revision
         )
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, httpx.HTTPError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
 
 

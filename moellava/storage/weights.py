@@ -9,7 +9,6 @@ import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +102,7 @@ def require_fit(
         )
 
 
-def _read_pickle(path: Path, mmap: bool = True) -> Any:
+def _read_pickle(path: Path, mmap: bool = True) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
@@ -127,7 +126,7 @@ def _reason(error: Exception) -> str:
     return found[1].strip() if found else (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(state: object) -> Iterator[tuple[str, Tensor]]:
     """Named tensors of a state dict, or of open_clip's training checkpoints (`module.` names)."""
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -1,4 +1,5 @@
-"""Data: DICOM against pydicom's decoding, the loader against the tower, JSON against reading it whole.
+"""Data: DICOM against pydicom's decoding, the loader against the tower, JSON against reading it
+whole.
 
     python -m tests.benchmarks.data [dicom loader json]
 

@@ -1,4 +1,5 @@
-"""What `moellava train` adds to a bare training step, and what cached features save, as ratios within one run.
+"""What `moellava train` adds to a bare training step, and what cached features save, as ratios
+within one run.
 
     python -m tests.benchmarks.training [step features]
 
@@ -24,6 +25,7 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.testing.datasets import picture
 from moellava.train import load_recipe, train
+from moellava.train.prepare import prepare_model
 from moellava.train.run import (
     build_collator,
     build_trainer,
@@ -31,7 +33,6 @@ from moellava.train.run import (
     row_lengths,
     training_arguments,
 )
-from moellava.train.stages import prepare_model
 
 SIZES = {
     "hidden_size": 2048,
@@ -58,7 +59,9 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def write_parts(folder: Path, *, num_hidden_layers: int, sizes: dict[str, int]) -> dict[str, str]:
-    """BiomedCLIP's ViT-B/16 and a Llama; the vocabulary is small, since its size is no business of the trainer."""
+    """BiomedCLIP's ViT-B/16 and a Llama; the vocabulary is small, since its size is no business of
+    the trainer.
+    """
     model = write_tinyllama(
         folder / "llama",
         num_hidden_layers=num_hidden_layers,
@@ -108,7 +111,9 @@ class Turns(TrainerCallback):
 
 
 def step(folder: Path, steps: int = 12) -> None:
-    """Stage 3: one cycle of the trainer (batch, step, clipping, counts of the routers, log) against the bare step."""
+    """Stage 3: one cycle of the trainer (batch, step, clipping, counts of the routers, log) against
+    the bare step.
+    """
     rows = write_rows(folder, 2 * steps)
     loaded = load_pretrained_model(
         write_parts(folder, num_hidden_layers=2, sizes=SIZES), moe_config=False
@@ -144,10 +149,13 @@ def step(folder: Path, steps: int = 12) -> None:
 
 
 def features(folder: Path, steps: int = 6, batch_size: int = 8) -> None:
-    """Stage 1, every step on the same rows: patch tokens read from the file against the tower run each time."""
+    """Stage 1, every step on the same rows: patch tokens read from the file against the tower run
+    each time.
+    """
     rows = write_rows(folder, steps * batch_size)
     print(
-        "| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 | largest difference of losses |"
+        "| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 | largest "
+        "difference of losses |"
     )
     print("|---|---|---|---|---|")
     for name, num_hidden_layers, sizes in (

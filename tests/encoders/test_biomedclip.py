@@ -21,7 +21,7 @@ from tests.encoders.conftest import open_clip_model
 
 @pytest.fixture(autouse=True)
 def no_gradients(request):
-    """Inference, as the oracles: torch's attention takes another path when gradients are recorded."""
+    """Inference, as the oracles: torch's attention differs when gradients are recorded."""
     with torch.set_grad_enabled("gradient" in request.node.name):
         yield
 
@@ -33,7 +33,7 @@ def random_pixels(encoder, batch: int = 2) -> torch.Tensor:
 
 
 def blocks_of(visual) -> list:
-    """The modules whose outputs are the hidden states, named by hand: the oracle's own knowledge."""
+    """The modules whose outputs are the hidden states, named by hand: what the oracle knows."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
         if hasattr(visual, "transformer"):
@@ -465,7 +465,7 @@ def test_incomplete_saved_encoder_is_refused_with_the_missing_names(architecture
     del state["visual.trunk.cls_token"]
     encoder.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(
-        ValueError, match=r"does not fit its config; missing_keys: visual\.trunk\.cls_token"
+        ValueError, match=r"do not fit its configuration\. missing keys: visual\.trunk\.cls_token"
     ):
         BiomedClipEncoder.from_pretrained(tmp_path)
 
@@ -582,7 +582,10 @@ def test_safetensors_and_pickles_give_the_same_tower(architecture, tmp_path):
 
 
 def test_importing_the_package_loads_neither_open_clip_nor_timm():
-    code = "import sys, moellava.encoders as e; print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, moellava.encoders as e; "
+        "print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

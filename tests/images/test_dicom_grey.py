@@ -176,7 +176,7 @@ class TestTables:
 
 
 def test_windows_of_functional_groups_equal_highdicom_frame_by_frame(save_dicom):
-    """Enhanced multi-frame: rescale shared, window per frame; pydicom's functions look at neither."""
+    """Enhanced multi-frame: rescale shared, window per frame, which pydicom does not look at."""
 
     def item(**elements) -> pydicom.Dataset:
         dataset = pydicom.Dataset()

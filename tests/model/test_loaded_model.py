@@ -68,7 +68,7 @@ def test_a_path_is_read_as_the_image_it_holds(loaded, images, tmp_path):
 def test_a_dicom_file_is_read_as_the_picture_that_it_shows(loaded):
     from pydicom.data import get_testdata_file
 
-    from moellava.data.images import load_image
+    from moellava.images import load_image
 
     path = get_testdata_file("CT_small.dcm", download=False)
     from_path = loaded.answer(path, "What is this?", max_new_tokens=5)

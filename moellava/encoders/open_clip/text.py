@@ -76,7 +76,7 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     state = read_weights(weights_file, ("text.", "logit_bias"))
     settings = {"text_cfg": text_cfg, "has_logit_bias": "logit_bias" in state}
     if text_cfg.get("hf_model_name"):
-        settings["text_model_config"] = _text_model_config(text_cfg["hf_model_name"], source, state)
+        settings["text_model_config"] = text_model_config(text_cfg["hf_model_name"], source, state)
     return settings
 
 
@@ -165,7 +165,7 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     return tower
 
 
-def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
+def text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
     """The Hugging Face config of the text model, without a network where that can be."""
     if os.path.isdir(name):
         return read_json(Path(name) / "config.json")

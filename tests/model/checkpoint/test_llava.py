@@ -156,7 +156,9 @@ class TestProjectorFiles:
     SHAPE = ProjectorShape(vision_width=8, text_width=12, num_patches=4, grid=(2, 2))
 
     def original_llava_projector(self):
-        """LLaVA's own construction (llava/model/multimodal_projector/builder.py): Linear, GELU, Linear."""
+        """LLaVA's own construction (llava/model/multimodal_projector/builder.py): Linear, GELU,
+        Linear.
+        """
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 12))
 

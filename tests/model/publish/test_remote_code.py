@@ -10,7 +10,8 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.publish.remote_code import write_remote_code
 from moellava.testing import OPENAI_CLIP, TINYLLAMA
 
-# Python's isolated mode leaves the working directory and PYTHONPATH out; the finder hides an installed moellava.
+# Python's isolated mode leaves the working directory and PYTHONPATH out; the finder hides an
+# installed moellava.
 OPEN = """
 import sys
 class Hidden:
@@ -35,7 +36,8 @@ batch = processor(text=["<image> What is this?"], images=[given["image"].numpy()
 with torch.no_grad():
     torch.save({"logits": model(**batch).logits, "pixels": batch["pixel_values"], "ids": batch["input_ids"]}, outputs)
 assert not any(name.split(".")[0] == "moellava" for name in sys.modules)
-print(type(model).__module__, type(processor).__module__, type(processor.image_processor).__module__)
+print(type(model).__module__, type(processor).__module__,
+type(processor.image_processor).__module__)
 """
 
 

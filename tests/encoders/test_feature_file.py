@@ -1,80 +1,24 @@
-"""`encode` and `encode_files`: any image, any batch, and work that survives a kill."""
+"""Files of patch tokens: written in batches, resumed after a kill, read by image."""
 
 import json
+import pickle
 import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from moellava.encoders import BiomedClipEncoder
-from moellava.encoders.feature_file import encode_files
+from moellava.encoders.feature_file import FeatureFile, encode_files
+from tests.encoders.test_batches import random_images
 
 
 @pytest.fixture(scope="module")
 def encoder(small_biomedclip):
     return BiomedClipEncoder.from_pretrained(small_biomedclip)
-
-
-def random_images(count: int = 5) -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [
-        Image.fromarray(random.integers(0, 256, (40 + 9 * i, 70, 3), dtype=np.uint8))
-        for i in range(count)
-    ]
-
-
-def test_encode_takes_every_kind_of_image(encoder, tmp_path):
-    image = random_images(1)[0]
-    array = np.asarray(image)
-    image.save(tmp_path / "image.png")
-    expected = encoder(
-        encoder.image_processor(image, return_tensors="pt")["pixel_values"]
-    ).patch_tokens
-    assert expected.shape == (1, 196, 192)
-    forms = [
-        image,
-        str(tmp_path / "image.png"),
-        tmp_path / "image.png",
-        array,
-        array / 255,
-        [image],
-    ]
-    forms += [torch.from_numpy(array.copy()).permute(2, 0, 1), torch.from_numpy(array.copy())[None]]
-    for form in forms:
-        tokens = encoder.encode(form)
-        assert torch.allclose(tokens, expected, atol=1e-5)
-        assert not tokens.requires_grad
-
-
-def test_batches_equal_single_images_in_order(encoder):
-    images = random_images()
-    singles = torch.cat([encoder.encode(image) for image in images])
-    for batch_size in (1, 2, 3, 16):
-        assert torch.allclose(encoder.encode(images, batch_size=batch_size), singles, atol=1e-5)
-
-
-def test_progress_bar_is_shown_only_when_asked_for(encoder, capsys):
-    encoder.encode(random_images(2))
-    assert capsys.readouterr().err == ""
-    encoder.encode(random_images(2), progress=True)
-    assert "1/1" in capsys.readouterr().err
-
-
-def test_tokens_come_in_the_encoders_dtype(small_biomedclip):
-    encoder = BiomedClipEncoder.from_pretrained(small_biomedclip, dtype="bfloat16")
-    assert encoder.encode(random_images(1)).dtype == torch.bfloat16
-
-
-def test_nothing_to_encode_and_wrong_batches_are_errors(encoder):
-    with pytest.raises(ValueError, match="no images"):
-        encoder.encode([])
-    with pytest.raises(ValueError, match="batch_size is 0"):
-        encoder.encode(random_images(1), batch_size=0)
 
 
 @pytest.fixture
@@ -126,7 +70,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from moellava.encoders import BiomedClipEncoder
-from moellava.encoders.batches import encode_files
+from moellava.encoders.feature_file import encode_files
 encoder = BiomedClipEncoder.from_pretrained(sys.argv[1])
 encoder.register_forward_hook(lambda *call: time.sleep(1))
 paths = [Path(name) for name in sys.argv[3:]]
@@ -151,4 +95,44 @@ def test_killed_run_continues_where_it_was(encoder, files, tmp_path, small_biome
     assert not out.exists()
     assert 1 <= encode_files(encoder, paths, names, out, batch_size=1) < 5
     assert torch.allclose(load_file(out)["patch_tokens"], encoder.encode(paths), atol=1e-5)
-    assert json.loads(json.dumps(names)) == names
+    with safe_open(out, framework="pt") as file:
+        assert json.loads(file.metadata()["names"]) == names
+
+
+# ---- reading ----
+
+
+@pytest.fixture
+def written(encoder, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    encode_files(encoder, *files, out, view={"frame": None}, metadata={"weights": "abc"})
+    return out
+
+
+def test_tokens_are_found_by_name_in_another_process_too(encoder, files, written):
+    file = FeatureFile(written)
+    assert file.names == files[1]
+    assert (file.dtype, file.metadata["weights"]) == (torch.float32, "abc")
+    expected = encoder.encode(files[0])
+    assert torch.allclose(file.tokens("3.png"), expected[3], atol=1e-5)
+    sent = pickle.loads(pickle.dumps(file))
+    assert torch.equal(sent.tokens("3.png"), file.tokens("3.png"))
+    with pytest.raises(ValueError, match=r"out\.safetensors has no features of the image 9\.png"):
+        file.tokens("9.png")
+
+
+def test_an_encoder_with_other_settings_is_refused(encoder, small_biomedclip, written):
+    file = FeatureFile(written)
+    file.require_encoder(encoder)
+    for option, found in ({"select_layer": -1}, -2), ({"final_norm": True}, False):
+        other = BiomedClipEncoder.from_pretrained(small_biomedclip, **option)
+        (name,) = option
+        with pytest.raises(ValueError, match=f"holds features of {name}={found}, but the model"):
+            file.require_encoder(other)
+
+
+def test_llavas_word_default_in_an_older_file_means_patch(encoder, written):
+    metadata = FeatureFile(written).metadata | {"select_feature": json.dumps("default")}
+    older = written.with_name("older.safetensors")
+    save_file(load_file(written), older, metadata=metadata)
+    FeatureFile(older).require_encoder(encoder)

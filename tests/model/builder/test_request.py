@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from moellava.encoders import encoder_options
-from moellava.model.build.request import known_keys, read_build_request
+from moellava.model.builder.request import known_keys, read_build_request
 from moellava.model.builder_enhanced import (
     CustomVisionConfig,
     load_pretrained_model,

@@ -7,7 +7,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from moellava.encoders import VisionEncoder, create_encoder
-from moellava.model.build.request import BuildRequest
+from moellava.model.builder.request import BuildRequest
 from moellava.storage.sources import HubKeywords, HubOptions
 
 IMAGE_TOKEN = "<image>"

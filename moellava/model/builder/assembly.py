@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from moellava.encoders import VisionEncoder
-from moellava.model.build.parts import IMAGE_TOKEN, load_encoder, load_tokenizer
-from moellava.model.build.request import BuildRequest
+from moellava.model.builder.parts import IMAGE_TOKEN, load_encoder, load_tokenizer
+from moellava.model.builder.request import BuildRequest
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.checkpoint.configs import (
     as_dtype,

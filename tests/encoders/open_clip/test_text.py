@@ -133,18 +133,20 @@ def test_no_path_of_this_machine_is_saved(small_biomedclip, tmp_path, no_network
 def test_biomedberts_published_config_needs_no_file():
     from transformers import BertConfig
 
-    from moellava.encoders.open_clip.text import _text_model_config
-    from moellava.storage.sources import parse_source
+    from moellava.encoders.open_clip.text import text_model_config
+    from moellava.storage.sources import HubOptions, parse_source
 
-    source = parse_source("hf-hub:me/mine", cache_dir="no-such-cache", local_files_only=True)
+    source = parse_source(
+        "hf-hub:me/mine", HubOptions(cache_dir="no-such-cache", local_files_only=True)
+    )
     state = {
         "text.transformer.embeddings.word_embeddings.weight": torch.empty(30522, 768, device="meta")
     }
-    config = BertConfig(**_text_model_config(BIOMEDBERT, source, state))
+    config = BertConfig(**text_model_config(BIOMEDBERT, source, state))
     assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (30522, 768, 12)
     assert (config.num_attention_heads, config.intermediate_size) == (12, 3072)
     with pytest.raises(OSError, match="not on this machine"):  # other sizes are not BERT-base
-        _text_model_config(BIOMEDBERT, source, {})
+        text_model_config(BIOMEDBERT, source, {})
 
 
 @pytest.mark.parametrize("name", ["vit", "vit_coca", "timm_small"])
@@ -201,7 +203,7 @@ def test_missing_text_weights_are_an_error(hub_cache, small_biomedclip, tmp_path
     del state["text.proj.0.weight"]
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"does not fit its text_cfg; missing: tower\.proj\.0\.weight"
+        ValueError, match=r"do not fit its configuration\. missing keys: tower\.proj\.0\.weight"
     ):
         BiomedClipEncoder.from_pretrained(folder, load_text=True)
     BiomedClipEncoder.from_pretrained(folder)  # the image tower is whole
