@@ -24,7 +24,7 @@ def load_tokenizer(
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_name_or_path, **hub
+            model_name_or_path, trust_remote_code=False, **hub
         )
     except (OSError, ValueError) as error:
         raise OSError(

@@ -93,6 +93,29 @@ def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(
     torch.testing.assert_close(found["logits"], logits, rtol=1e-6, atol=1e-6)
 
 
+def test_what_such_a_process_saves_again_can_be_opened(joined, images, saved, tmp_path):
+    import numpy as np
+
+    picture = np.array(images[0].convert("RGB"))
+    torch.save({"image": torch.from_numpy(picture)}, tmp_path / "inputs.pt")
+    env = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    again = tmp_path / "again"
+    save = f"model.save_pretrained({str(again)!r}); processor.save_pretrained({str(again)!r})\n"
+    for folder, more in ((saved, save), (again, "")):
+        arguments = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
+        script = [sys.executable, "-I", "-c", OPEN + more, *arguments]
+        done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    batch = joined.processor(text=["<image> What is this?"], images=[picture], return_tensors="pt")
+    with torch.no_grad():
+        logits = joined.model(**batch).logits
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True)["logits"], logits)
+
+
 def test_moellava_itself_still_opens_it_with_its_own_classes(saved, joined):
     again = load_pretrained_model(saved)
     assert type(again.model) is type(joined.model)
