@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli import data, encoders
+from moellava.cli import data, encoders, explain
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
 from moellava.cli.train import train
@@ -67,6 +67,7 @@ app.command()(encoders.encode)
 app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")
 app.add_typer(data.app, name="data")
+app.add_typer(explain.app, name="explain")
 
 
 def _print_version(wanted: bool) -> None:
