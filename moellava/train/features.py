@@ -17,7 +17,7 @@ from torch import Tensor
 from moellava.data.images import load_image
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import FeatureFile, encode_files
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
+from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
