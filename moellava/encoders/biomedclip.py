@@ -44,8 +44,9 @@ from moellava.encoders.open_clip.towers import (
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.images import Images
 from moellava.images.threads import as_image_list
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, parse_source
-from moellava.storage.weights import assign_weights
+from moellava.storage.weights import assign_weights, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -182,7 +183,9 @@ class BiomedClipEncoder(VisionEncoder):
         if isinstance(texts, str):
             texts = [texts]
         with torch.inference_mode():
-            return text(self.tokenizer(list(texts)).to(self.device))
+            vectors: Tensor = text(self.tokenizer(list(texts)).to(self.device))
+        require_finite("The text tower", vectors)
+        return vectors
 
     def zero_shot(
         self, images: Images, labels: Sequence[str], template: str = "this is a photo of {}"
@@ -204,7 +207,9 @@ class BiomedClipEncoder(VisionEncoder):
                 self.visual_vectors(pixels)
                 for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
-            return text.probabilities(torch.cat(vectors), text_vectors)
+            image_vectors = torch.cat(vectors)
+            require_finite("The image tower", image_vectors)
+            return text.probabilities(image_vectors, text_vectors)
 
     def visual_vectors(self, pixel_values: Tensor) -> Tensor:
         """Unit vectors (B, P) of images in the space of `encode_text`."""
@@ -297,15 +302,18 @@ class BiomedClipEncoder(VisionEncoder):
         config_file, weights_file = files.paths
         open_clip_config = read_open_clip_config(config_file)
         model_cfg = open_clip_config["model_cfg"]
+        text = text_settings(model_cfg, files.source, weights_file) if load_text else {}
+        with reading(config_file, "the config of an open_clip model"):
+            settings = {
+                "vision_cfg": model_cfg["vision_cfg"],
+                "embed_dim": model_cfg["embed_dim"],
+                "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+                "preprocess_cfg": open_clip_config.get("preprocess_cfg"),
+            }
+            with torch.device("meta"):
+                build_visual(BiomedClipVisionConfig(**settings))  # what the file says can be built
         config = BiomedClipVisionConfig(
-            vision_cfg=model_cfg["vision_cfg"],
-            embed_dim=model_cfg["embed_dim"],
-            quick_gelu=bool(model_cfg.get("quick_gelu", False)),
-            preprocess_cfg=open_clip_config.get("preprocess_cfg"),
-            tower=source.name,
-            revision=files.source.revision,
-            **(text_settings(model_cfg, files.source, weights_file) if load_text else {}),
-            **options,
+            **settings, **text, tower=source.name, revision=files.source.revision, **options
         )
         with torch.device("meta"):
             encoder = cls(config)

@@ -13,7 +13,7 @@ from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import FeatureFile, encode_files
 from moellava.images import image_key, load_image
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
+from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
