@@ -1,9 +1,9 @@
-"""Rows of any data set → what is asked and what is true: `questions_of`, one `Question` per answer."""
+"""Rows of any data set → what is asked and true: `questions_of`, a `Question` per answer."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,14 @@ class Question:
     Args:
         id: the row's; a later turn of the row adds its number, "row7#2".
         turns: the conversation up to the question, the true answers of earlier turns included.
-        images: of these turns, as the row has them.
-        image_names: a name for each, the same wherever the same image stands.
+        row_number: where the row stands, to find its images, which are not kept.
+        image_names: a name for each image of these turns, the same wherever the image stands.
         text: the question without its image marks.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[object, ...] = field(repr=False)
+    row_number: int
     image_names: tuple[str, ...]
     text: str
     truth: str
@@ -54,7 +54,9 @@ def questions_of(
     repeated = {row_id for row_id, count in Counter(row.id for row in rows).items() if count > 1}
     for number, row in enumerate(rows):
         row_id = f"{row.id}@{number}" if row.id in repeated else row.id
-        yield from _questions(row, row_id, root, GROUP_KEYS if group_by is None else group_by)
+        yield from _questions(
+            row, row_id, number, root, GROUP_KEYS if group_by is None else group_by
+        )
 
 
 def known_groups(rows: Sequence[Row], group_by: Sequence[str]) -> None:
@@ -81,7 +83,7 @@ def image_name(image: object, root: Path | None = None) -> str:
 
 
 def _questions(
-    row: Row, row_id: str, root: Path | None, group_by: Sequence[str]
+    row: Row, row_id: str, row_number: int, root: Path | None, group_by: Sequence[str]
 ) -> Iterator[Question]:
     names = tuple(image_name(image, root) for image in row.images)
     groups = {
@@ -102,7 +104,7 @@ def _questions(
         yield Question(
             id=row_id if number == 1 else f"{row_id}#{number}",
             turns=before,
-            images=row.images[:num_images],
+            row_number=row_number,
             image_names=names[:num_images],
             text=before[-1].text.replace(IMAGE_TOKEN, "").strip(),
             truth=turn.text,

@@ -1,4 +1,4 @@
-"""A file of anybody's predictions in, scores out: `score_file`. Neither a model nor torch is needed."""
+"""A file of anybody's predictions → scores: `score_file`, without a model and without torch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,8 +6,11 @@ from pathlib import Path
 
 from moellava.eval.predictions import Prediction, read_answers
 from moellava.eval.questions import Question
+from moellava.eval.results import write_results
 from moellava.eval.score_table import ScoreTable, score_predictions
-from moellava.eval.scorers.registry import find_scorers
+from moellava.eval.scorers import find_scorers
+from moellava.eval.statistics import NUM_RESAMPLES
+from moellava.storage.writing import replacing
 
 
 @dataclass
@@ -21,6 +24,9 @@ class Join:
 
     without_row: list[str] = field(default_factory=list)
     without_prediction: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, list[str]]:
+        return {"without_row": self.without_row, "without_prediction": self.without_prediction}
 
 
 def score_file(
@@ -47,17 +53,49 @@ def score_file(
     """
     rules = find_scorers(scorers)
     join = Join()
-    predictions = _joined(path, keys, questions, join)
+    predictions = join_predictions(path, questions, keys, join)
     table = score_predictions(predictions, rules, group_by=group_by)
     return table, join
 
 
-def _joined(
+def write_scores(
     path: str | Path,
-    keys: Mapping[str, str] | None,
+    out: Path,
+    *,
+    questions: Iterable[Question] | None = None,
+    keys: Mapping[str, str] | None = None,
+    scorers: Sequence[str] = (),
+    group_by: Sequence[str] | None = None,
+    num_resamples: int = NUM_RESAMPLES,
+) -> dict[str, object]:
+    """As `score_file`, and write `predictions.jsonl` (our layout), `scores.json`, `report.html`.
+
+    Returns:
+        The content of `scores.json`.
+    """
+    join = Join()
+    out.mkdir(parents=True, exist_ok=True)
+    target = out / "predictions.jsonl"
+    with replacing(target) as part, part.open("w", encoding="utf-8") as file:
+        for prediction in join_predictions(path, questions, keys, join):
+            file.write(f"{prediction.as_line()}\n")
+    return write_results(
+        out,
+        target,
+        scorers=scorers,
+        group_by=group_by,
+        num_resamples=num_resamples,
+        facts={"predictions": str(path), "join": join.as_dict()},
+    )
+
+
+def join_predictions(
+    path: str | Path,
     questions: Iterable[Question] | None,
+    keys: Mapping[str, str] | None,
     join: Join,
 ) -> Iterator[Prediction]:
+    """The predictions of a file beside what the data says; fills `join` as it goes."""
     if questions is None:
         yield from (answer.joined({}) for answer in read_answers(path, keys))
         return
