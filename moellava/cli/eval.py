@@ -86,7 +86,6 @@ def run(
 
     Type it again after an interruption: it carries on where it stopped.
     """
-    from moellava.cli.ask import _default_device
     from moellava.eval.baselines import ALL_BASELINES
     from moellava.eval.run import evaluate
     from moellava.eval.settings import EvaluationSettings
@@ -98,7 +97,7 @@ def run(
         max_new_tokens=max_new_tokens,
         limit=limit,
         batch_size=batch_size,
-        device=device or _default_device(),
+        device=device,
         dtype=dtype,
         scorers=scorer or (),
         group_by=group_by,

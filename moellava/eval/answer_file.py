@@ -46,7 +46,7 @@ class AnswerFile:
     def finish(self, order: Sequence[str]) -> None:
         """Put the lines into the order of the data, so that every way to the end gives one file."""
         place = {row_id: number for number, row_id in enumerate(order)}
-        lines = self.path.read_text(encoding="utf-8").splitlines()
+        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]  # U+2028 ends no line
         lines.sort(key=lambda line: place[json.loads(line)["id"]])
         with replacing(self.path) as part:
             part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -262,10 +262,15 @@ def _load(checkpoint: str | Path | LoadedModel, settings: EvaluationSettings) ->
         return checkpoint
     return load_pretrained_model(
         checkpoint,
-        device=settings.device,
+        device=settings.device or _best_device(),
         dtype=settings.dtype,
         progress=settings.progress,
     )
+
+
+def _best_device() -> str:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"
 
 
 def _options(question: Question) -> tuple[str, ...]:

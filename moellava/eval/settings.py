@@ -17,7 +17,8 @@ class EvaluationSettings:
     Args:
         prompt: a name of `moellava.eval.prompts.PROMPTS`, or a free text.
         limit: how many questions; all if left out.
-        batch_size, device, dtype: of the model; in float32 none of them changes an answer.
+        batch_size, device, dtype: of the model; in float32 none of them changes an answer. A GPU is
+            used if there is one and no device is given.
         scorers: names of `SCORERS`; all if empty.
         group_by: fields of the rows; by default those that are known, such as modality.
         baselines: names of `ALL_BASELINES`.

@@ -8,9 +8,11 @@ from moellava.eval.scorers.words import answer_words, phrase_places
 
 _FINAL = re.compile(r"<answer>(.*?)</answer>|\\boxed\{([^{}]*)\}", re.DOTALL)
 _LEAD_IN = re.compile(r".*\banswer\s*(?:is|:)\s*", re.DOTALL | re.IGNORECASE)
-# A capital letter alone, in brackets, or before punctuation; "A mass" has an article.
+# A capital letter in brackets, before punctuation, or beside "or" with another one; "A mass" has an
+# article.
 _LETTER = re.compile(
-    r"\(([A-Za-z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Za-z])\b|\b([A-Z])(?=[.):,;]|\s*$)"
+    r"\(([A-Za-z])\)|\b(?:[Oo]ption|[Cc]hoice)\s+([A-Za-z])\b"
+    r"|\b([A-Z])(?=[.):,;]|\s*$|\s+(?:or|and)\s+\(?[A-Z]\b)"
 )
 
 

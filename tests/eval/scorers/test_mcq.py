@@ -26,6 +26,7 @@ SIDES = ("left lung", "right lung", "lung", "heart")
         ("A", 0.0, 0.0),
         ("B. left lung", 0.0, 1.0),
         ("A) or B)", 0.0, 1.0),
+        ("A or B", 0.0, 1.0),
         ("right lung and heart", 0.0, 1.0),
         ("A large mass", 0.0, 0.0),
         ("kidney", 0.0, 0.0),
