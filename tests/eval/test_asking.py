@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from moellava.data.images import load_image
 
 from moellava.data import Turn
-from moellava.data.images import load_image
 from moellava.eval.asking import Asked, Asker
 from moellava.eval.questions import questions_of
 
