@@ -9,6 +9,7 @@ import typer
 from typer.core import TyperGroup
 
 from moellava.cli import data, encoders, explain
+from moellava.cli import eval as evaluation
 from moellava.cli.ask import ask
 from moellava.cli.demo import demo
 from moellava.cli.train import train
@@ -68,6 +69,7 @@ app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")
 app.add_typer(data.app, name="data")
 app.add_typer(explain.app, name="explain")
+app.add_typer(evaluation.app, name="eval")
 
 
 def _print_version(wanted: bool) -> None:
