@@ -1,8 +1,9 @@
 """What an explanation costs, and whether its maps deserve belief.
 
-    python -m tests.benchmarks.explain cost            # real size, random weights: 6 GB of memory
-    python -m tests.benchmarks.explain honesty --out FOLDER      # trains two toys: minutes
+    python -m tests.benchmarks.explain cost [--layers 22]     # real width, random weights
+    python -m tests.benchmarks.explain honesty --out FOLDER   # trains a toy: minutes
     python -m tests.benchmarks.explain honesty --out FOLDER --checkpoint FOLDER/toy/checkpoint
+    python -m tests.benchmarks.explain words --out FOLDER --checkpoint FOLDER/toy/checkpoint
 
 `honesty` pastes coloured discs onto real images and trains a toy to name the colour, so that the
 place of the answer is known by construction. Then, on images that it has not seen: the pointing
@@ -13,6 +14,7 @@ on patches are played on a toy CLIP that learns the same discs from sentences.
 import argparse
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from PIL import Image, ImageDraw
 from moellava.data.collate import ChatCollator
 from moellava.demo.images import load_sources, sample_crops
 from moellava.demo.questions import corpus
-from moellava.encoders import BiomedClipEncoder, BiomedClipVisionConfig
+from moellava.encoders import BiomedClipEncoder
 from moellava.explain import Explanation, explain
 from moellava.explain.checks import curve, order_of, randomised_layers, rank_correlation
 from moellava.explain.effects import AnswerScorer
@@ -34,17 +36,14 @@ from moellava.explain.frames import measure_frame
 from moellava.explain.recording import recording_bytes
 from moellava.explain.words import draw_words, points_inside, text_contrast
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
-from moellava.model.language_model import LlamaMoeConfig
-from moellava.testing import write_biomedclip, write_tinyllama
-from tests.benchmarks.encoders import alternate
-from tests.benchmarks.language_model import TINYLLAMA
-from tests.benchmarks.multimodal import NEW_TOKENS, QUESTION, random_images, random_model, ready
+from moellava.testing import write_biomedbert, write_biomedclip, write_tinyllama
 
 COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
 ASKED = "Which colour is the lesion?"
 SIDE = 96  # pixels of the toys' images; 6 x 6 patches
 BLOCKS = (6, 6)
 KINDS = ("attention", "rollout", "ablation", "gradient")
+NEW_TOKENS = 32
 NUM_ORDERS = 5  # random orders that a map's order is compared with
 
 
@@ -76,39 +75,56 @@ def lesions(split: str, num_per_modality: int, seed: int) -> Iterator[Lesion]:
 # ---- cost, at real size ----
 
 
-def bench_cost(rounds: int) -> None:
+def bench_cost(folder: Path, num_layers: int, rounds: int) -> None:
     """`explain` with attention against `answer`: time, and memory beyond it."""
-    text = LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001})
-    loaded = ready(random_model(BiomedClipVisionConfig(), text, torch.bfloat16))
-    (image,) = random_images(1)
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS}
+    from tests.benchmarks.encoders import alternate
+
+    loaded = real_width_model(folder, num_layers)
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    image, question = Image.fromarray(noise), "What modality is this? Answer the question."
+    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
     memory: dict[str, float] = {}
 
     def measured(name: str, run: Callable[[], object]) -> Callable[[], object]:
-        def peak() -> object:
-            Path("/proc/self/clear_refs").write_text("5")
+        def with_peak() -> object:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             before = status("VmRSS")
             result = run()
             memory[name] = max(memory.get(name, 0.0), status("VmHWM") - before)
             return result
 
-        return peak
+        return with_peak
 
-    runs = {
-        "answer": lambda: loaded.answer(image, QUESTION, **options),
-        "explain, no blank image": lambda: explain(loaded, image, QUESTION, blank=False, **options),
-        "explain": lambda: explain(loaded, image, QUESTION, **options),
+    runs: dict[str, Callable[[], object]] = {
+        "answer": lambda: loaded.answer(image, question, **options),
+        "explain, no blank image": lambda: explain(loaded, image, question, blank=False, **options),
+        "explain": lambda: explain(loaded, image, question, **options),
     }
     seconds = alternate({name: measured(name, run) for name, run in runs.items()}, rounds)
     base = statistics.median(seconds["answer"])
-    print(
-        "| real size, bfloat16 | seconds | of answer | peak above start, MiB |\n|---|---|---|---|"
-    )
+    print(f"| {num_layers} layers, bfloat16 | seconds | of answer | peak above start, MiB |")
+    print("|---|---|---|---|")
     for name in runs:
         median = statistics.median(seconds[name])
         print(f"| {name} | {median:.1f} | {median / base:.2f} | {memory[name]:.0f} |")
-    needed = recording_bytes(text, 196 + 64 + NEW_TOKENS, NEW_TOKENS, 196)
+    needed = recording_bytes(loaded.model.config.text_config, 260 + NEW_TOKENS, NEW_TOKENS, 196)
     print(f"\nbound that `explain` states for one recording: {needed / 2**20:.0f} MiB")
+
+
+def real_width_model(folder: Path, num_layers: int) -> LoadedModel:
+    """BiomedCLIP's ViT-B/16 and TinyLlama's width, with random weights."""
+    language_model = write_tinyllama(
+        folder / "tinyllama",
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        dtype=torch.bfloat16,
+    )
+    tower = write_biomedclip(folder / "biomedclip")
+    parts = {"model_name_or_path": str(language_model), "mm_vision_tower": str(tower)}
+    return load_pretrained_model(parts, seed=0)
 
 
 def status(name: str) -> float:
@@ -160,10 +176,15 @@ def in_batches(items: Sequence[Any], size: int = 16) -> list[list[Any]]:
     return [[items[i] for i in order[start : start + size]] for start in range(0, len(items), size)]
 
 
-def train(model: torch.nn.Module, num_steps: int, loss_of: Callable[[int], torch.Tensor]) -> None:
+def train(
+    model: torch.nn.Module,
+    num_steps: int,
+    loss_of: Callable[[int], torch.Tensor],
+    peak: float = 2e-3,
+) -> None:
     """AdamW with a cosine; prints the loss ten times."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, num_steps, pct_start=0.05)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, num_steps, pct_start=0.05)
     model.train()
     for step in range(num_steps):
         optimizer.zero_grad()
@@ -322,10 +343,19 @@ def print_randomised(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanat
 # ---- words on patches ----
 
 
-def bench_words(folder: Path, num_steps: int, num_images: int) -> None:
-    """A toy CLIP that learns the discs from sentences; then its words are pointed at patches."""
+def bench_words(folder: Path, checkpoint: Path | None, num_steps: int, num_images: int) -> None:
+    """A toy CLIP that learns the discs from sentences; then its words are pointed at patches.
+
+    Args:
+        checkpoint: of the toy of `honesty`, whose tower it starts from; class tokens learn slowly.
+    """
     source = write_biomedclip(folder / "clip_toy", vision="test_vit", image_size=SIDE)
+    text_config = write_biomedbert(folder / "biomedbert_toy") / "config.json"
+    (source / "text_config.json").write_bytes(text_config.read_bytes())
     encoder = BiomedClipEncoder.from_pretrained(str(source), load_text=True)
+    if checkpoint:
+        tower = load_pretrained_model(str(checkpoint)).model.get_vision_tower()
+        encoder.visual.load_state_dict(tower.visual.state_dict())
     texts = [f"a {colour} lesion" for colour in COLOURS]
     train_clip(encoder, texts, num_steps)
     held_out = list(lesions("held_out", -(-num_images // 6), 1))[:num_images]
@@ -363,7 +393,7 @@ def train_clip(encoder: Any, texts: Sequence[str], num_steps: int) -> None:
         logits = 10 * encoder.visual_vectors(pixels[batch]) @ encoder.text(ids).T
         return torch.nn.functional.cross_entropy(logits, labels[batch])
 
-    train(encoder, num_steps, loss_of)
+    train(encoder, num_steps, loss_of, peak=7e-4)
 
 
 def main() -> None:
@@ -374,17 +404,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=22, help="of the language model, for cost")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     start = time.perf_counter()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.what == "cost":
-        bench_cost(arguments.rounds)
+        with tempfile.TemporaryDirectory() as name:
+            bench_cost(Path(name), arguments.layers, arguments.rounds)
     elif arguments.what == "honesty":
-        arguments.out.mkdir(parents=True, exist_ok=True)
         bench_honesty(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     else:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        bench_words(arguments.out, arguments.steps, arguments.images)
+        bench_words(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"\n{time.perf_counter() - start:.0f} s, {threads} threads, load {load:.1f}")
 
