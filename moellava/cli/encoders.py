@@ -85,7 +85,7 @@ def encode(
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
 ) -> None:
-    """Write the patch tokens of a folder of images to one safetensors file; a killed run resumes."""
+    """Write the patch tokens of a folder of images to a safetensors file; a killed run resumes."""
     from moellava.encoders import create_encoder
     from moellava.encoders.feature_file import encode_files
     from moellava.images import image_suffixes, is_image_file

@@ -149,7 +149,7 @@ class BiomedClipEncoder(VisionEncoder):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         # Swin's indices and EVA's rotary tables are not in checkpoints: from_pretrained leaves them
         # as found.
         init_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
@@ -242,7 +242,8 @@ class BiomedClipEncoder(VisionEncoder):
         with torch.inference_mode(), last_block(self.visual, attention):
             trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
             vectors = project_patches(self.visual, trunk.layers[0].patches)
-        return (text_vectors @ vectors[0].T).unflatten(1, trunk.layers[0].grid)
+        similarity: Tensor = text_vectors @ vectors[0].T
+        return similarity.unflatten(1, trunk.layers[0].grid)
 
     @property
     def tokenizer(self) -> Any:
@@ -283,7 +284,7 @@ class BiomedClipEncoder(VisionEncoder):
         return [(OPEN_CLIP_CONFIG, files.config_file), (files.weights_name, files.weights_file)]
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # load_text is this family's own
         cls,
         source: Source,
         *,
@@ -313,7 +314,11 @@ class BiomedClipEncoder(VisionEncoder):
             with torch.device("meta"):
                 build_visual(BiomedClipVisionConfig(**settings))  # what the file says can be built
         config = BiomedClipVisionConfig(
-            **settings, **text, tower=source.name, revision=files.source.revision, **options
+            **settings,
+            **text,
+            tower=source.name,
+            revision=files.source.revision,
+            **options,  # type: ignore[arg-type]  # checked by name above, by type in the config
         )
         with torch.device("meta"):
             encoder = cls(config)
@@ -368,5 +373,5 @@ def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> LayerTokens:
     return LayerTokens(class_token, feature_map.flatten(2).transpose(1, 2), (rows, columns))
 
 
-def _first(output: Any) -> Tensor:
+def _first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # CoCa's tower also returns tokens

@@ -19,7 +19,7 @@ class Siglip2VisionConfig(TransformersVisionConfig):
     @property
     def trained_image_size(self) -> int:
         """Side in pixels of the square that has the tower's `num_patches`."""
-        tower_config = self.tower_config or {}
+        tower_config: dict[str, int] = self.tower_config or {}
         return math.isqrt(tower_config["num_patches"]) * tower_config["patch_size"]
 
 
@@ -43,7 +43,8 @@ class Siglip2Encoder(TransformersVisionEncoder):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """What the first block takes, (B, N, D)."""
-        return self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        embedded: Tensor = self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        return embedded
 
     def build_image_processor(self) -> Any:
         """SigLIP's image processor with this tower's mean, deviation and resampling."""

@@ -26,8 +26,8 @@ from moellava.eval.questions import Question, known_groups, questions_of
 from moellava.eval.results import write_results
 from moellava.eval.settings import EvaluationSettings
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
 from moellava.model.loaded_model import LoadedModel
+from moellava.storage.weights import weights_fingerprint
 
 DataSource = str | Path | Sequence[Row]
 

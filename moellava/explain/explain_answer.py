@@ -1,7 +1,6 @@
 """A model, images and a question → an `Explanation` of its answer."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,10 +13,8 @@ from moellava.explain.frames import measure_frame
 from moellava.explain.grids import TokenGrid, find_token_grid
 from moellava.explain.recording import Recording, record
 from moellava.explain.routing import Routing, phases_of
-from moellava.images import to_eight_bit, to_pil
+from moellava.images import ImageLike, to_eight_bit, to_pil
 from moellava.model.loaded_model import LoadedModel
-
-ImageLike = Image.Image | str | Path
 
 
 def explain(
@@ -106,7 +103,7 @@ def explain(
 
 
 def _as_pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-    items = list(images) if isinstance(images, list | tuple) else [images]
+    items: list[ImageLike] = list(images) if isinstance(images, list | tuple) else [images]
     if not items:
         raise ValueError("There is no image to explain. Give an image, or a list of them.")
     return [to_pil(item) for item in items]

@@ -221,7 +221,10 @@ def _render(
 ) -> str | None:
     try:
         written = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            list(messages),  # type: ignore[arg-type]  # contents may be items, not only strings
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except jinja2.TemplateError:  # a template may refuse a system turn
         return None

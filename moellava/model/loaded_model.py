@@ -155,8 +155,11 @@ def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object
     beside them fill the empty image items, or stand before the first turn of the user.
     """
     if isinstance(question, str):
-        items = [{"type": "image"}] * len(images)
-        turn = {"role": "user", "content": [*items, {"type": "text", "text": question}]}
+        items: list[dict[str, str]] = [{"type": "image"}] * len(images)
+        turn: dict[str, object] = {
+            "role": "user",
+            "content": [*items, {"type": "text", "text": question}],
+        }
         return [turn], images
     if not is_conversation(question):
         raise _not_a_question(question)

@@ -13,7 +13,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 
-class LatentResampler(Idefics2PerceiverResampler):  # type: ignore[no-untyped-call]
+class LatentResampler(Idefics2PerceiverResampler):
     """Idefics2's resampler with latents that differ: its own are all ones, and would stay equal."""
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -83,7 +83,7 @@ class QFormerProjector(nn.Module):
         )
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_tokens, hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
-        self.qformer = Blip2QFormerModel._from_config(config)  # type: ignore[no-untyped-call]
+        self.qformer = Blip2QFormerModel._from_config(config)
         self.output_projection = nn.Linear(hidden_size, text_width)
 
     def forward(self, patch_tokens: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
 
     text_cfg = dict(config.text_cfg or {})
     if not text_cfg.get("hf_model_name"):
-        return _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
+        own: nn.Module = _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
+        return own
     settings = dict(config.text_model_config or {})
     settings.pop("auto_map", None)  # names code that is not ours to run
     with reading(config.tower or "the text tower", "a text model's config"):
@@ -182,7 +183,7 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
         raise ValueError(
             f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."
         )
-    tower = HFTextEncoder(
+    tower: nn.Module = HFTextEncoder(
         text_cfg["hf_model_name"],
         output_dim=config.embed_dim,
         config=model_config,  # with it, open_clip asks no hub for one (open_clip#772)

@@ -227,9 +227,7 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
 
 def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            name, trust_remote_code=False, **hub.keywords
-        )
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
     except (OSError, ValueError) as error:
         raise OSError(
             f"The LLaVA checkpoint {name!r} has no processor that can be read "
