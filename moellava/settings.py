@@ -137,7 +137,7 @@ def _prepare(hint: object, value: object, key: str) -> object:
 
 
 def _options(hint: object) -> tuple[object, ...]:
-    """The types that a field may have: those of a union, else the one; `Annotated` is looked into."""
+    """The types that a field may have: those of a union, or the one; `Annotated` is unpacked."""
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return _options(typing.get_args(hint)[0])

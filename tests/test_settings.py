@@ -1,4 +1,4 @@
-"""A mapping becomes a checked dataclass: conversions, sections, and errors that name key and value."""
+"""A mapping becomes a checked dataclass; errors name the key, what was found and expected."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -70,7 +70,10 @@ def test_values_become_the_types_that_the_fields_declare(given, expected):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"optimizer": {"steps": "many"}}, r"^optimizer.steps is 'many'; expected a whole number.$"),
+        (
+            {"optimizer": {"steps": "many"}},
+            r"^optimizer.steps is 'many'; expected a whole number.$",
+        ),
         ({"optimizer": {"steps": 1.5}}, r"^optimizer.steps is 1.5; expected a whole number.$"),
         ({"optimizer": {"rate": "fast"}}, r"^optimizer.rate is 'fast'; expected a number.$"),
         ({"extra": {"rate": []}}, r"^extra.rate is \[\]; expected a number.$"),

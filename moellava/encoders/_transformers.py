@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import Self
 
 from moellava.encoders.base import CONFIG_FILE, VisionEncoder, check_divisible
@@ -21,8 +22,9 @@ from moellava.encoders.configuration import (
     image_height_width,
 )
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, commit_of, find_file, read_json
-from moellava.storage.weights import require_fit
+from moellava.storage.weights import require_fit, require_own_files
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class TransformersVisionEncoder(VisionEncoder):
         tower_config = AutoConfig.for_model(**(config.tower_config or {}))
         attention = config._attn_implementation
         options = {"attn_implementation": attention} if attention else {}
-        self.tower = AutoModel.from_config(tower_config, **options)
+        self.tower = AutoModel.from_config(tower_config, trust_remote_code=False, **options)
         self.post_init()
 
     @property
@@ -183,7 +185,7 @@ class TransformersVisionEncoder(VisionEncoder):
                 settings["size"] = {"height": height, "width": width}
             if crop:
                 settings["crop_size"] = {"height": height, "width": width}
-        return getattr(transformers, settings.pop("image_processor_type"))(**settings)
+        return _processor_class(settings.pop("image_processor_type", None))(**settings)
 
     @classmethod
     def is_foreign(cls, source: Source) -> bool:
@@ -207,13 +209,19 @@ class TransformersVisionEncoder(VisionEncoder):
         name = source.folder or source.repo_id
         hub: Any = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
-        with _no_load_report():
+        if source.folder is not None:
+            require_own_files(source.folder)
+        with reading(str(name), "a tower of transformers"), _no_load_report():
             tower, info = tower_class.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **hub
+                name,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+                **hub,
             )
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
         # Unexpected keys are the text tower's.
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
-        processor = AutoImageProcessor.from_pretrained(name, **hub)
         config_file = find_file(source, CONFIG_FILE, download=True)
         config_class: Any = cls.config_class
         config = config_class(
@@ -231,6 +239,17 @@ class TransformersVisionEncoder(VisionEncoder):
             encoder.set_image_size(image_size)
         encoder.log_tower()
         return encoder if device is None else encoder.to(device)
+
+
+def _processor_class(name: object) -> type[BaseImageProcessor]:
+    """An image processor of transformers: a config may not name anything else to be called."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, BaseImageProcessor)):
+        raise ValueError(
+            f"image_processor_type is {name!r}, which is not an image processor of transformers. "
+            "Load the tower anew from a repo that has a preprocessor_config.json."
+        )
+    return found
 
 
 class _NoLoadReport(logging.Filter):

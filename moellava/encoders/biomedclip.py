@@ -23,6 +23,11 @@ from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
 from moellava.encoders.open_clip.files import CONFIG_FILE as OPEN_CLIP_CONFIG
 from moellava.encoders.open_clip.files import is_saved_encoder, read_open_clip_config, resolve
 from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.open_clip.patch_text import (
+    last_block,
+    project_patches,
+    require_projectable,
+)
 from moellava.encoders.open_clip.text import (
     ClipText,
     load_tokenizer,
@@ -39,8 +44,9 @@ from moellava.encoders.open_clip.towers import (
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.images import Images
 from moellava.images.threads import as_image_list
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, parse_source
-from moellava.storage.weights import assign_weights
+from moellava.storage.weights import assign_weights, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +183,9 @@ class BiomedClipEncoder(VisionEncoder):
         if isinstance(texts, str):
             texts = [texts]
         with torch.inference_mode():
-            return text(self.tokenizer(list(texts)).to(self.device))
+            vectors: Tensor = text(self.tokenizer(list(texts)).to(self.device))
+        require_finite("The text tower", vectors)
+        return vectors
 
     def zero_shot(
         self, images: Images, labels: Sequence[str], template: str = "this is a photo of {}"
@@ -199,13 +207,42 @@ class BiomedClipEncoder(VisionEncoder):
                 self.visual_vectors(pixels)
                 for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
-            return text.probabilities(torch.cat(vectors), text_vectors)
+            image_vectors = torch.cat(vectors)
+            require_finite("The image tower", image_vectors)
+            return text.probabilities(image_vectors, text_vectors)
 
     def visual_vectors(self, pixel_values: Tensor) -> Tensor:
         """Unit vectors (B, P) of images in the space of `encode_text`."""
         pooled = self.run_trunk(pixel_values, [], norm=False, pooled=True).pooled
         assert pooled is not None
         return nn.functional.normalize(pooled, dim=-1)
+
+    def patch_similarity(
+        self, image: Any, texts: Sequence[str], *, attention: str = "own"
+    ) -> Tensor:
+        """Cosine of each patch with each text, (texts, rows, columns); needs `load_text=True`.
+
+        CLIP was trained on whole images: its last layers gather what an image shows into tokens
+        anywhere, so that a patch need not say what lies at its own place. Compare texts, do not
+        threshold.
+
+        Args:
+            image: one image, see `encode`.
+            attention: of the last block; "own", or "value": value-value attention without residual
+                and MLP (timm's transformers only), which keeps patches to their own content.
+
+        Raises:
+            ValueError: for a tower without patches that the texts' space could take.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}; give a list of at least one text.")
+        require_projectable(self.visual, attention)
+        text_vectors = self.encode_text(texts)
+        (pixels,) = pixel_batches(self, as_image_list([image]), batch_size=1)
+        with torch.inference_mode(), last_block(self.visual, attention):
+            trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
+            vectors = project_patches(self.visual, trunk.layers[0].patches)
+        return (text_vectors @ vectors[0].T).unflatten(1, trunk.layers[0].grid)
 
     @property
     def tokenizer(self) -> Any:
@@ -265,15 +302,18 @@ class BiomedClipEncoder(VisionEncoder):
         config_file, weights_file = files.paths
         open_clip_config = read_open_clip_config(config_file)
         model_cfg = open_clip_config["model_cfg"]
+        text = text_settings(model_cfg, files.source, weights_file) if load_text else {}
+        with reading(config_file, "the config of an open_clip model"):
+            settings = {
+                "vision_cfg": model_cfg["vision_cfg"],
+                "embed_dim": model_cfg["embed_dim"],
+                "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+                "preprocess_cfg": open_clip_config.get("preprocess_cfg"),
+            }
+            with torch.device("meta"):
+                build_visual(BiomedClipVisionConfig(**settings))  # what the file says can be built
         config = BiomedClipVisionConfig(
-            vision_cfg=model_cfg["vision_cfg"],
-            embed_dim=model_cfg["embed_dim"],
-            quick_gelu=bool(model_cfg.get("quick_gelu", False)),
-            preprocess_cfg=open_clip_config.get("preprocess_cfg"),
-            tower=source.name,
-            revision=files.source.revision,
-            **(text_settings(model_cfg, files.source, weights_file) if load_text else {}),
-            **options,
+            **settings, **text, tower=source.name, revision=files.source.revision, **options
         )
         with torch.device("meta"):
             encoder = cls(config)

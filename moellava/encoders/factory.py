@@ -335,10 +335,9 @@ def _by_name(name: str) -> EncoderKind | None:
 def _by_files(source: Source, download: bool) -> EncoderKind | None:
     """The family that a source's own config file names, if this machine has it or may fetch it."""
     kinds = encoder_kinds()
+    owner = next((kind for kind in kinds if kind.owns_files_of(source, download=download)), None)
+    if owner is not None and owner.is_named_in(source.name):
+        return owner  # a config.json that somebody has put beside its files does not count
     path = find_file(source, "config.json", download=download, required=False)
-    if path is not None:
-        model_type = read_json(path).get("model_type")
-        for kind in kinds:
-            if model_type in kind.model_types:
-                return kind
-    return next((kind for kind in kinds if kind.owns_files_of(source, download=download)), None)
+    model_type = None if path is None else read_json(path).get("model_type")
+    return next((kind for kind in kinds if model_type in kind.model_types), owner)

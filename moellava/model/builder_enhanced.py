@@ -16,9 +16,13 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import Unpack
 
 from moellava.encoders import VisionEncoder
-from moellava.model.build.assembly import assemble
-from moellava.model.build.parts import load_encoder, load_tokenizer
-from moellava.model.build.request import CustomVisionConfig, is_description_file, read_build_request
+from moellava.model.builder.assembly import assemble
+from moellava.model.builder.parts import load_encoder, load_tokenizer
+from moellava.model.builder.request import (
+    CustomVisionConfig,
+    is_description_file,
+    read_build_request,
+)
 from moellava.model.checkpoint.configs import as_dtype, load_model_config
 from moellava.model.checkpoint.opening import open_saved
 from moellava.model.describe import describe, log_language_model, log_vision
@@ -78,7 +82,7 @@ def load_pretrained_model(
 
     Args:
         model: what to load. A mapping, dataclass or object, or a YAML or JSON file with the keys of
-            `moellava.model.build.request.BuildRequest`: `model_name_or_path` (language model),
+            `moellava.model.builder.request.BuildRequest`: `model_name_or_path` (language model),
             `mm_vision_tower` and, if wanted, `mm_hidden_size`, `encoder_type`, `projector_type`,
             ... and the encoder's options (`image_size`, `patch_tokens`, ...: see
             `moellava.encoders.encoder_options`); or the folder or hub id of a model that this

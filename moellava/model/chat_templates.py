@@ -1,5 +1,8 @@
 """Chat templates for messages of text and images, with the marks that training masks need."""
 
+import re
+from collections.abc import Mapping, Sequence
+
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
@@ -57,18 +60,18 @@ PLAIN = _CONTENT + (
 
 TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "plain": PLAIN}
 
-# Control characters around an assistant's text tell where it is in what the own template wrote.
-_START, _STOP = "\x02", "\x03"
+# Control characters around a number tell, in what the own template wrote, where an assistant's text
+# begins and ends. The number is the length of all texts, so that no text holds a mark by accident.
+_START, _STOP = "'\\x02' ~ flat.size ~ '\\x02'", "'\\x03' ~ flat.size ~ '\\x03'"
 # What the model's own template writes is taken apart at them: END is the text that ends a turn.
 _MARK_WRITTEN = (
-    "{%- for piece in written.split('\\x02') -%}"
-    "{%- if loop.first -%}{{ piece }}"
-    "{%- elif '\\x03' not in piece -%}{{ '\\x02' + piece }}"
+    "{%- for piece in written.split(flat.start) -%}"
+    "{%- set text, stop, rest = piece.partition(flat.stop) -%}"
+    "{%- if loop.first or not stop -%}{{ piece }}"
     "{%- else -%}"
-    "{%- set halves = piece.split('\\x03') -%}"
-    "{%- set end = END if halves[1].startswith(END) else '' -%}"
-    "{%- generation -%}{{ halves[0] + end }}{%- endgeneration -%}"
-    "{{ halves[1][end | length :] }}"
+    "{%- set end = END if rest.startswith(END) else '' -%}"
+    "{%- generation -%}{{ text + end }}{%- endgeneration -%}"
+    "{{ rest[end | length :] }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )
@@ -93,9 +96,17 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     are marked, up to and including the text that ends a turn (`<|im_end|>`, `<|eot_id|>`, ...). If
     that changes the text, because a template takes answers apart, or if a template has marks of its
     own, it is kept without ours. A model without a template (a base model) gets `vicuna_v1`,
-    LLaVA's.
+    LLaVA's. Of several named templates, the one named `default` counts.
+
+    The template writes the beginning-of-text token if the tokenizer would write one.
+
+    Raises:
+        ValueError: if there are named templates, but none is called `default`.
     """
-    own: str | None = tokenizer.chat_template
+    return _with_beginning(tokenizer, _choose_template(tokenizer, _own_template(tokenizer)))
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerBase, own: str | None) -> str:
     if own is None:
         return VICUNA_V1
     flattened = flatten_messages("text") + own
@@ -111,6 +122,34 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return flattened
 
 
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(own, dict):
+        return own
+    if "default" not in own:
+        raise ValueError(
+            f"The tokenizer has the chat templates {', '.join(sorted(own))}, but none is called "
+            "'default'. Set tokenizer_config.json's chat_template to the one to use."
+        )
+    return own["default"]
+
+
+def _with_beginning(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The template, with the beginning-of-text token if only the tokenizer writes it so far.
+
+    A server that renders a template and tokenizes the text without special tokens, as OpenAI-style
+    servers do, then gives the model what it was trained on.
+    """
+    ids = tokenizer("a")["input_ids"]
+    if tokenizer.bos_token is None or not ids or ids[0] != tokenizer.bos_token_id:
+        return template
+    items = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    written = _render(tokenizer, template, items, False)
+    if written is None or written.startswith(tokenizer.bos_token):
+        return template
+    return "{{- bos_token -}}" + template
+
+
 def flatten_messages(text: str) -> str:
     """The beginning of a template that sees messages with plain text.
 
@@ -118,7 +157,11 @@ def flatten_messages(text: str) -> str:
         text: the Jinja expression of a message's new content; `text` is its text.
     """
     return _CONTENT + (
-        "{%- set flat = namespace(messages=[]) -%}"
+        "{%- set flat = namespace(messages=[], size=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- set flat.size = flat.size + text_of(message['content']) | length -%}"
+        "{%- endfor -%}"
+        "{%- set flat.start, flat.stop = " + _START + ", " + _STOP + " -%}"
         "{%- for message in messages -%}"
         "{%- set text = text_of(message['content']) -%}"
         "{%- set flat.messages = flat.messages + [dict(message, content=" + text + ")] -%}"
@@ -134,7 +177,7 @@ def with_marks(own: str, end: str, text: str) -> str:
         end: what ends a turn, and belongs to it.
         text: the Jinja expression of the assistant's text.
     """
-    marked = f"'\\x02' + {text} + '\\x03' if message['role'] == 'assistant' else text"
+    marked = f"flat.start + {text} + flat.stop if message['role'] == 'assistant' else text"
     written = "{%- set written %}" + own + "{% endset -%}"
     return flatten_messages(marked) + written + _MARK_WRITTEN.replace("END", jinja_string(end))
 
@@ -151,11 +194,15 @@ def jinja_string(text: str) -> str:
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What a template writes after an assistant's text, up to the first white space: `</s>`, ..."""
-    turns = [_QUESTION, {"role": "assistant", "content": _STOP}]
+    """What a template writes after an assistant's text: `</s>`, `<|im_end|>`, ...
+
+    White space before it belongs to it: the model has to write that too, to reach the end.
+    """
+    stop = "qqqstop"
+    turns = [_QUESTION, {"role": "assistant", "content": stop}]
     written = _render(tokenizer, template, turns, False) or ""
-    after = written.rpartition(_STOP)[2].split()
-    return after[0] if after else ""
+    found = re.match(r"\s*\S+", written.rpartition(stop)[2])
+    return found[0] if found else ""
 
 
 def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:
@@ -167,7 +214,10 @@ def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: Sequence[Mapping[str, object]],
+    prompt: bool,
 ) -> str | None:
     try:
         written = tokenizer.apply_chat_template(

@@ -59,6 +59,12 @@ class MoeLlavaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         # Language models keep this flag in their config; transformers reads the outer one.
         self.tie_word_embeddings = self.tie_word_embeddings or self.text_config.tie_word_embeddings
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', but without the places of the parts on this machine."""
+        settings: dict[str, Any] = super().to_dict()
+        _drop_places(settings)
+        return settings
+
     @property
     def projector_shape(self) -> ProjectorShape:
         """Widths and counts on both sides of the projector."""
@@ -79,6 +85,13 @@ class MoeLlavaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         return num_projected_tokens(
             self.projector_type, self.projector_shape, self.projector_options
         )
+
+
+def _drop_places(settings: dict[str, Any]) -> None:
+    settings.pop("_name_or_path", None)
+    for value in settings.values():
+        if isinstance(value, dict):
+            _drop_places(value)
 
 
 def _as_encoder_config(config: PreTrainedConfig) -> VisionEncoderConfig:

@@ -1,23 +1,20 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeAlias
+from io import IOBase
+from typing import Any
 
-from PIL import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from moellava.images import to_pil
-from moellava.model.generation import generate_texts
+from moellava.images import ImageLike, ViewOptions, to_pil
+from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.publish.model_card import PushOptions, push_to_hub
 
-ImageLike: TypeAlias = Image.Image | str | Path
-# One image, several images of one prompt, or None for a prompt without an image.
-ImagesOfPrompt: TypeAlias = ImageLike | Sequence[ImageLike] | None
+VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,17 +71,22 @@ class LoadedModel:
 
     def answer(
         self,
-        images: ImagesOfPrompt | Sequence[ImagesOfPrompt],
-        questions: str | Sequence[str],
-        **generation: Any,
+        images: ImageLike | Sequence[Any] | None,
+        questions: str | Sequence[Any],
+        **options: Any,
     ) -> list[str]:
         """Answer questions about images, as one batch.
 
         Args:
             images: for one question, its image, a list of its images, or None. For a list of
-                questions, a list of such items, one per question; a single image serves all.
-            questions: a string or a list of strings.
-            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+                questions, a list of such items, one per question; a single image serves all. An
+                image is a path, a PIL image, an array, a tensor, encoded bytes, an open file, or
+                what pydicom and nibabel read.
+            questions: a string or a list of strings. In place of a string, a conversation: chat
+                messages with `role` and `content`, whose last turn is answered.
+            **options: `window`, `frame`, `plane`, `volume` and `max_pixels` say how images are
+                seen, as in `moellava.images.load_image`; all others are passed to `generate`, by
+                default greedy with at most 64 new tokens.
 
         Returns:
             One answer per question: the new text only, without special tokens.
@@ -92,19 +94,27 @@ class LoadedModel:
         Raises:
             ValueError: if images and questions differ in number, or a prompt is longer than the
                 context.
+            TypeError: for an option that neither images nor `generate` have, and for something
+                that is not an image or a question.
         """
-        single = isinstance(questions, str)
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        per_prompt = [_as_list(item) for item in _pair_images(images, len(questions), single)]
+        view = {name: options[name] for name in VIEW_OPTIONS if name in options}
+        generation = {name: value for name, value in options.items() if name not in view}
+        require_generation_options(generation)
+        single = isinstance(questions, str) or is_conversation(questions)
+        if not single and not isinstance(questions, list | tuple):
+            raise _not_a_question(questions)
+        asked = [questions] if single else list(questions)
+        if not asked:
+            return []
+        images = _without_files(images)
+        turns = [
+            with_images(question, _as_list(item))
+            for question, item in zip(asked, _pair_images(images, len(asked), single), strict=True)
+        ]
         prompts = self.processor.apply_chat_template(
-            [
-                [_user_turn(len(own), question)]
-                for own, question in zip(per_prompt, questions, strict=True)
-            ],
-            add_generation_prompt=True,
-            tokenize=False,
+            [messages for messages, _ in turns], add_generation_prompt=True, tokenize=False
         )
-        pictures = [to_pil(image) for own in per_prompt for image in own]
+        pictures = [to_pil(image, **view) for _, own in turns for image in own]
         inputs = self.processor(
             text=prompts,
             images=pictures or None,
@@ -113,7 +123,7 @@ class LoadedModel:
             return_tensors="pt",
         ).to(self.model.device)
 
-        self._require_room(inputs, generation.get("max_new_tokens", 64))
+        self._require_room(inputs, generation.get("max_new_tokens") or 64)
         return generate_texts(self.model, self.tokenizer, inputs, **generation)
 
     def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
@@ -132,17 +142,72 @@ class LoadedModel:
             )
 
 
-def _user_turn(num_images: int, question: str) -> dict[str, object]:
-    images = [{"type": "image"}] * num_images
-    return {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+def is_conversation(question: object) -> bool:
+    """Whether something is chat messages: a list of mappings with a role."""
+    is_list = isinstance(question, Sequence) and not isinstance(question, str | bytes)
+    return is_list and bool(question) and all(isinstance(turn, Mapping) for turn in question)
 
 
-def _pair_images(
-    images: ImagesOfPrompt | Sequence[ImagesOfPrompt], num_questions: int, single: bool
-) -> Sequence[Any]:
+def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object]], list[Any]]:
+    """The chat messages of a question, and its images in their order.
+
+    A string is one turn with the images before it. Messages may hold images of their own; images
+    beside them fill the empty image items, or stand before the first turn of the user.
+    """
+    if isinstance(question, str):
+        items = [{"type": "image"}] * len(images)
+        turn = {"role": "user", "content": [*items, {"type": "text", "text": question}]}
+        return [turn], images
+    if not is_conversation(question):
+        raise _not_a_question(question)
+    messages = [_with_item_list(turn) for turn in question]
+    places = [item for turn in messages for item in turn["content"] if item.get("type") == "image"]
+    empty = [item for item in places if "image" not in item]
+    if images and not places:
+        first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
+        first["content"] = [{"type": "image", "image": image} for image in images] + first[
+            "content"
+        ]
+    elif len(empty) != len(images):
+        raise ValueError(
+            f"The messages have {len(empty)} image items without an image, but {len(images)} "
+            "images are given. Give one image for each."
+        )
+    else:
+        for item, image in zip(empty, images, strict=True):
+            item["image"] = image
+    return messages, [
+        item.pop("image")
+        for turn in messages
+        for item in turn["content"]
+        if item.get("type") == "image"
+    ]
+
+
+def _not_a_question(given: object) -> TypeError:
+    return TypeError(
+        f"A question is a {type(given).__name__}; expected a string, or a list of chat messages "
+        "such as {'role': 'user', 'content': 'What is this?'}."
+    )
+
+
+def _with_item_list(turn: Any) -> dict[str, Any]:
+    """A message whose content is a list of items, copied."""
+    if "role" not in turn or "content" not in turn:
+        raise TypeError(
+            f"A chat message has the keys {', '.join(map(str, turn))}; expected 'role' and "
+            "'content'."
+        )
+    content = turn["content"]
+    if isinstance(content, str):
+        return {**turn, "content": [{"type": "text", "text": content}]}
+    return {**turn, "content": [dict(item) for item in content]}
+
+
+def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]:
     if single:
         return [images]
-    if images is None or isinstance(images, ImageLike):
+    if images is None or not isinstance(images, list | tuple):
         return [images] * num_questions
     if len(images) != num_questions:
         raise ValueError(
@@ -152,7 +217,14 @@ def _pair_images(
     return images
 
 
-def _as_list(item: ImagesOfPrompt) -> list[ImageLike]:
+def _as_list(item: Any) -> list[Any]:
     if item is None:
         return []
-    return [item] if isinstance(item, ImageLike) else list(item)
+    return list(item) if isinstance(item, list | tuple) else [item]
+
+
+def _without_files(images: Any) -> Any:
+    """Open files as their bytes: several questions may be asked about one."""
+    if isinstance(images, list | tuple):
+        return [_without_files(image) for image in images]
+    return images.read() if isinstance(images, IOBase) else images

@@ -4,6 +4,7 @@ Letters: B prompts, T positions, I images in the batch, N image embeddings per i
 width, V vocabulary.
 """
 
+import os
 from functools import partial
 from typing import Any
 
@@ -24,6 +25,7 @@ from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model import has_router_penalty, lm_outputs
 from moellava.model.projector import build_projector
 from moellava.model.publish.model_card import push_to_hub
+from moellava.model.publish.remote_code import carry_remote_code
 from moellava.storage.weights import require_fit
 
 # Beginnings of the weights' names.
@@ -67,6 +69,11 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         model, info = loaded
         require_fit((args and args[0]) or "the state dict", missing=info["missing_keys"])
         return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """As transformers'; code that came with a checkpoint goes along."""
+        super().save_pretrained(save_directory, **kwargs)
+        carry_remote_code(save_directory)
 
     def activation_checkpointing_enable(
         self,
@@ -296,7 +303,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)
+        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)  # type: ignore[arg-type]  # transformers annotates a tuple of one
 
 
 def place_image_embeds(

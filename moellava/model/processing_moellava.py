@@ -1,5 +1,6 @@
 """Images and text → `pixel_values` and `input_ids`; `<image>` becomes an image's placeholders."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from moellava.images import to_eight_bit, to_pil
 from moellava.model.chat_templates import TEMPLATES
+from moellava.model.publish.remote_code import carry_remote_code
 from moellava.model.truncation import pad_rows, shorten_text
 
 _REMOTE = ("http://", "https://", "data:")  # transformers reads these itself
@@ -55,6 +57,12 @@ class MoeLlavaProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+        """As transformers'; code that came with a checkpoint goes along."""
+        files = super().save_pretrained(save_directory, **kwargs)
+        carry_remote_code(save_directory)
+        return files
+
     def prepare_inputs_layout(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
         # transformers reads no DICOM and no NIfTI, and clamps 16-bit grey to white.
         return super().prepare_inputs_layout(_readable(images), *args, **kwargs)
@@ -64,11 +72,14 @@ class MoeLlavaProcessor(ProcessorMixin):
 
         It drops them on the tokenizer's `truncation_side` until the row has `max_length` tokens
         (the tokenizer's if left out); every image keeps its `num_image_tokens` placeholders.
+        Text that begins with the beginning-of-text token gets no second one.
 
         Raises:
             ValueError: if images and `<image>` in the text are not as many, or if the image tokens
                 alone are more than `max_length`.
         """
+        if self._begin_with_bos(text):
+            kwargs.setdefault("add_special_tokens", False)
         given = self._merge_kwargs(tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs)[
             "text_kwargs"
         ]
@@ -87,6 +98,14 @@ class MoeLlavaProcessor(ProcessorMixin):
             given.get("return_tensors"), skip_tensor_conversion=self.skip_tensor_conversion
         )
         return tensors
+
+    def _begin_with_bos(self, text: Any) -> bool:
+        """Whether a chat template has written the beginning-of-text token, which comes once."""
+        texts = [text] if isinstance(text, str) else text
+        bos = self.tokenizer.bos_token
+        if bos is None or not isinstance(texts, list | tuple) or not texts:
+            return False
+        return all(isinstance(one, str) and one.startswith(bos) for one in texts)
 
     def _truncate_and_pad(self, batch: BatchFeature, given: dict[str, Any]) -> None:
         tokenizer = self.tokenizer

@@ -1,4 +1,6 @@
-"""The joined model in other people's hands: pipelines, PEFT, accelerate, compilation, checkpointing, caches."""
+"""The joined model in other people's hands: pipelines, PEFT, accelerate, compilation,
+checkpointing, caches.
+"""
 
 import pytest
 import torch

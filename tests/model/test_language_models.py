@@ -1,4 +1,6 @@
-"""Other language models and towers than TinyLlama and BiomedCLIP: dense, mixtures, plain configs of transformers."""
+"""Other language models and towers than TinyLlama and BiomedCLIP: dense, mixtures, plain configs of
+transformers.
+"""
 
 import json
 
@@ -247,7 +249,9 @@ def test_the_config_of_transformers_survives_a_file(tmp_path):
 
 
 class TestSmolLM2:
-    """Tied embeddings, 49152 tokens, ChatML turns with a default system prompt, no <s> in front, pad = end of turn."""
+    """Tied embeddings, 49152 tokens, ChatML turns with a default system prompt, no <s> in front,
+    pad = end of turn.
+    """
 
     @pytest.fixture(scope="class")
     def loaded(self, small_biomedclip, hub_cache):

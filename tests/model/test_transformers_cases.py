@@ -1,6 +1,8 @@
-"""Cases of transformers' ModelTesterMixin and GenerationTesterMixin, on a mixture and on a dense model.
+"""Cases of transformers' ModelTesterMixin and GenerationTesterMixin, on a mixture and on a dense
+model.
 
-The mixins are not in transformers' wheel; test_transformers_suite.py runs the first where its source is at hand.
+The mixins are not in transformers' wheel; test_transformers_suite.py runs the first where its
+source is at hand.
 """
 
 import copy

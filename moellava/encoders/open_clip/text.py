@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.encoders.open_clip.files import CONFIG_FILE
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, find_file, parse_source, read_json
 from moellava.storage.weights import read_weights, require_fit
 
@@ -27,6 +29,11 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
     "special_tokens_map.json",
+)
+# What `tokenizer_kwargs` may set: open_clip's own settings.
+TOKENIZER_OPTIONS = (
+    *("clean", "strip_sep_token", "language"),
+    *("additional_special_tokens", "reduction_mask"),
 )
 # A config of the text model that lies beside the weights, for machines that see no hub.
 TEXT_CONFIG_FILE = "text_config.json"
@@ -124,20 +131,40 @@ def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Any:
 
     text_cfg = config.text_cfg or {}
     context_length = text_cfg.get("context_length", 77)
-    options = text_cfg.get("tokenizer_kwargs") or {}
+    options = _tokenizer_options(text_cfg)
     name = text_cfg.get("hf_tokenizer_name")
     if not name:
         return SimpleTokenizer(context_length=context_length, **options)
     files = [find_file(source, file, download=True, required=False) for file in TOKENIZER_FILES]
     found = next((file for file in files if file is not None), None)
     location = str(found.parent) if found is not None else name
-    return HFTokenizer(
-        location,
-        context_length=context_length,
-        tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **({} if found is not None else {"local_files_only": source.hub.local_files_only}),
-        **options,
-    )
+    hub = {} if found is not None else {"local_files_only": source.hub.local_files_only}
+    with reading(location, "a tokenizer"):
+        return HFTokenizer(
+            location,
+            context_length=context_length,
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **hub,
+            **options,
+        )
+
+
+def _tokenizer_options(text_cfg: dict[str, Any]) -> dict[str, Any]:
+    """`tokenizer_kwargs` of an open_clip config, of which a file may set only some.
+
+    They go on to transformers, where others read files of any name or run code.
+    """
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"tokenizer_kwargs is {options!r}; expected a mapping.")
+    for name in options:
+        if name not in TOKENIZER_OPTIONS:
+            raise ValueError(
+                f"tokenizer_kwargs of {CONFIG_FILE} sets {name!r}; known: "
+                f"{', '.join(TOKENIZER_OPTIONS)}. Remove it from the file."
+            )
+    return options
 
 
 def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
@@ -147,7 +174,10 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     text_cfg = dict(config.text_cfg or {})
     if not text_cfg.get("hf_model_name"):
         return _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
-    model_config = AutoConfig.for_model(**(config.text_model_config or {}))
+    settings = dict(config.text_model_config or {})
+    settings.pop("auto_map", None)  # names code that is not ours to run
+    with reading(config.tower or "the text tower", "a text model's config"):
+        model_config = AutoConfig.for_model(**settings)
     if model_config.is_encoder_decoder:
         raise ValueError(
             f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."

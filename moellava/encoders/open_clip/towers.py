@@ -1,6 +1,7 @@
 """open_clip's image towers, built from their config, and their positions at another size."""
 
 import copy
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +44,13 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
     vision_cfg = copy.deepcopy(config.vision_cfg) | {
         "timm_model_pretrained": False
     }  # never a download
-    is_timm = bool(vision_cfg.get("timm_model_name"))
+    name = vision_cfg.get("timm_model_name")
+    if name and re.search(r"[:/\\]", str(name)):  # timm would ask the hub, or read any folder
+        raise ValueError(
+            f"timm_model_name is {name!r}; expected the name of an architecture, such as "
+            "'vit_base_patch16_224'."
+        )
+    is_timm = bool(name)
     height, width = config.image_hw
     if not is_timm:
         vision_cfg["image_size"] = height if height == width else (height, width)
@@ -55,7 +62,7 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
     try:
         with _NoInitOnMeta():
             visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever the architecture's own code makes of these settings
         raise ValueError(
             f"open_clip cannot build the image tower {config.vision_cfg}: {error}"
         ) from error

@@ -24,14 +24,18 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from typing_extensions import Unpack
 
 from moellava.encoders import create_encoder, encoder_options
 from moellava.encoders.factory import encoder_kinds
 from moellava.messages import first_names, unknown_name
-from moellava.model.checkpoint.configs import model_type_of
+from moellava.model.checkpoint.configs import (
+    GENERATION_FILE,
+    model_type_of,
+    read_generation_config,
+)
 from moellava.model.checkpoint.llava import read_llava
 from moellava.model.checkpoint.strict import model_from_tensors
 from moellava.model.configuration_moellava import MoeLlavaConfig
@@ -127,7 +131,7 @@ def save_trainable(
         if processor is not None:
             processor.save_pretrained(staging)
         if has_adapter:
-            whole.save_pretrained(str(staging / ADAPTER_FOLDER))
+            _save_adapter(whole, staging / ADAPTER_FOLDER, own.config.language_model)
     logger.info(
         "%s: %d of %d tensors differ from the base, %d of %d bytes",
         folder,
@@ -181,12 +185,12 @@ def open_trainable(
     dtype = options.dtype or _dtype_of(config)
     state = _add_base(folder, config, base, dtype, hub)
     generation_config = None
-    if (folder / "generation_config.json").is_file():
-        generation_config = GenerationConfig.from_pretrained(folder)
+    if (folder / GENERATION_FILE).is_file():
+        generation_config = read_generation_config(folder / GENERATION_FILE)
     loaded = model_from_tensors(
         state,
         config,
-        MoeLlavaProcessor.from_pretrained(folder),
+        MoeLlavaProcessor.from_pretrained(folder, trust_remote_code=False),
         name=str(folder),
         dtype=dtype,
         options=options,
@@ -227,6 +231,14 @@ def _replacing_files(folder: Path) -> Iterator[Path]:
     for path in sorted(staging.iterdir(), key=lambda path: path.name == BASE_FILE):
         os.replace(path, folder / path.name)
     staging.rmdir()
+
+
+def _save_adapter(model: PreTrainedModel, folder: Path, name: str | None) -> None:
+    """PEFT's own files, but without the path of the base on this machine."""
+    model.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody filled in, with that path
+    path = folder / "adapter_config.json"
+    write_json(path, {**read_json(path), "base_model_name_or_path": name})
 
 
 def _require_complete(folder: Path) -> None:

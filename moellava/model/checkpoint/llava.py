@@ -28,6 +28,7 @@ from moellava.encoders.base import VisionEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
 from moellava.messages import first_names
 from moellava.model.chat_templates import multimodal_chat_template
+from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.checkpoint.tower_identity import tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.checkpoint import Shape, causal_lm_shapes
@@ -79,10 +80,7 @@ def read_llava(
         ValueError: if it is another kind of LLaVA, or its weights do not fit its config.
     """
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
-    llava_config: Any = LlavaConfig.from_pretrained(
-        name,
-        **hub,  # type: ignore[arg-type]  # a revision may be None
-    )
+    llava_config: Any = load_model_config(name, **hub)
     _require_clip_and_llama(name, llava_config)
     llava = _load_llava(name, HubOptions(**hub))
     dtype = dtype or llava.dtype
@@ -152,7 +150,12 @@ def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             break
     else:
         found = weights
-    found = {_own_projector_key(key): value for key, value in found.items()}
+    # MoE-LLaVA and Med-MoE keep a projector for images beside one for videos.
+    found = {
+        _own_projector_key(key.removeprefix("image_spatial_proj.")): value
+        for key, value in found.items()
+        if not key.startswith("video_")
+    }
     strange = [
         key
         for key in found
@@ -189,6 +192,8 @@ def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def _require_clip_and_llama(name: str, config: Any) -> None:
+    if not isinstance(config, LlavaConfig):
+        raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint, not a LLaVA.")
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
         "text_config.model_type": (config.text_config.model_type, "llama"),
@@ -208,6 +213,7 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
         name,
+        trust_remote_code=False,
         dtype="auto",
         output_loading_info=True,
         ignore_mismatched_sizes=True,
@@ -222,7 +228,7 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
 def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            name, **hub.keywords
+            name, trust_remote_code=False, **hub.keywords
         )
     except (OSError, ValueError) as error:
         raise OSError(

@@ -48,6 +48,7 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
     model = read_model(place, name, options, hub)
     processor = MoeLlavaProcessor.from_pretrained(
         place,
+        trust_remote_code=False,
         **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
     )
     return LoadedModel(model, processor)

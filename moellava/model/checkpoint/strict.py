@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from moellava.messages import first_names
+from moellava.model.checkpoint.configs import savable
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
@@ -28,7 +30,10 @@ def read_model(
         name: what the user called it, for messages.
     """
     keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
-    return _from_pretrained(place, name, **keywords)
+    model = _from_pretrained(place, name, **keywords)
+    if model.generation_config is not None:
+        savable(model.generation_config)
+    return model
 
 
 def model_from_tensors(
@@ -69,7 +74,7 @@ def _from_pretrained(
     """transformers only logs a missing tensor, and leaves some of them uninitialised."""
     try:
         loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
-            place, output_loading_info=True, **keywords
+            place, output_loading_info=True, trust_remote_code=False, **keywords
         )
     except SafetensorError as error:  # it does not say which file
         files = sorted(Path(place or "").glob("*.safetensors"))
@@ -81,7 +86,28 @@ def _from_pretrained(
     model: MoeLlavaForConditionalGeneration
     model, info = loaded
     require_loaded(name, info)
+    _require_finite(name, model)
     return model
+
+
+def _require_finite(name: str, model: MoeLlavaForConditionalGeneration) -> None:
+    """Refuse weights of a training that diverged.
+
+    Of each tensor the first and last 64 values are looked at, so that mapped files stay unread: a
+    step with a non-finite gradient spoils whole tensors.
+    """
+    spoilt = []
+    for key, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            continue
+        values = weight.detach().reshape(-1)
+        if not torch.isfinite(torch.cat([values[:64], values[-64:]])).all():
+            spoilt.append(key)
+    if spoilt:
+        raise ValueError(
+            f"The weights of {name} hold NaN or infinite values: {first_names(spoilt)}. The "
+            "training diverged, or a file is damaged: use an earlier checkpoint."
+        )
 
 
 def _is_readable(file: Path) -> bool:

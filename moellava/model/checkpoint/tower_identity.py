@@ -1,19 +1,12 @@
-"""Which patch tokens a projector has learned to read.
+"""Which patch tokens a projector has learned to read: `TowerIdentity`, `tower_identity`."""
 
-| name | what it is |
-|---|---|
-| `TowerIdentity` | the tower, its layer and its weights |
-| `tower_identity` | that of a loaded tower |
-| `weights_fingerprint` | a hash that tells weights apart |
-"""
-
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from moellava.storage.weights import weights_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +64,3 @@ def tower_identity(
         hidden_size=config.hidden_size,
         num_patches=config.num_patches,
     )
-
-
-def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> str | None:
-    """SHA-256 over names, shapes and the first and last 64 values of each tensor.
-
-    Few values, so that weights which are mapped to a file are not read for it. They are rounded to
-    bfloat16, so that a tower has one fingerprint in float32 and bfloat16. float16 rounds otherwise:
-    there, and for offloaded weights, it is None, unknown.
-    """
-    if any(value.dtype == torch.float16 or value.is_meta for value in state_dict.values()):
-        return None
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        values = state_dict[name].detach().reshape(-1)
-        sample = torch.cat([values[:64], values[-64:]]).to("cpu", torch.bfloat16)
-        digest.update(f"{name} {tuple(state_dict[name].shape)}\n".encode())
-        digest.update(sample.view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -66,9 +66,29 @@ def write_remote_code(folder: str | os.PathLike[str]) -> list[str]:
     for name, text in sources.items():
         write_text(folder / f"{name}.py", text)
     for name, auto_map in AUTO_MAPS.items():
-        settings = read_json(folder / name) | {"auto_map": auto_map}
-        write_text(folder / name, json.dumps(settings, indent=2, sort_keys=True) + "\n")
+        _write_auto_map(folder / name, auto_map)
     return sorted(f"{name}.py" for name in sources)
+
+
+def carry_remote_code(folder: str | os.PathLike[str]) -> None:
+    """Write the running code along with what it saves, if it came with a checkpoint.
+
+    transformers copies the module of the saved class alone, under names of its own.
+    """
+    if not __name__.startswith("transformers_modules."):
+        return
+    folder = Path(folder)
+    for path in Path(__file__).parent.glob("*.py"):
+        if path.name == f"{ENTRY}.py" or path.name.startswith("moellava"):
+            write_text(folder / path.name, path.read_text(encoding="utf-8"))
+    for name, auto_map in AUTO_MAPS.items():
+        if (folder / name).is_file():
+            _write_auto_map(folder / name, auto_map)
+
+
+def _write_auto_map(path: Path, auto_map: dict[str, str]) -> None:
+    settings = read_json(path) | {"auto_map": auto_map}
+    write_text(path, json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _flat(module: str) -> str:

@@ -156,7 +156,9 @@ class TestProjectorFiles:
     SHAPE = ProjectorShape(vision_width=8, text_width=12, num_patches=4, grid=(2, 2))
 
     def original_llava_projector(self):
-        """LLaVA's own construction (llava/model/multimodal_projector/builder.py): Linear, GELU, Linear."""
+        """LLaVA's own construction (llava/model/multimodal_projector/builder.py): Linear, GELU,
+        Linear.
+        """
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.GELU(), torch.nn.Linear(12, 12))
 
@@ -289,3 +291,13 @@ class TestBadInput:
     def test_a_tower_cannot_be_swapped_in(self, llava):
         with pytest.raises(ValueError, match="parts are fixed"):
             load_pretrained_model(llava, encoder_type="biomedclip")
+
+
+def test_moe_llavas_projector_for_images_is_read(tmp_path):
+    weights = {"0.weight": torch.randn(64, 32), "0.bias": torch.randn(64)}
+    named = {f"model.mm_projector.image_spatial_proj.{k}": v for k, v in weights.items()}
+    named["model.mm_projector.video_patch_proj.0.weight"] = torch.randn(64, 32)
+    torch.save(named, tmp_path / "mm_projector.bin")
+    found = read_mm_projector(tmp_path)
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value) for name, value in weights.items())

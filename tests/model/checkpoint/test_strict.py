@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from moellava.model.builder_enhanced import (
     load_pretrained_model,
@@ -41,4 +42,18 @@ class TestBadInput:
         loaded.model.config.save_pretrained(tmp_path)
         loaded.processor.save_pretrained(tmp_path)
         with pytest.raises(OSError, match=r"model\.safetensors"):
+            load_pretrained_model(tmp_path)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("part", ["multi_modal_projector.0.weight", "layers.1.input_layernorm"])
+    def test_weights_of_a_diverged_training_are_refused(self, loaded, tmp_path, value, part):
+        from safetensors.torch import load_file, save_file
+
+        loaded.model.save_pretrained(tmp_path)
+        loaded.processor.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        name = next(name for name in state if part in name)
+        state[name] = torch.full_like(state[name], value)
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"NaN or infinite values: {name}"):
             load_pretrained_model(tmp_path)

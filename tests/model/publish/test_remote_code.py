@@ -10,7 +10,8 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.publish.remote_code import write_remote_code
 from moellava.testing import OPENAI_CLIP, TINYLLAMA
 
-# Python's isolated mode leaves the working directory and PYTHONPATH out; the finder hides an installed moellava.
+# Python's isolated mode leaves the working directory and PYTHONPATH out; the finder hides an
+# installed moellava.
 OPEN = """
 import sys
 class Hidden:
@@ -35,7 +36,8 @@ batch = processor(text=["<image> What is this?"], images=[given["image"].numpy()
 with torch.no_grad():
     torch.save({"logits": model(**batch).logits, "pixels": batch["pixel_values"], "ids": batch["input_ids"]}, outputs)
 assert not any(name.split(".")[0] == "moellava" for name in sys.modules)
-print(type(model).__module__, type(processor).__module__, type(processor.image_processor).__module__)
+print(type(model).__module__, type(processor).__module__,
+type(processor.image_processor).__module__)
 """
 
 
@@ -89,6 +91,29 @@ def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(
     assert torch.equal(found["ids"], batch["input_ids"])
     assert torch.equal(found["pixels"], batch["pixel_values"])
     torch.testing.assert_close(found["logits"], logits, rtol=1e-6, atol=1e-6)
+
+
+def test_what_such_a_process_saves_again_can_be_opened(joined, images, saved, tmp_path):
+    import numpy as np
+
+    picture = np.array(images[0].convert("RGB"))
+    torch.save({"image": torch.from_numpy(picture)}, tmp_path / "inputs.pt")
+    env = os.environ | {
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    again = tmp_path / "again"
+    save = f"model.save_pretrained({str(again)!r}); processor.save_pretrained({str(again)!r})\n"
+    for folder, more in ((saved, save), (again, "")):
+        arguments = [str(folder), str(tmp_path / "inputs.pt"), str(tmp_path / "out.pt")]
+        script = [sys.executable, "-I", "-c", OPEN + more, *arguments]
+        done = subprocess.run(script, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    batch = joined.processor(text=["<image> What is this?"], images=[picture], return_tensors="pt")
+    with torch.no_grad():
+        logits = joined.model(**batch).logits
+    assert torch.equal(torch.load(tmp_path / "out.pt", weights_only=True)["logits"], logits)
 
 
 def test_moellava_itself_still_opens_it_with_its_own_classes(saved, joined):
