@@ -210,7 +210,7 @@ class TestMixtures:
             text_model.layers[0].mlp.experts.down_proj, state["layers.0.mlp.experts.down_proj"]
         )
         with pytest.raises(
-            ValueError, match=r"is a mixture of experts already \('llama_moe'\).*moe_config=False"
+            ValueError, match=r"is already a mixture of experts \('llama_moe'\).*moe_config=False"
         ):
             load_pretrained_model(request, moe_config=False)
 
