@@ -1,7 +1,7 @@
 """Chat templates for messages of text and images, with the marks that training masks need."""
 
 import re
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -216,7 +216,7 @@ def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    messages: Sequence[Mapping[str, object]],
+    messages: list[dict[str, Any]],
     prompt: bool,
 ) -> str | None:
     try:

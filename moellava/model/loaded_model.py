@@ -142,13 +142,13 @@ class LoadedModel:
             )
 
 
-def is_conversation(question: object) -> bool:
+def is_conversation(question: Any) -> bool:
     """Whether something is chat messages: a list of mappings with a role."""
     is_list = isinstance(question, Sequence) and not isinstance(question, str | bytes)
     return is_list and bool(question) and all(isinstance(turn, Mapping) for turn in question)
 
 
-def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object]], list[Any]]:
+def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     """The chat messages of a question, and its images in their order.
 
     A string is one turn with the images before it. Messages may hold images of their own; images

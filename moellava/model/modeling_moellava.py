@@ -70,11 +70,11 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         require_fit((args and args[0]) or "the state dict", missing=info["missing_keys"])
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(  # type: ignore[override]  # all its keywords are passed on
-        self, save_directory: str | os.PathLike[str], **kwargs: Any
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
     ) -> None:
         """As transformers'; code that came with a checkpoint goes along."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         carry_remote_code(save_directory)
 
     def activation_checkpointing_enable(

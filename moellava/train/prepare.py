@@ -78,9 +78,8 @@ def outline_model(recipe: Recipe) -> LoadedModel:
     start = find_start(recipe)
     config: PreTrainedConfig
     if start is None:
-        config, processor = configure(
-            read_build_request(recipe.model), LoadOptions(moe_config=False, dtype=_dtype(recipe))
-        )
+        options = LoadOptions(dtype=_dtype(recipe), moe_config=False)
+        config, processor = configure(read_build_request(recipe.model), options)
     else:
         config = load_model_config(start)
         if not isinstance(config, MoeLlavaConfig):  # a LLaVA: its sizes are known once it is read

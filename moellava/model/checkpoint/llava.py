@@ -192,7 +192,7 @@ def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def _require_clip_and_llama(name: str, config: Any) -> None:
-    if not isinstance(config, LlavaConfig):
+    if config.model_type != LlavaConfig.model_type:
         raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint, not a LLaVA.")
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
