@@ -89,7 +89,7 @@ def block_index(select_layer: int, num_layers: int) -> int:
     return index
 
 
-class VisionEncoder(PreTrainedModel):
+class VisionEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
     """An image tower that gives patch tokens, built from its config alone: no disk, no network."""
 
     config: VisionEncoderConfig
@@ -330,7 +330,8 @@ class VisionEncoder(PreTrainedModel):
         if self.layers_are_alike:
             indices = [0] * len(indices)
         training = self.training
-        self.train(False)  # batch norm refuses a single image while training
+        # Batch norm refuses a single image while training.
+        self.eval()  # type: ignore[no-untyped-call]
         try:
             with torch.no_grad():
                 trunk = self.run_trunk(

@@ -1,16 +1,16 @@
 """transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import SiglipImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 
 
-class Siglip2VisionConfig(TransformersVisionConfig):
+class Siglip2VisionConfig(TransformersVisionConfig):  # type: ignore[no-untyped-call]
     """A `Siglip2VisionModel`; SigLIP 2's checkpoints of one fixed size are SigLIP's."""
 
     model_type = "moellava_siglip2_vision"
@@ -19,11 +19,12 @@ class Siglip2VisionConfig(TransformersVisionConfig):
     @property
     def trained_image_size(self) -> int:
         """Side in pixels of the square that has the tower's `num_patches`."""
-        tower_config: dict[str, int] = self.tower_config or {}
-        return math.isqrt(tower_config["num_patches"]) * tower_config["patch_size"]
+        tower_config = self.tower_config or {}
+        patch_size: int = tower_config["patch_size"]
+        return math.isqrt(tower_config["num_patches"]) * patch_size
 
 
-class Siglip2Encoder(TransformersVisionEncoder):
+class Siglip2Encoder(TransformersVisionEncoder):  # type: ignore[no-untyped-call]
     """Patch tokens of a `Siglip2VisionModel`; it has no class token.
 
     Every image of an encoder has one size here, `image_size`, since a language model behind it
@@ -34,7 +35,7 @@ class Siglip2Encoder(TransformersVisionEncoder):
     config_class = Siglip2VisionConfig
     tower_class = "Siglip2VisionModel"
 
-    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor | bool]:
         """Patches as rows, none of them padding."""
         patches = self._patchify(pixel_values)
         is_patch = patches.new_ones(patches.shape[:2], dtype=torch.long)
@@ -43,10 +44,10 @@ class Siglip2Encoder(TransformersVisionEncoder):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """What the first block takes, (B, N, D)."""
-        embedded: Tensor = self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
-        return embedded
+        hidden: Tensor = self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        return hidden
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         """SigLIP's image processor with this tower's mean, deviation and resampling."""
         settings = self.config.processor_config or {}
         if not settings:
