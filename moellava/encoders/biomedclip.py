@@ -251,8 +251,7 @@ class BiomedClipEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
         with torch.inference_mode(), last_block(self.visual, attention):
             trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
             vectors = project_patches(self.visual, trunk.layers[0].patches)
-        similarity: Tensor = text_vectors @ vectors[0].T
-        return similarity.unflatten(1, trunk.layers[0].grid)
+        return (text_vectors @ vectors[0].T).view(len(texts), *trunk.layers[0].grid)
 
     @property
     def tokenizer(self) -> Tokenizer:

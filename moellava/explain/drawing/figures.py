@@ -32,5 +32,5 @@ def new_figure(width: float, height: float) -> "Figure":
 def finish(figure: "Figure", path: Path | str | None) -> "Figure":
     """Write the figure if there is a path, and return it."""
     if path is not None:
-        figure.savefig(path, dpi=DPI)
+        figure.savefig(path, dpi=DPI, bbox_inches="tight", pad_inches=0.1)
     return figure
