@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E", bound=nn.Module)
 
 
-class BiomedClipEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
+class BiomedClipEncoder(VisionEncoder):
     """Patch tokens of an open_clip image tower.
 
     Real tokens wherever the trunk has a hidden state or a feature map; a tower that only pools gets

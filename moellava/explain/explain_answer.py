@@ -13,7 +13,7 @@ from moellava.explain.frames import measure_frame
 from moellava.explain.grids import TokenGrid, find_token_grid
 from moellava.explain.recording import Recording, record
 from moellava.explain.routing import Routing, phases_of
-from moellava.images import ImageLike, to_eight_bit, to_pil
+from moellava.images import ImageLike, as_image_list, to_eight_bit, to_pil
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -103,7 +103,7 @@ def explain(
 
 
 def _as_pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-    items: list[ImageLike] = list(images) if isinstance(images, list | tuple) else [images]
+    items = as_image_list(images)
     if not items:
         raise ValueError("There is no image to explain. Give an image, or a list of them.")
     return [to_pil(item) for item in items]

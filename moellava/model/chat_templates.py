@@ -221,7 +221,7 @@ def _render(
 ) -> str | None:
     try:
         written = tokenizer.apply_chat_template(
-            list(messages),  # type: ignore[arg-type]  # contents may be items, not only strings
+            list(messages),
             chat_template=template,
             tokenize=False,
             add_generation_prompt=prompt,

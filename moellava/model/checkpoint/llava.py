@@ -253,6 +253,7 @@ def _clip_encoder(
     Its config measures the shapes.
     """
     llava_config = llava.config
+    assert isinstance(llava_config.vision_config, PreTrainedConfig)
     config = ClipVisionConfig(
         tower_config=plain_config(llava_config.vision_config),
         processor_config=plain_config(image_processor),
