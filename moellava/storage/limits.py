@@ -18,6 +18,9 @@ LIMITS = {
     "width": 262_144,  # channels of a token, of an MLP, of an image
     "vocabulary": 16_777_216,  # rows of an embedding
     "nesting": 32,  # levels of a config
+    "aspect": 200,  # the longer side of an image over the shorter one
+    "unpacked": 1 << 30,  # bytes of a compressed file that is unpacked in memory
+    "expansion": 500,  # an archive's size once it is unpacked, over its own
 }
 
 # The fields of configs that each limit applies to.
