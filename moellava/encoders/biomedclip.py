@@ -1,4 +1,4 @@
-"""Any open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, its patch tokens out.
+"""An open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, its patch tokens out.
 
 `BiomedClipVisionConfig`, `BiomedClipEncoder`. The image tower is open_clip's own module (a timm
 trunk, its `VisionTransformer`, or its `ModifiedResNet`) under the name `visual`, so keys are those

@@ -43,7 +43,7 @@ class LoadedModel:
         length: int = self.model.config.get_text_config().max_position_embeddings
         return length
 
-    def _four(self) -> tuple[Any, ...]:
+    def _four(self) -> tuple[object, ...]:
         return self.model, self.image_processor, self.tokenizer, self.context_len
 
     def __iter__(self) -> Iterator[Any]:
@@ -220,7 +220,7 @@ def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]
     return images
 
 
-def _as_list(item: Any) -> list[Any]:
+def _as_list(item: object) -> list[Any]:
     if item is None:
         return []
     return list(item) if isinstance(item, list | tuple) else [item]
