@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 
 @strict
-class TransformersVisionConfig(VisionEncoderConfig):  # type: ignore[no-untyped-call]
+class TransformersVisionConfig(VisionEncoderConfig):
     """A tower of transformers: `tower_config` and `processor_config` are its own configs, as JSON.
 
     `tower_config["image_size"]` is the size the tower was trained at; `image_size` the size it
@@ -61,7 +61,7 @@ class TransformersVisionConfig(VisionEncoderConfig):  # type: ignore[no-untyped-
         return trained
 
 
-class TransformersVisionEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
+class TransformersVisionEncoder(VisionEncoder):
     """A vision transformer of transformers with `embeddings`, blocks, and one last norm."""
 
     config: TransformersVisionConfig
@@ -81,7 +81,7 @@ class TransformersVisionEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
         tower_config = AutoConfig.for_model(**(config.tower_config or {}))
         attention = config._attn_implementation
         options = {"attn_implementation": attention} if attention else {}
-        self.tower = AutoModel.from_config(tower_config, trust_remote_code=False, **options)  # type: ignore[no-untyped-call]
+        self.tower = AutoModel.from_config(tower_config, trust_remote_code=False, **options)
         self.post_init()
 
     @property

@@ -89,7 +89,7 @@ def block_index(select_layer: int, num_layers: int) -> int:
     return index
 
 
-class VisionEncoder(PreTrainedModel):  # type: ignore[no-untyped-call]
+class VisionEncoder(PreTrainedModel):
     """An image tower that gives patch tokens, built from its config alone: no disk, no network."""
 
     config: VisionEncoderConfig

@@ -23,6 +23,11 @@ from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
 from moellava.encoders.open_clip.files import CONFIG_FILE as OPEN_CLIP_CONFIG
 from moellava.encoders.open_clip.files import is_saved_encoder, read_open_clip_config, resolve
 from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.open_clip.patch_text import (
+    last_block,
+    project_patches,
+    require_projectable,
+)
 from moellava.encoders.open_clip.text import (
     ClipText,
     Tokenizer,
@@ -50,7 +55,7 @@ logger = logging.getLogger(__name__)
 E = TypeVar("E", bound=nn.Module)
 
 
-class BiomedClipEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
+class BiomedClipEncoder(VisionEncoder):
     """Patch tokens of an open_clip image tower.
 
     Real tokens wherever the trunk has a hidden state or a feature map; a tower that only pools gets
@@ -220,6 +225,33 @@ class BiomedClipEncoder(VisionEncoder):  # type: ignore[no-untyped-call]
         pooled = self.run_trunk(pixel_values, [], norm=False, pooled=True).pooled
         assert pooled is not None
         return nn.functional.normalize(pooled, dim=-1)
+
+    def patch_similarity(
+        self, image: Any, texts: Sequence[str], *, attention: str = "own"
+    ) -> Tensor:
+        """Cosine of each patch with each text, (texts, rows, columns); needs `load_text=True`.
+
+        CLIP was trained on whole images: its last layers gather what an image shows into tokens
+        anywhere, so that a patch need not say what lies at its own place. Compare texts, do not
+        threshold.
+
+        Args:
+            image: one image, see `encode`.
+            attention: of the last block; "own", or "value": value-value attention without residual
+                and MLP (timm's transformers only), which keeps patches to their own content.
+
+        Raises:
+            ValueError: for a tower without patches that the texts' space could take.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}; give a list of at least one text.")
+        require_projectable(self.visual, attention)
+        text_vectors = self.encode_text(texts)
+        (pixels,) = pixel_batches(self, as_image_list([image]), batch_size=1)
+        with torch.inference_mode(), last_block(self.visual, attention):
+            trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
+            vectors = project_patches(self.visual, trunk.layers[0].patches)
+        return (text_vectors @ vectors[0].T).view(len(texts), *trunk.layers[0].grid)
 
     @property
     def tokenizer(self) -> Tokenizer:

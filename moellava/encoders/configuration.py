@@ -31,7 +31,7 @@ def option(default: Any, help: str) -> Any:
 
 
 @strict
-class VisionEncoderConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class VisionEncoderConfig(PreTrainedConfig):
     """What every encoder's config says; each field is plain JSON.
 
     Besides the options:

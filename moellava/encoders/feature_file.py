@@ -95,7 +95,7 @@ class FeatureFile:
 
     def _open(self) -> _Rows:
         if self._rows is None:  # opened in the process that reads
-            self._rows = safe_open(self.path, framework="pt").get_slice(TOKENS)  # type: ignore[no-untyped-call]
+            self._rows = safe_open(self.path, framework="pt").get_slice(TOKENS)
         return self._rows
 
     def __getstate__(self) -> dict[str, object]:

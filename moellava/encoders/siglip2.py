@@ -10,7 +10,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 
 
-class Siglip2VisionConfig(TransformersVisionConfig):  # type: ignore[no-untyped-call]
+class Siglip2VisionConfig(TransformersVisionConfig):
     """A `Siglip2VisionModel`; SigLIP 2's checkpoints of one fixed size are SigLIP's."""
 
     model_type = "moellava_siglip2_vision"
@@ -24,7 +24,7 @@ class Siglip2VisionConfig(TransformersVisionConfig):  # type: ignore[no-untyped-
         return math.isqrt(tower_config["num_patches"]) * patch_size
 
 
-class Siglip2Encoder(TransformersVisionEncoder):  # type: ignore[no-untyped-call]
+class Siglip2Encoder(TransformersVisionEncoder):
     """Patch tokens of a `Siglip2VisionModel`; it has no class token.
 
     Every image of an encoder has one size here, `image_size`, since a language model behind it

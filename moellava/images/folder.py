@@ -26,7 +26,7 @@ def find_images(folder: Path) -> FoundImages:
 
 
 def _lacks_pixels(path: Path) -> bool:
-    """Whether a DICOM file has no rows of pixels; one that cannot be read is left to the decoder."""
+    """Whether a DICOM file has no rows of pixels; a broken one is left to the decoder."""
     with path.open("rb") as file:
         if file.read(_PREAMBLE + 4)[_PREAMBLE:] != b"DICM":
             return False

@@ -1,39 +1,21 @@
 """What a frozen tower makes of each image, encoded once into a file and read in every epoch."""
 
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from moellava.data.images import load_image
+from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import FeatureFile, encode_files
+from moellava.images import ImageLike, image_key, load_image
 from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-def image_key(image: object) -> str:
-    """What an image is found by again: its path, or a hash of its bytes or pixels."""
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, bytes | bytearray):
-        return "sha256:" + hashlib.sha256(image).hexdigest()
-    pixels = np.asarray(image)
-    shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
-    return (
-        "sha256:"
-        + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    )
 
 
 class ImageFeatures:
@@ -42,7 +24,7 @@ class ImageFeatures:
     def __init__(self, path: Path) -> None:
         self.file = FeatureFile(path)
 
-    def __call__(self, image: object) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         return self.file.tokens(image_key(image))
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:
@@ -69,7 +51,7 @@ class ImageFeatures:
 
 def encode_rows(
     encoder: VisionEncoder,
-    rows: Iterable[Any],
+    rows: Iterable[Row],
     path: Path,
     *,
     dtype: torch.dtype,
@@ -84,8 +66,9 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
-        encodes: whether this process writes the file; another looks for it until it is there, however long that
-            takes. (Waiting in a process group would end with its timeout.) Several machines need a shared folder.
+        encodes: whether this process writes the file; another looks for it until it is there,
+            however long that takes. (Waiting in a process group would end with its timeout.)
+            Several machines need a shared folder.
 
     Raises:
         ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
@@ -94,9 +77,8 @@ def encode_rows(
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
     while not encodes and not path.exists():
-        time.sleep(
-            0.2
-        )  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
+        # encode_files moves the whole file to its place; the launcher ends us if the writer fails.
+        time.sleep(0.2)
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)

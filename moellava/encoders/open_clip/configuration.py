@@ -19,7 +19,7 @@ BIOMEDCLIP_VISION_CFG = {
 
 
 @strict
-class BiomedClipVisionConfig(VisionEncoderConfig):  # type: ignore[no-untyped-call]
+class BiomedClipVisionConfig(VisionEncoderConfig):
     """An open_clip image tower, its settings under open_clip's own names.
 
     The default is BiomedCLIP. `vision_cfg["image_size"]` is the size the tower was trained at;

@@ -191,7 +191,7 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
         raise ValueError(
             f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."
         )
-    tower = HFTextEncoder(
+    tower: nn.Module = HFTextEncoder(
         text_cfg["hf_model_name"],
         output_dim=config.embed_dim,
         config=model_config,  # with it, open_clip asks no hub for one (open_clip#772)
