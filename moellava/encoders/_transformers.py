@@ -227,9 +227,10 @@ class TransformersVisionEncoder(VisionEncoder):
                 trust_remote_code=False,
                 **hub,
             )
-            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
         # Unexpected keys are the text tower's.
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
+        with reading(str(name), "an image processor"):
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)  # type: ignore[no-untyped-call]
         config_file = find_file(source, CONFIG_FILE, download=True)
         chosen: JsonObject = dict(options)
         config = cls.config_class(
