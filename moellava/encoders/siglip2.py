@@ -1,17 +1,17 @@
-"""transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder: `Siglip2VisionConfig`, `Siglip2Encoder`."""
+"""transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import SiglipImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 
 
 class Siglip2VisionConfig(TransformersVisionConfig):
-    """A `Siglip2VisionModel`. SigLIP 2's checkpoints of one fixed size are SigLIP: `SiglipVisionConfig`."""
+    """A `Siglip2VisionModel`; SigLIP 2's checkpoints of one fixed size are SigLIP's."""
 
     model_type = "moellava_siglip2_vision"
     default_tower_type = "siglip2_vision_model"
@@ -20,21 +20,22 @@ class Siglip2VisionConfig(TransformersVisionConfig):
     def trained_image_size(self) -> int:
         """Side in pixels of the square that has the tower's `num_patches`."""
         tower_config = self.tower_config or {}
-        return math.isqrt(tower_config["num_patches"]) * tower_config["patch_size"]
+        patch_size: int = tower_config["patch_size"]
+        return math.isqrt(tower_config["num_patches"]) * patch_size
 
 
 class Siglip2Encoder(TransformersVisionEncoder):
     """Patch tokens of a `Siglip2VisionModel`; it has no class token.
 
-    Every image of an encoder has one size here, `image_size`, since a language model behind it counts on one number
-    of tokens. So images are stretched to it, as SigLIP's are, where NaFlex would keep their proportions: choose a
-    non-square `image_size` for images that are not square.
+    Every image of an encoder has one size here, `image_size`, since a language model behind it
+    counts on one number of tokens. So images are stretched to it, as SigLIP's are, where NaFlex
+    would keep their proportions: choose a non-square `image_size` for images that are not square.
     """
 
     config_class = Siglip2VisionConfig
     tower_class = "Siglip2VisionModel"
 
-    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor | bool]:
         """Patches as rows, none of them padding."""
         patches = self._patchify(pixel_values)
         is_patch = patches.new_ones(patches.shape[:2], dtype=torch.long)
@@ -43,10 +44,11 @@ class Siglip2Encoder(TransformersVisionEncoder):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """What the first block takes, (B, N, D)."""
-        return self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        hidden: Tensor = self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        return hidden
 
-    def build_image_processor(self) -> Any:
-        """SigLIP's image processor with this tower's mean, deviation and resampling, at the encoder's size."""
+    def build_image_processor(self) -> BaseImageProcessor:
+        """SigLIP's image processor with this tower's mean, deviation and resampling."""
         settings = self.config.processor_config or {}
         if not settings:
             return super().build_image_processor()  # which says what is missing

@@ -12,7 +12,6 @@ import transformers
 from PIL import Image
 
 import moellava
-from moellava.data.images import load_image
 from moellava.data.readers import Rows, read_rows
 from moellava.data.rows import Row, Turn
 from moellava.eval.answer_file import AnswerFile
@@ -25,9 +24,10 @@ from moellava.eval.prompts import Prompt, find_prompt
 from moellava.eval.questions import Question, known_groups, questions_of
 from moellava.eval.results import write_results
 from moellava.eval.settings import EvaluationSettings
+from moellava.images import load_image
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
 from moellava.model.loaded_model import LoadedModel
+from moellava.storage.weights import weights_fingerprint
 
 DataSource = str | Path | Sequence[Row]
 
