@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from moellava.eval.judge import Judge
 from moellava.eval.predictions import Prediction, read_answers
 from moellava.eval.questions import Question
 from moellava.eval.results import write_results
@@ -67,6 +68,7 @@ def write_scores(
     scorers: Sequence[str] = (),
     group_by: Sequence[str] | None = None,
     num_resamples: int = NUM_RESAMPLES,
+    judge: Judge | None = None,
 ) -> dict[str, object]:
     """As `score_file`, and write `predictions.jsonl` (our layout), `scores.json`, `report.html`.
 
@@ -86,6 +88,7 @@ def write_scores(
         group_by=group_by,
         num_resamples=num_resamples,
         facts={"predictions": str(path), "join": join.as_dict()},
+        judge=judge,
     )
 
 
