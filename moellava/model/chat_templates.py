@@ -68,7 +68,7 @@ _FLATTEN = _CONTENT + (
     "{%- set messages = flat.messages -%}"
 )
 # Control characters around an assistant's text tell, in what the own template has written, where it stands.
-_STOP = "\x03"
+_PLACE = "\x04"  # not one of the marks, which a marked template takes out
 _MARKED_TEXT = "'\\x02' + text + '\\x03' if message['role'] == 'assistant' else text"
 _MARKED_TRIMMED_TEXT = _MARKED_TEXT.replace("+ text +", "+ (text | trim) +")
 _BEFORE_OWN = "{%- set written %}"
@@ -110,7 +110,7 @@ def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         return own  # of a model with images: it reads content items itself, and no strings
     candidates = list(TEMPLATES.values())
     if "endgeneration" not in own:
-        end = jinja_string(_end_of_turn(tokenizer, flattened))
+        end = jinja_string(end_of_turn(tokenizer, flattened))
         candidates += [
             _FLATTEN.replace("TEXT", text) + _BEFORE_OWN + own + _AFTER_OWN.replace("END", end)
             for text in (_MARKED_TEXT, _MARKED_TRIMMED_TEXT)
@@ -125,13 +125,11 @@ def jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What a template writes behind an assistant's turn, up to the first white space: `</s>`, `<|im_end|>`, ..."""
-    written = (
-        _render(tokenizer, template, [_QUESTION, {"role": "assistant", "content": _STOP}], False)
-        or ""
-    )
-    return next(iter(written.rpartition(_STOP)[2].split()), "")
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What a template writes after an assistant's text, up to white space: `</s>`, `<|im_end|>`."""
+    turn = {"role": "assistant", "content": _PLACE}
+    written = _render(tokenizer, template, [_QUESTION, turn], False) or ""
+    return next(iter(written.rpartition(_PLACE)[2].split()), "")
 
 
 def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:

@@ -1,6 +1,6 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
 from moellava.images import to_pil
+from moellava.model.conversation import Message, stream_chat
 from moellava.model.generation import generate_texts
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -88,6 +89,21 @@ class LoadedModel(_Parts):
 
         self._require_room(inputs, generation.get("max_new_tokens", 64))
         return generate_texts(self.model, self.tokenizer, inputs, **generation)
+
+    def chat(self, messages: Iterable[Message], stream: bool = False, **generation: Any) -> Any:
+        """The answer to the last of several messages, whole or, with `stream=True`, in pieces.
+
+        Args:
+            messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+        """
+        pieces = self.stream(messages, **generation)
+        return pieces if stream else "".join(pieces)
+
+    def stream(self, messages: Iterable[Message], **generation: Any) -> Iterator[str]:
+        """The pieces of text of the answer to the last message; see `Conversation` for many turns."""
+        return stream_chat(self, messages, **generation)
 
     def _require_room(self, inputs: Any, max_new_tokens: int) -> None:
         """Raise `ValueError` where a prompt and its answer do not fit into the context; what is too much is counted."""
