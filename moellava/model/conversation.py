@@ -117,7 +117,7 @@ class Conversation:
     @property
     def num_tokens(self) -> int:
         """Tokens of the conversation so far, as the next prompt begins with them."""
-        return len(write_prompt(self._loaded.processor, self._turns).ids) if self._turns else 0
+        return count_tokens(self._loaded, self._turns) if self._turns else 0
 
     def reset(self) -> None:
         """Forget all turns but the system prompt."""
@@ -176,8 +176,7 @@ class Conversation:
 
     def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, Any]) -> Iterator[str]:
         self._require_idle()
-        if not turns or turns[-1].role != "user":
-            raise ValueError("The last message is not the user's. Add a question first.")
+        require_question(turns)
         if generation.get("num_return_sequences", 1) != 1:
             raise ValueError("A conversation has one answer. Leave num_return_sequences out.")
         loaded = self._loaded
@@ -304,13 +303,19 @@ def start_answer(
     """An empty answer for `answer_batch`, and the tokens of its prompt.
 
     Raises:
-        ValueError: more tokens than the context holds.
+        ValueError: no question, or more tokens than the context holds.
     """
+    require_question(turns)
     options = generation_options(loaded, generation)
     answer = new_answer(loaded.model, loaded.tokenizer, options)
     prompt = write_prompt(loaded.processor, turns)
     require_prompt_room(loaded, prompt, answer.max_new_tokens, "The prompt")
     return answer, len(prompt.ids)
+
+
+def count_tokens(loaded: ChatModel, turns: Sequence[Turn]) -> int:
+    """The tokens of the prompt for the next answer."""
+    return len(write_prompt(loaded.processor, turns).ids)
 
 
 def generation_options(loaded: ChatModel, generation: Mapping[str, Any]) -> dict[str, Any]:
@@ -325,6 +330,12 @@ def generation_options(loaded: ChatModel, generation: Mapping[str, Any]) -> dict
     if own or "stop_strings" in ends:
         options["stop_strings"] = [*own, *ends.get("stop_strings", [])]
     return options
+
+
+def require_question(turns: Sequence[Turn]) -> None:
+    """Raise `ValueError` if the last turn is not one to answer."""
+    if not turns or turns[-1].role != "user":
+        raise ValueError("The last message is not the user's. Add a question first.")
 
 
 def require_prompt_room(loaded: ChatModel, prompt: _Prompt, max_new_tokens: int, what: str) -> None:
