@@ -5,9 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from moellava.chat.transcript import save_transcript, transcript
-from moellava.images import View, parse_frame, parse_window, to_pil
 from moellava.messages import unknown_name
-from moellava.model.conversation import ChatModel, Conversation
+from moellava.model.conversation import ChatModel, Conversation, read_picture
 
 HELP = """\
   /image PATH ...  show images with the next question
@@ -28,12 +27,14 @@ class TerminalChat:
     Args:
         read: asks for a line, as `input` does; `EOFError` ends the chat.
         write: prints text as it is, without a line break.
+        parse_view: the value of a window, frame or plane that was typed, checked.
         generation: options for `generate`.
     """
 
     loaded: ChatModel
     read: Callable[[str], str]
     write: Callable[[str], None]
+    parse_view: Callable[[str, str], object]
     model_name: str = ""
     system: str | None = None
     generation: Mapping[str, object] = field(default_factory=dict)
@@ -44,8 +45,8 @@ class TerminalChat:
         self.waiting: list[dict[str, object]] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "image": self._add_images,
-            "window": lambda text: self._set_view("window", parse_window(text)),
-            "frame": lambda text: self._set_view("frame", parse_frame(text)),
+            "window": lambda text: self._set_view("window", text),
+            "frame": lambda text: self._set_view("frame", text),
             "plane": lambda text: self._set_view("plane", text),
             "reset": self._reset,
             "undo": lambda _: self.conversation.undo(),
@@ -103,14 +104,13 @@ class TerminalChat:
     def _add_image(self, path: str) -> None:
         if not Path(path).expanduser().is_file():
             raise FileNotFoundError(f"The image {path} does not exist.")
-        to_pil(path, **self.view)  # an unreadable one is said at once
+        read_picture(self.loaded.processor, path, **self.view)  # an unreadable one is said at once
         self.waiting.append({"image": str(Path(path).expanduser()), **self.view})
         self._say(f"{path} goes with the next question.")
 
-    def _set_view(self, name: str, value: object) -> None:
-        view = {**self.view, name: value}
-        View(**view)  # type: ignore[arg-type]  # checked there
-        self.view = view
+    def _set_view(self, name: str, text: str) -> None:
+        value = self.parse_view(name, text)
+        self.view[name] = value
         for item in self.waiting:
             item[name] = value
 

@@ -51,8 +51,15 @@ def chat(
         loaded,
         read=input,
         write=lambda text: typer.echo(text, nl=False),
+        parse_view=_parse_view,
         model_name=checkpoint,
         system=system,
         generation={"max_new_tokens": max_new_tokens},
         view=view,
     ).run(images or ())
+
+
+def _parse_view(name: str, text: str) -> object:
+    texts: dict[str, str | None] = dict.fromkeys(("window", "frame", "plane")) | {name: text}
+    view: dict[str, object] = {**view_options(**texts)}
+    return view[name]

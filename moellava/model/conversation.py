@@ -4,7 +4,7 @@
 |---|---|
 | `Conversation` | turns whose images are encoded once and whose cache is continued |
 | `chat`, `stream_chat` | the answer to a list of messages |
-| `read_images`, `Picture` | images, prepared for the model once |
+| `read_picture`, `Picture` | an image, prepared for the model once |
 | `answer_batch` | answers to several conversations at once |
 """
 
@@ -366,7 +366,7 @@ def read_message(processor: MoeLlavaProcessor, message: Message) -> Turn:
     return turn
 
 
-def read_images(processor: MoeLlavaProcessor, image: object, **view: Any) -> Picture:
+def read_picture(processor: MoeLlavaProcessor, image: object, **view: Any) -> Picture:
     """An image of any kind, as the model takes it."""
     pil = to_pil(cast(Any, image), **view)
     prepared = processor(text=[processor.image_token], images=[pil], return_tensors="pt")
@@ -444,7 +444,7 @@ def _read_item(processor: MoeLlavaProcessor, item: object) -> str | Picture:
         return cast(str, rest["text"])
     if rest.get("image") is None:
         raise ValueError('An item of type "image" has no "image".')
-    return read_images(processor, rest.pop("image"), **rest)
+    return read_picture(processor, rest.pop("image"), **rest)
 
 
 def _shortened(value: object, most: int = 80) -> str:

@@ -8,6 +8,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from moellava.chat.terminal import TerminalChat
+from moellava.cli.image_options import view_options
 from moellava.model.conversation import Conversation
 
 CT = str(get_testdata_file("CT_small.dcm", download=False))
@@ -33,10 +34,19 @@ class Person:
         return "".join(self.printed)
 
 
+def parse_view(name, text):
+    return view_options(**{"window": None, "frame": None, "plane": None, name: text})[name]
+
+
 def run(loaded, *lines, images=(), **options):
     person = Person(*lines)
     chat = TerminalChat(
-        loaded, person.read, person.printed.append, generation={"max_new_tokens": 6}, **options
+        loaded,
+        person.read,
+        person.printed.append,
+        parse_view,
+        generation={"max_new_tokens": 6},
+        **options,
     )
     chat.run(images)
     return chat, person
@@ -114,7 +124,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(loaded, monkeypatch):
             raise KeyboardInterrupt
 
     person = Person("Hello?", KeyboardInterrupt, "Why?")
-    chat = TerminalChat(loaded, person.read, write, generation={"max_new_tokens": 100})
+    chat = TerminalChat(loaded, person.read, write, parse_view, generation={"max_new_tokens": 100})
     chat.run()
     assert " [stopped]\n" in printed
     assert [turn.role for turn in chat.conversation.turns] == ["user", "assistant"] * 2
