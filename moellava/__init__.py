@@ -1,8 +1,8 @@
-"""Medical vision-language models: an image encoder, a projector and a mixture-of-experts language model.
+"""Medical vision-language models: image encoder, projector, mixture-of-experts language model.
 
-The public names stand in `__init__.pyi` and load their modules on first use, so that `import moellava`
-takes a moment. Its classes are registered with transformers' Auto classes all the same: see
-`moellava.registration`.
+The public names stand in `__init__.pyi` and load their modules on first use, so that `import
+moellava` takes a moment. Its classes are registered with transformers' Auto classes all the same:
+see `moellava.registration`.
 """
 
 import lazy_loader

@@ -1,4 +1,5 @@
-# The public names and where they are defined: `__init__.py` reads this file, and so do type checkers.
+# The public names and where they are defined: `__init__.py` reads this file, and so do type
+# checkers.
 from . import data, encoders, eval, images, model, train
 from .data import check_rows, read_rows, register_format
 from .encoders import VisionEncoder, create_encoder, detect_encoder_type, register_encoder
@@ -9,7 +10,7 @@ from .model import (
     MoeLlavaModel,
     MoeLlavaProcessor,
 )
-from .model.build.request import CustomVisionConfig
+from .model.builder.request import CustomVisionConfig
 from .model.builder_enhanced import load_pretrained_model, load_vision_encoder
 from .model.checkpoint.difference import load_trainable, save_trainable
 from .model.checkpoint.projector_file import read_projector, save_projector

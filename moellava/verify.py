@@ -1,8 +1,9 @@
-"""Is everything here that a model needs? Versions, files, the encoder alone, then the whole model on one image."""
+"""Is everything here that a model needs? `verify` looks step by step.
+
+Versions, files, the encoder alone, then the whole model on one image.
+"""
 
 import platform
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from moellava.encoders import create_encoder, detect_encoder_type, parse_source, resolve
+from moellava.encoders import DEFAULT_BIOMEDCLIP, create_encoder, parse_source
+from moellava.encoders.factory import kind_of
+from moellava.memory import peak_memory_mib
 from moellava.model.builder_enhanced import LoadedModel, describe, load_pretrained_model
 from moellava.model.language_model.checkpoint import WEIGHT_FILES
 from moellava.storage.sources import Source, commit_of, find_file
 
-DEFAULT_TOWER = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
+DEFAULT_TOWER = DEFAULT_BIOMEDCLIP
 DEFAULT_LANGUAGE_MODEL = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 PACKAGES = ("torch", "torchvision", "transformers", "open_clip_torch", "timm", "huggingface_hub")
 
@@ -57,7 +60,7 @@ def verify(
             passed, detail = True, step()
         except (OSError, ValueError, ImportError, RuntimeError) as error:
             passed, detail = False, str(error)
-        yield Check(name, passed, detail, time.perf_counter() - start, _peak_mebibytes())
+        yield Check(name, passed, detail, time.perf_counter() - start, peak_memory_mib())
         if not passed:
             return
 
@@ -85,16 +88,14 @@ def _versions() -> str:
             f"{', '.join(missing)} not installed. Type: pip install {' '.join(missing)}"
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-    return f"Python {platform.python_version()}, {', '.join(f'{n} {v}' for n, v in found.items())}; {device}"
+    packages = ", ".join(f"{name} {text}" for name, text in found.items())
+    return f"Python {platform.python_version()}, {packages}; {device}"
 
 
 def _tower_files(tower: str) -> str:
-    if detect_encoder_type(tower) == "biomedclip":
-        files = resolve(parse_source(tower), download=True)
-        paths = [files.config_file, files.weights_file]
-    else:
-        paths = [find_file(parse_source(tower), "config.json", download=True)]
-    return "; ".join(_place(path) for path in paths)
+    source = parse_source(tower)
+    files = kind_of(None, tower).files(source, download=True)
+    return "; ".join(_place(path or find_file(source, name, download=True)) for name, path in files)
 
 
 def _language_model_files(language_model: str) -> str:
@@ -128,7 +129,10 @@ def _encoder_alone(tower: str) -> str:
         raise ValueError(
             "All patch tokens of an image are equal: the weights are damaged. Fetch them again."
         )
-    return f"{tokens.shape[1]} patch tokens of width {tokens.shape[2]}, {kind}, {encoder.grid[0]}x{encoder.grid[1]} grid"
+    height, width = encoder.grid
+    return (
+        f"{tokens.shape[1]} patch tokens of width {tokens.shape[2]}, {kind}, {height}x{width} grid"
+    )
 
 
 def _build_model(tower: str, language_model: str, loaded: list[LoadedModel]) -> str:
@@ -149,8 +153,3 @@ def _answer(loaded: LoadedModel) -> str:
     return (
         f"{tuple(logits.shape)} logits, all finite; 8 tokens of an untrained projector: {answer!r}"
     )
-
-
-def _peak_mebibytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

@@ -48,13 +48,13 @@ def function_lengths(text: str) -> Iterator[int]:
 
 
 def modules_in_circles(package: Path) -> set[str]:
-    """Modules that can be reached from themselves by imports, lazy ones and those for types included."""
+    """Modules that reach themselves by imports, lazy ones and those for types included."""
     imports = {name: set(imported) for name, imported in import_graph(package).items()}
     reached = {name: set(targets) for name, targets in imports.items()}
     changed = True
     while changed:
         changed = False
-        for name, targets in reached.items():
+        for targets in reached.values():
             further = set().union(*(imports[target] for target in targets)) - targets
             changed = changed or bool(further)
             targets |= further

@@ -8,7 +8,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli import data, encoders
+from moellava.cli import data, encoders, explain
+from moellava.cli import eval as evaluation
 from moellava.cli.ask import ask
 from moellava.cli.chat import chat
 from moellava.cli.demo import demo
@@ -71,6 +72,8 @@ app.command()(encoders.encode)
 app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")
 app.add_typer(data.app, name="data")
+app.add_typer(explain.app, name="explain")
+app.add_typer(evaluation.app, name="eval")
 
 
 def _print_version(wanted: bool) -> None:

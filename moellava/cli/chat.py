@@ -55,7 +55,7 @@ def chat(
         model_name=checkpoint,
         system=system,
         generation={"max_new_tokens": max_new_tokens},
-        view=view,
+        view={**view},
     ).run(images or ())
 
 

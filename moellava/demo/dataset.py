@@ -1,17 +1,25 @@
-"""The demo's real images and questions as files that `moellava train` reads: LLaVA JSON and PNG.
-
-Public name: `write_dataset`.
-"""
+"""The demo's images and questions as files that `moellava train` reads: `write_dataset`."""
 
 import json
 import random
 from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from moellava.demo.images import load_sources
 from moellava.demo.questions import Example, make_examples
+from moellava.storage.writing import write_text
+
+
+class JsonRow(TypedDict, total=False):
+    """A row in LLaVA's layout, and what the demo counts and shows by."""
+
+    id: str
+    image: str
+    conversations: list[dict[str, str]]
+    modality: str
+    picture: str  # which picture or volume the crop is of
 
 
 def write_dataset(
@@ -25,10 +33,11 @@ def write_dataset(
         seed: of crops and questions.
 
     Returns:
-        `captions`: an image and its modality, for stage 1; `train` and `held_out`: one question per row;
-        `conversations`: the questions of `train` as turns about their image, in random order; `descriptions`: the same
-        questions about a modality's name in place of an image, from which a toy language model learns to read, so that
-        stage 1 finds what a published one brings.
+        JSON in LLaVA's layout. `captions`: an image and its modality, for stage 1; `train` and
+        `held_out`: one question per row; `conversations`: the questions of `train` as turns about
+        their image, in random order; `descriptions`: the same questions about a modality's name in
+        place of an image, from which a toy language model learns to read, so that stage 1 finds
+        what a published one brings.
     """
     sources = load_sources()
     train = make_examples(sources, "train", num_train_crops, seed)
@@ -45,7 +54,8 @@ def write_dataset(
             _row(name, name, [("Describe the image.", group[0].modality)])
             for name, group in groups[0]
         ],
-        # In random order: behind an answer that names the modality, the other questions need no look at the image.
+        # In random order: after an answer that names the modality, the other questions need no
+        # look at the image.
         "conversations": [
             _row(name, name, [(e.question, e.answer) for e in rng.sample(group, len(group))])
             for name, group in groups[0]
@@ -57,7 +67,7 @@ def write_dataset(
     paths = {}
     for name, rows in files.items():
         paths[name] = folder / f"{name}.json"
-        paths[name].write_text(json.dumps(rows, indent=1) + "\n")
+        write_text(paths[name], json.dumps(rows, indent=1) + "\n")
     return paths
 
 
@@ -72,14 +82,14 @@ def _save_images(
     return named
 
 
-def _questions(groups: Iterable[tuple[str, list[Example]]]) -> Iterable[dict[str, Any]]:
+def _questions(groups: Iterable[tuple[str, list[Example]]]) -> Iterable[JsonRow]:
     for name, group in groups:
         for number, example in enumerate(group):
             row = _row(f"{name}_{number}", name, [(example.question, example.answer)])
-            yield {**row, "modality": example.modality}
+            yield {**row, "modality": example.modality, "picture": example.source}
 
 
-def _descriptions(name: str, group: list[Example]) -> Iterable[dict[str, Any]]:
+def _descriptions(name: str, group: list[Example]) -> Iterable[JsonRow]:
     asked = [
         ("Describe the image.", group[0].modality),
         *((example.question, example.answer) for example in group),
@@ -92,7 +102,7 @@ def _descriptions(name: str, group: list[Example]) -> Iterable[dict[str, Any]]:
         yield {"id": f"{name}_{number}", "conversations": turns}
 
 
-def _row(row_id: str, image: str, turns: list[tuple[str, str]]) -> dict[str, Any]:
+def _row(row_id: str, image: str, turns: list[tuple[str, str]]) -> JsonRow:
     conversations = []
     for number, (question, answer) in enumerate(turns):
         mark = "<image>\n" if number == 0 else ""

@@ -1,10 +1,19 @@
-"""Real medical images from packages' own data, cut into regions that training and testing never share."""
+"""Real medical images from packages' own data, cut into regions for training and for testing.
 
-from collections.abc import Iterator
+Training and testing never share a pixel.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeAlias, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
+
+from moellava.images import to_pil
+
+Pixels: TypeAlias = NDArray[np.uint8]  # (H, W, 3), or (H, W) before a source is made of it
 
 # What the answers call each modality.
 MODALITIES = ("CT", "MR", "ultrasound", "histology", "retina photograph", "cell microscopy")
@@ -12,16 +21,16 @@ MODALITIES = ("CT", "MR", "ultrasound", "histology", "retina photograph", "cell 
 
 @dataclass(frozen=True)
 class Source:
-    """One picture or volume: its training part and its held-out part, which have no pixel in common."""
+    """One picture or volume: its training part and its held-out part, without a common pixel."""
 
     name: str
     modality: str
-    train: list[np.ndarray]  # each (H, W, 3) uint8
-    held_out: list[np.ndarray]
+    train: list[Pixels]  # each (H, W, 3)
+    held_out: list[Pixels]
 
 
 def load_sources() -> list[Source]:
-    """The images of scikit-image, pydicom and nilearn that their wheels carry; nothing is downloaded."""
+    """The images of scikit-image, pydicom and nilearn that their wheels carry, without download."""
     return [*_photographs(), *_dicoms(), *_brain()]
 
 
@@ -31,7 +40,8 @@ def sample_crops(
     """Random square crops, `num_per_modality` of each modality, in turn from its sources.
 
     Args:
-        split: `train` or `held_out`.
+        split: `train` or `held_out`. Half of the training crops are mirrored, so that there are
+            more of them; what the model is asked about is seen as it was taken.
         seed: of the positions, sizes and mirrorings.
     """
     rng = np.random.default_rng(seed)
@@ -40,10 +50,13 @@ def sample_crops(
         for index in range(num_per_modality):
             source = own[index % len(own)]
             regions = source.train if split == "train" else source.held_out
-            yield source, _random_crop(regions[rng.integers(len(regions))], rng)
+            crop = _random_crop(regions[rng.integers(len(regions))], rng)
+            if split == "train" and rng.random() < 0.5:
+                crop = crop[:, ::-1]
+            yield source, Image.fromarray(np.ascontiguousarray(crop))
 
 
-def _random_crop(region: np.ndarray, rng: np.random.Generator) -> Image.Image:
+def _random_crop(region: Pixels, rng: np.random.Generator) -> Pixels:
     shorter = min(region.shape[:2])
     while True:
         side = int(rng.integers(int(0.6 * shorter), shorter + 1))
@@ -51,75 +64,70 @@ def _random_crop(region: np.ndarray, rng: np.random.Generator) -> Image.Image:
         left = int(rng.integers(region.shape[1] - side + 1))
         crop = region[top : top + side, left : left + side]
         if crop.std() > 8:  # an empty corner of a scan shows nothing that a question could be about
-            break
-    if rng.random() < 0.5:
-        crop = crop[:, ::-1]
-    return Image.fromarray(np.ascontiguousarray(crop))
+            return crop
 
 
 def _photographs() -> Iterator[Source]:
     import skimage.data
 
-    retina = skimage.data.retina()
-    yield _split_columns("immunohistochemistry", "histology", skimage.data.immunohistochemistry())
-    yield _split_columns("retina", "retina photograph", retina[150:-150, 150:-150])
-    yield _split_columns("microaneurysms", "retina photograph", skimage.data.microaneurysms())
-    yield _split_rows("cell", "cell microscopy", skimage.data.cell())
+    def photograph(name: str) -> Pixels:
+        load = cast(Callable[[], Pixels], getattr(skimage.data, name))
+        return load()
+
+    retina = photograph("retina")[150:-150, 150:-150]
+    yield _split_columns("immunohistochemistry", "histology", photograph("immunohistochemistry"))
+    yield _split_columns("retina", "retina photograph", retina)
+    yield _split_columns("microaneurysms", "retina photograph", photograph("microaneurysms"))
+    yield _split_rows("cell", "cell microscopy", photograph("cell"))
 
 
 def _dicoms() -> Iterator[Source]:
-    # The full DICOM chain is the business of a later room; these few files need a rescale, a window, 8 bits.
-    for name, low, high in (("CT_small.dcm", -200, 1200), ("693_J2KI.dcm", -200, 1500)):
-        yield _split_columns(f"pydicom {name}", "CT", _eight_bit(_read_dicom(name), low, high))
+    # Windows (center, width) that show bone and soft tissue; MR files have their own.
+    for name, window in (("CT_small.dcm", (500.0, 1400.0)), ("693_J2KI.dcm", (650.0, 1700.0))):
+        yield _split_columns(f"pydicom {name}", "CT", _read_dicom(name, window))
     for name in ("MR_small.dcm", "examples_overlay.dcm"):
-        pixels = _read_dicom(name)
-        yield _split_columns(
-            f"pydicom {name}", "MR", _eight_bit(pixels, *np.percentile(pixels, (1, 99)))
-        )
-    yield _split_columns(
-        "pydicom examples_rgb_color.dcm",
-        "ultrasound",
-        _read_dicom("examples_rgb_color.dcm")[60:200],
-    )
-    heart = _read_dicom("examples_ybr_color.dcm")[
-        0
-    ]  # the frames of one loop are too alike to be split by frame
-    yield _split_rows("pydicom examples_ybr_color.dcm", "ultrasound", heart[30:225, 70:270])
+        yield _split_columns(f"pydicom {name}", "MR", _read_dicom(name))
+    picture = _read_dicom("examples_rgb_color.dcm")[60:200]
+    yield _split_columns("pydicom examples_rgb_color.dcm", "ultrasound", picture)
+    # The frames of one loop are too alike to be split by frame.
+    heart = _read_dicom("examples_ybr_color.dcm", frame=0)[30:225, 70:270]
+    yield _split_rows("pydicom examples_ybr_color.dcm", "ultrasound", heart)
 
 
 def _brain() -> Iterator[Source]:
     from nilearn.datasets import load_mni152_template
 
-    volume = load_mni152_template(resolution=2).get_fdata()
-    slices = [_as_rgb(_eight_bit(np.rot90(volume[10:-10, 10:-10, z]), 0, 1)) for z in range(20, 76)]
+    volume = load_mni152_template(resolution=2).get_fdata()[10:-10, 10:-10]
+    slices = [_eight_bit(np.rot90(volume[:, :, z])) for z in range(20, 76)]
     # Neighbouring slices are nearly equal, so ten of them, 20 mm, lie between the two parts.
     yield Source("nilearn MNI152", "MR", train=slices[:30], held_out=slices[40:])
 
 
-def _read_dicom(name: str) -> np.ndarray:
-    import pydicom
+def _read_dicom(
+    name: str, window: tuple[float, float] | None = None, frame: int | None = None
+) -> Pixels:
     from pydicom.data import get_testdata_file
-    from pydicom.pixels import apply_modality_lut
 
-    dataset = pydicom.dcmread(str(get_testdata_file(name, download=False)))
-    return apply_modality_lut(dataset.pixel_array, dataset)
-
-
-def _eight_bit(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
-    return (np.clip((pixels - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    path = get_testdata_file(name, download=False)
+    return np.asarray(to_pil(path, window=window, frame=frame))
 
 
-def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+def _eight_bit(shares: NDArray[np.float64]) -> Pixels:
+    """Shares of the brightest value, 0..1, as RGB."""
+    return _as_rgb((np.clip(shares, 0, 1) * 255).astype(np.uint8))
+
+
+def _as_rgb(pixels: Pixels) -> Pixels:
     return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], 3, axis=2)
 
 
-def _split_columns(name: str, modality: str, pixels: np.ndarray) -> Source:
+def _split_columns(name: str, modality: str, pixels: Pixels) -> Source:
     rgb = _as_rgb(pixels)
     middle = int(0.55 * rgb.shape[1])
     return Source(name, modality, train=[rgb[:, :middle]], held_out=[rgb[:, middle:]])
 
 
-def _split_rows(name: str, modality: str, pixels: np.ndarray) -> Source:
+def _split_rows(name: str, modality: str, pixels: Pixels) -> Source:
     turned = _split_columns(name, modality, np.swapaxes(pixels, 0, 1))
     return Source(
         name,

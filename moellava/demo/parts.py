@@ -1,15 +1,13 @@
-"""Toy stand-ins of a published image encoder and language model that have learned something before they are joined.
+"""Toy stand-ins of a published encoder and language model that have learned something before.
 
-BiomedCLIP has seen medical images and TinyLlama can read; the untrained stand-ins of `moellava.testing` can neither,
-and a frozen part that knows nothing teaches nothing about stages in which it is frozen. Minutes of work make them
-know the demo's world: the encoder tells modalities apart, the language model answers about a modality's name.
-
-Public name: `write_trained_parts`.
+BiomedCLIP has seen medical images and TinyLlama can read; the untrained stand-ins of
+`moellava.testing` have not and cannot, and a frozen part that knows nothing teaches nothing about
+stages in which it is frozen. `write_trained_parts` makes them know the demo's world in minutes: the
+encoder tells modalities apart, the language model answers about a modality's name.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from moellava.data import read_rows
-from moellava.data.images import load_image
 from moellava.demo.questions import corpus
 from moellava.encoders import VisionEncoder, create_encoder
+from moellava.images import load_image
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe, train
@@ -62,9 +60,9 @@ def write_trained_parts(
 
 
 def _teach_tower(
-    tower: VisionEncoder, captioned: Sequence[tuple[Any, str]], num_steps: int, seed: int
+    tower: VisionEncoder, captioned: Sequence[tuple[object, str]], num_steps: int, seed: int
 ) -> None:
-    """The words of a caption as classes: a linear head on the mean patch token, thrown away afterwards."""
+    """Captions as classes: a linear head on the mean patch token, thrown away afterwards."""
     labels = sorted({caption for _, caption in captioned})
     targets = torch.tensor([labels.index(caption) for _, caption in captioned])
     pictures = [load_image(image) for image, _ in captioned]
@@ -81,13 +79,17 @@ def _teach_tower(
         batch = torch.randint(len(pixels), (BATCH_SIZE,), generator=generator)
         optimizer.zero_grad()
         seen = _altered(pixels[batch], generator)
-        F.cross_entropy(head(tower(seen).patch_tokens.mean(1)), targets[batch]).backward()
+        logits = head(tower(seen).patch_tokens.mean(1))
+        torch.autograd.backward(F.cross_entropy(logits, targets[batch]))
         optimizer.step()
-    tower.eval()
+    tower.train(False)
 
 
 def _altered(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Another contrast, brightness, side and crop: few pictures, cut into many crops, are soon known by heart."""
+    """Another contrast, brightness, side and crop.
+
+    Few pictures, cut into many crops, are soon known by heart.
+    """
     random = torch.rand(4, len(pixels), 1, 1, 1, generator=generator)
     pixels = pixels * (0.8 + 0.4 * random[0]) + 0.6 * (random[1] - 0.5)
     flips = [axis for axis, chance in ((2, random[2, 0]), (3, random[3, 0])) if chance < 0.5]
@@ -112,7 +114,9 @@ def _write_language_model(folder: Path, descriptions: Path, num_steps: int, seed
         "stage": "tune",
         "after": "any",
         "output_dir": str(folder / "text_run"),
-        "model": {"model_name_or_path": str(untrained), "mm_vision_tower": str(folder / "biomedclip_toy")},
+        "model": {
+            "model_name_or_path": str(untrained), "mm_vision_tower": str(folder / "biomedclip_toy"),
+        },
         "trainable": ["language_model"],
         "data": {"train": str(descriptions), "num_workers": 0},
         "optim": {
@@ -122,9 +126,7 @@ def _write_language_model(folder: Path, descriptions: Path, num_steps: int, seed
         "logging": {"report_to": []},
         "seed": seed,
     }  # fmt: skip
-    trained: Any = load_pretrained_model(
-        train(load_recipe(recipe), show_progress=False).model_folder
-    )
+    trained = load_pretrained_model(train(load_recipe(recipe), show_progress=False).model_folder)
     state_dict = {
         name.replace("model.language_model.", "model."): tensor
         for name, tensor in trained.model.state_dict().items()

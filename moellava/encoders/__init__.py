@@ -1,6 +1,7 @@
-"""Image encoders: pixels in, patch tokens out. Neither open_clip nor timm is imported until a tower is built.
+"""Image encoders: pixels in, patch tokens out. open_clip and timm load when a tower is built.
 
 create_encoder, detect_encoder_type, register_encoder       a name in, a ready encoder out
+encoder_options, option                                     what may be chosen, and one more choice
 VisionEncoder, VisionEncoderConfig, VisionEncoderOutput     the contract
 BiomedClipEncoder                                           any open_clip checkpoint
 synthesize_patch_tokens                                     the fallback for towers that only pool
@@ -9,20 +10,29 @@ parse_source, resolve                                       where a tower comes 
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from moellava.encoders.base import (
+from moellava.encoders.base import VisionEncoder
+from moellava.encoders.biomedclip import BiomedClipEncoder
+from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
+from moellava.encoders.configuration import OptionValue, VisionEncoderConfig, option
+from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
+from moellava.encoders.factory import (
+    create_encoder,
+    detect_encoder_type,
+    encoder_options,
+    register_encoder,
+)
+from moellava.encoders.open_clip.configuration import (
+    DEFAULT_BIOMEDCLIP,
+    BiomedClipVisionConfig,
+)
+from moellava.encoders.open_clip.files import resolve
+from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.outputs import (
     LayerTokens,
     TrunkOutput,
-    VisionEncoder,
-    VisionEncoderConfig,
     VisionEncoderOutput,
     synthesize_patch_tokens,
 )
-from moellava.encoders.biomedclip import BiomedClipEncoder, BiomedClipVisionConfig
-from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
-from moellava.encoders.dinov2 import Dinov2Encoder, Dinov2VisionConfig
-from moellava.encoders.factory import create_encoder, detect_encoder_type, register_encoder
-from moellava.encoders.open_clip.files import resolve
-from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
 from moellava.encoders.siglip import SiglipEncoder, SiglipVisionConfig
 from moellava.encoders.siglip2 import Siglip2Encoder, Siglip2VisionConfig
 from moellava.storage.sources import parse_source
@@ -36,7 +46,8 @@ for _config_class, _encoder_class in (
 ):
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModel.register(_config_class, _encoder_class, exist_ok=True)
-# Under both names: it is the one there is, and without the second each load would warn that torchvision is missing.
+# Under both names: there is no other, and without the second each load would warn that torchvision
+# is missing.
 AutoImageProcessor.register(
     BiomedClipVisionConfig,
     image_processor_classes={
@@ -47,6 +58,7 @@ AutoImageProcessor.register(
 )
 
 __all__ = [
+    "DEFAULT_BIOMEDCLIP",
     "BiomedClipEncoder",
     "BiomedClipImageProcessor",
     "BiomedClipVisionConfig",
@@ -55,6 +67,7 @@ __all__ = [
     "Dinov2Encoder",
     "Dinov2VisionConfig",
     "LayerTokens",
+    "OptionValue",
     "Siglip2Encoder",
     "Siglip2VisionConfig",
     "SiglipEncoder",
@@ -65,6 +78,8 @@ __all__ = [
     "VisionEncoderOutput",
     "create_encoder",
     "detect_encoder_type",
+    "encoder_options",
+    "option",
     "parse_source",
     "register_encoder",
     "resolve",

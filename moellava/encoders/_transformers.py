@@ -11,24 +11,20 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
+from typing_extensions import Self
 
-from moellava.encoders.base import (
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
+from moellava.encoders.base import CONFIG_FILE, VisionEncoder, check_divisible
+from moellava.encoders.configuration import (
+    OptionValue,
     VisionEncoderConfig,
-    check_divisible,
-    check_overrides,
+    check_options,
+    image_height_width,
 )
-from moellava.storage.sources import (
-    Source,
-    commit_of,
-    find_file,
-    parse_source,
-    read_json,
-    split_hub_keywords,
-)
-from moellava.storage.weights import require_fit
+from moellava.encoders.outputs import LayerTokens, TrunkOutput
+from moellava.storage.errors import reading
+from moellava.storage.sources import Source, commit_of, find_file, read_json
+from moellava.storage.weights import require_fit, require_own_files
 
 logger = logging.getLogger(__name__)
 
@@ -37,26 +33,25 @@ logger = logging.getLogger(__name__)
 class TransformersVisionConfig(VisionEncoderConfig):
     """A tower of transformers: `tower_config` and `processor_config` are its own configs, as JSON.
 
-    `tower_config["image_size"]` is the size the tower was trained at; `image_size` the size it takes now.
+    `tower_config["image_size"]` is the size the tower was trained at; `image_size` the size it
+    takes now.
     """
 
     default_tower_type: ClassVar[str] = ""
 
-    image_size: int | list[int] | tuple[int, int] | None = None  # type: ignore[assignment]  # None: as trained
     tower_config: dict[str, Any] | None = None
     processor_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.tower_config is None:
             self.tower_config = plain_config(AutoConfig.for_model(self.default_tower_type))
-        if self.image_size is None:
-            self.image_size = self.trained_image_size
         super().__post_init__(**kwargs)
 
     @property
     def trained_image_size(self) -> int | list[int]:
         """Pixels, one side or [height, width]."""
-        return (self.tower_config or {})["image_size"]
+        trained: int | list[int] = (self.tower_config or {})["image_size"]
+        return trained
 
 
 class TransformersVisionEncoder(VisionEncoder):
@@ -66,9 +61,11 @@ class TransformersVisionEncoder(VisionEncoder):
     tower: Any
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
-    # The transformers class that reads the tower out of a repo of the family; AutoModel's own where None.
+    # The transformers class that reads the tower out of a repo of the family; AutoModel's own where
+    # None.
     tower_class: ClassVar[str | None] = None
-    # Whether the tower interpolates positions by `interpolate_pos_encoding`, rather than whenever it has to.
+    # Whether the tower interpolates positions by `interpolate_pos_encoding`, rather than whenever
+    # it has to.
     interpolates_when_told: ClassVar[bool] = True
 
     def __init__(self, config: TransformersVisionConfig):
@@ -76,7 +73,7 @@ class TransformersVisionEncoder(VisionEncoder):
         tower_config = AutoConfig.for_model(**(config.tower_config or {}))
         attention = config._attn_implementation
         options = {"attn_implementation": attention} if attention else {}
-        self.tower = AutoModel.from_config(tower_config, **options)
+        self.tower = AutoModel.from_config(tower_config, trust_remote_code=False, **options)
         self.post_init()
 
     @property
@@ -114,13 +111,11 @@ class TransformersVisionEncoder(VisionEncoder):
 
     @property
     def _trained_hw(self) -> tuple[int, int]:
-        trained = self.config.trained_image_size
-        height, width = (trained, trained) if isinstance(trained, int) else trained
-        return height, width
+        return image_height_width(self.config.trained_image_size)
 
     @property
     def _position_options(self) -> dict[str, bool]:
-        """At the trained size nothing is interpolated, so the result stays the tower's own bit for bit."""
+        """At the trained size nothing is interpolated, which keeps the tower's own bits."""
         is_resized = self.config.image_hw != self._trained_hw
         return (
             {"interpolate_pos_encoding": True} if is_resized and self.interpolates_when_told else {}
@@ -142,7 +137,7 @@ class TransformersVisionEncoder(VisionEncoder):
     def run_trunk(
         self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
     ) -> TrunkOutput:
-        """See `VisionEncoder.run_trunk`; the pooled vector, `pooler_output`, costs a pass of its own."""
+        """See `VisionEncoder.run_trunk`; the pooled vector (`pooler_output`) costs its own pass."""
         vector = self.tower(**self.tower_inputs(pixel_values)).pooler_output if pooled else None
         if not layers:
             return TrunkOutput([], vector)
@@ -182,32 +177,22 @@ class TransformersVisionEncoder(VisionEncoder):
         if (height, width) != self._trained_hw:
             size, crop = settings.get("size") or {}, settings.get("crop_size")
             if "shortest_edge" in size:
-                # Some towers resize to a little more than they crop (DINOv2: 256, 224): keep the proportion.
+                # Some towers resize to a little more than they crop (DINOv2: 256, 224): keep the
+                # proportion.
                 margin = size["shortest_edge"] / min(crop.values()) if crop else 1
                 settings["size"] = {"shortest_edge": round(max(height, width) * margin)}
             else:
                 settings["size"] = {"height": height, "width": width}
             if crop:
                 settings["crop_size"] = {"height": height, "width": width}
-        return getattr(transformers, settings.pop("image_processor_type"))(**settings)
+        return _processor_class(settings.pop("image_processor_type", None))(**settings)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a tower from a transformers repo or folder (a whole CLIP will do), or a saved encoder.
-
-        Args:
-            **kwargs: `revision`, `cache_dir`, `local_files_only`, `token`; `dtype` (as saved unless given),
-                `device`; fields of the config, such as `image_size`.
-        """
-        if pretrained_model_name_or_path is not None and not args:
-            hub, rest = split_hub_keywords(kwargs)
-            source = parse_source(pretrained_model_name_or_path, hub)
-            config_file = find_file(source, "config.json", download=True)
-            assert config_file is not None
-            if read_json(config_file).get("model_type") != cls.config_class.model_type:
-                return cls.load(source, **rest)
-            pretrained_model_name_or_path = source.folder or source.repo_id
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    def is_foreign(cls, source: Source) -> bool:
+        """Whether the source is a repo or folder of transformers; a whole CLIP will do."""
+        config_file = find_file(source, CONFIG_FILE, download=True)
+        assert config_file is not None  # download=True finds it or raises
+        return read_json(config_file).get("model_type") != cls.config_class.model_type
 
     @classmethod
     def load(
@@ -217,28 +202,34 @@ class TransformersVisionEncoder(VisionEncoder):
         image_size: int | Sequence[int] | None = None,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        **overrides: Any,
-    ) -> "TransformersVisionEncoder":
+        **options: OptionValue,
+    ) -> Self:
         """Load the vision tower of a transformers repo; its text tower is not built."""
-        check_overrides(cls.config_class, overrides)
+        check_options(cls.config_class, options)
         name = source.folder or source.repo_id
         hub: Any = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
-        with _no_load_report():
+        if source.folder is not None:
+            require_own_files(source.folder)
+        with reading(str(name), "a tower of transformers"), _no_load_report():
             tower, info = tower_class.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **hub
+                name,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+                **hub,
             )
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
         # Unexpected keys are the text tower's.
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
-        processor = AutoImageProcessor.from_pretrained(name, **hub)
-        config_file = find_file(source, "config.json", download=True)
+        config_file = find_file(source, CONFIG_FILE, download=True)
         config_class: Any = cls.config_class
         config = config_class(
             tower_config=plain_config(tower.config),
             processor_config=plain_config(processor),
             tower=source.name,
             revision=commit_of(config_file) if config_file else None,
-            **overrides,
+            **options,
         )
         with torch.device("meta"):
             encoder: Any = cls(config)
@@ -250,6 +241,17 @@ class TransformersVisionEncoder(VisionEncoder):
         return encoder if device is None else encoder.to(device)
 
 
+def _processor_class(name: object) -> type[BaseImageProcessor]:
+    """An image processor of transformers: a config may not name anything else to be called."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, BaseImageProcessor)):
+        raise ValueError(
+            f"image_processor_type is {name!r}, which is not an image processor of transformers. "
+            "Load the tower anew from a repo that has a preprocessor_config.json."
+        )
+    return found
+
+
 class _NoLoadReport(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()
@@ -257,7 +259,7 @@ class _NoLoadReport(logging.Filter):
 
 @contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Keep transformers from logging a page of text weights; weights that matter are checked right after."""
+    """Keep transformers from logging a page of text weights; the image tower's are checked."""
     noisy, quiet = logging.getLogger("transformers.modeling_utils"), _NoLoadReport()
     names = [noisy, logging.getLogger("transformers.utils.loading_report")]
     for name in names:
@@ -270,7 +272,7 @@ def _no_load_report() -> Iterator[None]:
 
 
 def plain_config(config: Any) -> dict[str, Any]:
-    """A config or image processor as plain JSON, without what belongs to a machine or to one loading."""
+    """A config or image processor as plain JSON, without what belongs to one machine or loading."""
     settings = json.loads(config.to_json_string())
     for name in ("_name_or_path", "dtype", "transformers_version", "architectures"):
         settings.pop(name, None)

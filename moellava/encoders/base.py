@@ -1,152 +1,64 @@
 """The contract of every image encoder: pixels in, patch tokens out.
 
-    B images, H x W pixels, N patches on a grid, D width of a patch token, P width of a pooled vector
+    B images, H x W pixels, N patches on a grid, D width of a patch token, P width of a pooled
+    vector
 
-`VisionEncoderConfig`, `VisionEncoder`, `VisionEncoderOutput`, `TrunkOutput`, `synthesize_patch_tokens`.
-A new encoder implements `VisionEncoder.run_trunk` and `num_layers`; selection, synthesis, shapes and `encode`
-follow from them.
+VisionEncoder                       the base class; a family adds `run_trunk` and `num_layers`
+measure                             the shapes of a config's tokens, found without weights
+check_divisible, block_index        image sizes and layers that a trunk can take
 """
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NamedTuple
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.utils import ModelOutput
+from transformers.image_processing_utils import BaseImageProcessor
+from typing_extensions import Self
 
 from moellava.encoders.batches import encode_images
-from moellava.storage.weights import require_loaded
+from moellava.encoders.configuration import (
+    OptionValue,
+    VisionEncoderConfig,
+    image_height_width,
+)
+from moellava.encoders.outputs import (
+    LayerTokens,
+    Shapes,
+    TrunkOutput,
+    VisionEncoderOutput,
+    synthesize_patch_tokens,
+)
+from moellava.images import Images
+from moellava.storage.errors import reading
+from moellava.storage.sources import Source, find_file, parse_source, split_hub_keywords
+from moellava.storage.weights import require_loaded, require_own_files
 
-if TYPE_CHECKING:
-    from transformers.image_processing_utils import BaseImageProcessor
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
-# LLaVA calls the first two "default" and "full"; "full" is whatever the trunk gives, class token or none.
-SELECT_FEATURES = ("patch", "default", "cls_patch", "full", "cls")
-PATCH_TOKENS = ("auto", "real", "synthesized")
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
-@strict
-class VisionEncoderConfig(PreTrainedConfig):
-    """What every encoder's config says; each field is plain JSON.
+def measure(encoder_class: type["VisionEncoder"], config: VisionEncoderConfig) -> Shapes:
+    """The shapes that an encoder of this config gives, from a twin without storage.
 
-    Args:
-        image_size: pixels, one side or (height, width).
-        patch_tokens: "auto" takes real tokens where the trunk has any, "real" insists, "synthesized" never
-            does.
-        select_layer: LLaVA's count of hidden states: -1 the last block's output, -2 the one before it,
-            k > 0 the output of block k-1. A list concatenates along the width.
-        select_feature: "patch" (or "default"), "cls_patch" (or "full"), "cls".
-        final_norm: apply the trunk's last norm to the selected layers.
-        tower: the tower whose weights were really loaded (a repo id, or a local folder's own name).
-        revision: the commit those weights came from, where there is one.
-        hidden_size, num_patches, grid: width, tokens per image after selection, (rows, columns) of patches.
-            Measured from the trunk whenever an encoder is built; never chosen.
+    Raises:
+        ValueError: the tower cannot take images of this size, or cannot give what the config
+            selects.
     """
-
-    image_size: int | list[int] | tuple[int, int] = 224
-    patch_tokens: str = "auto"
-    select_layer: int | list[int] | tuple[int, ...] = -2
-    select_feature: str = "patch"
-    final_norm: bool = False
-    tower: str | None = None
-    revision: str | None = None
-    hidden_size: int | None = None
-    num_patches: int | None = None
-    grid: list[int] | tuple[int, int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        for name in ("image_size", "select_layer", "grid"):
-            if isinstance(getattr(self, name), tuple):
-                setattr(self, name, list(getattr(self, name)))  # what JSON gives back
-        _check_choice("select_feature", self.select_feature, SELECT_FEATURES)
-        _check_choice("patch_tokens", self.patch_tokens, PATCH_TOKENS)
-        if self.select_layer == []:
-            raise ValueError(
-                "select_layer is an empty list; give a layer such as -2, or several such as [-2, -5]."
-            )
-        image_height, image_width = self.image_hw
-        if image_height < 1 or image_width < 1:
-            raise ValueError(
-                f"image_size is {self.image_size}; give a positive side, or [height, width]."
-            )
-        super().__post_init__(**kwargs)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the image that the encoder takes, in pixels."""
-        if isinstance(self.image_size, int):
-            return self.image_size, self.image_size
-        if len(self.image_size) != 2:
-            raise ValueError(f"image_size is {self.image_size}; give one side, or [height, width].")
-        height, width = self.image_size
-        return height, width
-
-    @property
-    def layers(self) -> list[int]:
-        """`select_layer` as a list."""
-        return (
-            [self.select_layer] if isinstance(self.select_layer, int) else list(self.select_layer)
-        )
-
-
-@dataclass
-class VisionEncoderOutput(ModelOutput):
-    """Patch tokens of a batch.
-
-    patch_tokens: (B, N, D). pooled: (B, P), or None when it was not asked for. synthesized: whether the patch
-    tokens are the pooled vector repeated over the grid.
-    """
-
-    patch_tokens: Tensor | None = None
-    pooled: Tensor | None = None
-    synthesized: bool | None = None
-
-
-class LayerTokens(NamedTuple):
-    """Output of one layer: `class_token` (B, 1, D) or None, `patches` (B, N, D); registers are left out."""
-
-    class_token: Tensor | None
-    patches: Tensor
-    grid: tuple[int, int]  # rows, columns; rows * columns = N
-
-
-class TrunkOutput(NamedTuple):
-    """What `run_trunk` returns: the layers asked for, in that order, and (B, P) if it was asked for."""
-
-    layers: list[LayerTokens]
-    pooled: Tensor | None = None
-
-
-def synthesize_patch_tokens(pooled: Tensor, num_patches: int) -> Tensor:
-    """Repeat one vector per image over a grid: (B, P) -> (B, num_patches, P).
-
-    The fallback for a tower without spatial tokens. All patches of an image are equal, so a model behind it
-    knows what the image shows but not where.
-    """
-    if pooled.ndim != 2:
-        raise ValueError(f"pooled has shape {tuple(pooled.shape)}; expected (images, width).")
-    if num_patches < 1:
-        raise ValueError(f"num_patches is {num_patches}; expected at least 1.")
-    return pooled.unsqueeze(1).expand(-1, num_patches, -1).contiguous()
-
-
-def check_overrides(config_class: type[VisionEncoderConfig], overrides: dict[str, Any]) -> None:
-    """Refuse keywords that are no field of the config; the nearest field is suggested."""
-    known = [field.name for field in fields(config_class)]
-    for name in overrides:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{config_class.__name__} has no field {name!r}.{hint}")
+    with torch.device("meta"):
+        twin = encoder_class(copy.deepcopy(config))  # a tower on meta measures itself
+    return Shapes(twin.grid, twin.num_patches, twin.hidden_size)
 
 
 def check_divisible(image_hw: tuple[int, int], patch_size: int | Sequence[int] | None) -> None:
@@ -166,31 +78,36 @@ def check_divisible(image_hw: tuple[int, int], patch_size: int | Sequence[int] |
 
 
 def block_index(select_layer: int, num_layers: int) -> int:
-    """Index of the block whose output LLaVA's `select_layer` means, in a trunk of `num_layers` blocks."""
+    """Index of the block that LLaVA's `select_layer` means, in a trunk of `num_layers` blocks."""
     index = select_layer + num_layers if select_layer < 0 else select_layer - 1
     if not 0 <= index < num_layers:
         raise ValueError(
-            f"select_layer is {select_layer}, but the trunk has {num_layers} layers: use {-num_layers} to -1 "
-            f"(counted from the end), or 1 to {num_layers}. Layer 0, the embeddings, is not offered."
+            f"select_layer is {select_layer}, but the trunk has {num_layers} layers: use "
+            f"{-num_layers} to -1 (counted from the end), or 1 to {num_layers}. Layer 0, the "
+            "embeddings, is not offered."
         )
     return index
 
 
 class VisionEncoder(PreTrainedModel):
-    """An image tower that gives patch tokens; built from its config alone, without disk or network."""
+    """An image tower that gives patch tokens, built from its config alone: no disk, no network."""
 
+    config: VisionEncoderConfig
     config_class = VisionEncoderConfig
     base_model_prefix = "vision_encoder"
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     _supports_sdpa = True  # each tower calls scaled_dot_product_attention, its own way
 
+    _image_processor: BaseImageProcessor | None = None
+
     # How many patches a tower without spatial tokens pretends to have; ViT-B/16's at 224 pixels.
     synthesized_grid: tuple[int, int] = (14, 14)
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers asks every sub-model, and refuses the parent's setting if one of them says no.
+        # transformers asks every sub-model, and refuses the parent's setting if one of them says
+        # no.
         return True
 
     @property
@@ -199,20 +116,26 @@ class VisionEncoder(PreTrainedModel):
         raise NotImplementedError
 
     @property
+    def has_final_norm(self) -> bool:
+        """Whether the trunk has a last norm that fits its hidden states."""
+        return False
+
+    @property
     def layers_are_alike(self) -> bool:
-        """Whether the tokens of all layers have one shape; then the first is measured for those selected."""
+        """Whether the tokens of all layers have one shape; if so, only the first is measured."""
         return False
 
     def run_trunk(
         self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
     ) -> TrunkOutput:
-        """Tokens after the blocks `layers` (0 is the first block), and the pooled vector if `pooled`.
+        """Tokens after the blocks `layers` (0 is the first), and the pooled vector if `pooled`.
 
-        Blocks behind the last one needed do not run. `norm` applies the trunk's final norm to each layer.
+        Blocks behind the last one needed do not run. `norm` applies the trunk's final norm to each
+        layer.
         """
         raise NotImplementedError
 
-    def build_image_processor(self) -> "BaseImageProcessor":
+    def build_image_processor(self) -> BaseImageProcessor:
         """The tower's own preprocessing, from the config alone."""
         raise NotImplementedError
 
@@ -221,29 +144,30 @@ class VisionEncoder(PreTrainedModel):
     @property
     def hidden_size(self) -> int:
         """D, the width of a patch token."""
-        return self.config.hidden_size
+        return _measured(self.config.hidden_size)
 
     @property
     def num_patches(self) -> int:
-        """N, the tokens that come out per image, the class token included where it is selected."""
-        return self.config.num_patches
+        """N, the tokens that come out per image, the class token included if it is selected."""
+        return _measured(self.config.num_patches)
 
     @property
     def grid(self) -> tuple[int, int]:
         """(rows, columns) of the patches."""
-        rows, columns = self.config.grid
+        rows, columns = _measured(self.config.grid)
         return rows, columns
 
     @property
     def image_size(self) -> int | list[int]:
         """Pixels, one side or [height, width]."""
-        return self.config.image_size
+        size = self.config.image_size or self.config.trained_image_size
+        return size if isinstance(size, int) else list(size)
 
     @property
-    def image_processor(self) -> "BaseImageProcessor":
+    def image_processor(self) -> BaseImageProcessor:
         """The preprocessing that belongs to these weights."""
-        if getattr(self, "_image_processor", None) is None:
-            self._image_processor: Any = self.build_image_processor()
+        if self._image_processor is None:
+            self._image_processor = self.build_image_processor()
         return self._image_processor
 
     @property
@@ -254,7 +178,7 @@ class VisionEncoder(PreTrainedModel):
     # ---- forward ----
 
     def forward(self, pixel_values: Tensor, output_pooled: bool = False) -> VisionEncoderOutput:
-        """Patch tokens (B, N, D) of normalised pixels (B, 3, H, W); the pooled vector too if `output_pooled`.
+        """Patch tokens (B, N, D) of normalised pixels (B, 3, H, W).
 
         Without `output_pooled`, the blocks behind the selected layer are not run.
         """
@@ -270,16 +194,18 @@ class VisionEncoder(PreTrainedModel):
             patch_tokens=tokens, pooled=trunk.pooled, synthesized=self.synthesized
         )
 
-    def encode(self, images: Any, *, batch_size: int = 16, progress: bool = False) -> Tensor:
+    def encode(self, images: Images, *, batch_size: int = 16, progress: bool = False) -> Tensor:
         """Patch tokens (B, N, D) of images, without gradients, on the encoder's device.
 
         Args:
-            images: one image or a list: PIL, a path (DICOM and NIfTI included), an array or tensor (H, W),
-                (H, W, C) or (C, H, W), uint8, uint16 or float in 0..1.
+            images: one image or a list: PIL, a path (DICOM and NIfTI included), an array or tensor
+                (H, W), (H, W, C) or (C, H, W), uint8, uint16 or float in 0..1.
         """
         return encode_images(self, images, batch_size=batch_size, progress=progress)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """Write config, weights and the image processor into a folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         self.image_processor.save_pretrained(save_directory)
@@ -287,26 +213,73 @@ class VisionEncoder(PreTrainedModel):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: Any,
-        *args: Any,
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: object,
         image_size: int | Sequence[int] | None = None,
         device: torch.device | str | None = None,
-        output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Load an encoder that `save_pretrained` wrote; nothing may be missing or left over.
+        """Load an encoder that `save_pretrained` wrote, or a tower of the family's own library.
 
-        Arguments are those of `PreTrainedModel.from_pretrained`, and `image_size` and `device`.
+        Nothing may be missing or left over.
+
+        Args:
+            pretrained_model_name_or_path: see `moellava.storage.sources.parse_source`.
+            **kwargs: `revision`, `cache_dir`, `local_files_only`, `token`; `dtype`; fields of the
+                config. For a saved encoder also those of `PreTrainedModel.from_pretrained`.
         """
-        loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        place = pretrained_model_name_or_path
+        if place is not None and not args:
+            hub, options = split_hub_keywords(kwargs)
+            source = parse_source(place, hub)
+            if cls.is_foreign(source):
+                return cls.load(source, image_size=image_size, device=device, **options)
+            place = source.folder or source.repo_id
+            if source.folder is not None:
+                require_own_files(source.folder)
+        wants_info = kwargs.pop("output_loading_info", False)
+        with nullcontext() if place is None else reading(place, "a saved encoder"):
+            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         encoder, info = loaded
-        require_loaded(pretrained_model_name_or_path, info)
+        require_loaded(place, info)
         if image_size is not None:
             encoder.set_image_size(image_size)
         encoder = encoder if device is None else encoder.to(device)
-        return (encoder, info) if output_loading_info else encoder
+        return (encoder, info) if wants_info else encoder
+
+    @classmethod
+    def is_foreign(cls, source: Source) -> bool:
+        """Whether a source is something for `load`, not an encoder that `save_pretrained` wrote."""
+        return False
+
+    @classmethod
+    def load(
+        cls,
+        source: Source,
+        *,
+        image_size: int | Sequence[int] | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        **options: OptionValue,
+    ) -> Self:
+        """Load a tower of the family's own library; a family that has one overrides this."""
+        raise ValueError(
+            f"{cls.__name__} cannot load {source.name}: save_pretrained did not write it."
+        )
+
+    @classmethod
+    def tower_files(
+        cls, source: Source, *, download: bool = False
+    ) -> list[tuple[str, Path | None]]:
+        """(name, path) of the files that would be loaded; None is not on this machine."""
+
+        def find(name: str) -> Path | None:
+            return find_file(source, name, download=download, required=False)
+
+        weights = next((name for name in WEIGHT_FILES if find(name) is not None), WEIGHT_FILES[0])
+        files = [(name, find(name)) for name in (CONFIG_FILE, PROCESSOR_FILE, weights)]
+        # What a folder lacks is not missing from this machine: there is no more of it.
+        return [(name, path) for name, path in files if path is not None or source.folder is None]
 
     def log_tower(self) -> None:
         """Say in one INFO line which tower was loaded and what it gives."""
@@ -320,18 +293,15 @@ class VisionEncoder(PreTrainedModel):
         )
 
     def set_image_size(self, image_size: int | Sequence[int]) -> None:
-        """Take another image size: positions are interpolated; grid, token count and processor follow."""
+        """Take another image size: positions are interpolated, grid and processor follow."""
         config = self.config
-        before, config.image_size = (
-            config.image_hw,
-            image_size if isinstance(image_size, int) else list(image_size),
-        )
-        if config.image_hw == before:
+        before, wanted = config.image_hw, image_height_width(image_size)
+        config.image_size = image_size if isinstance(image_size, int) else list(wanted)
+        if wanted == before:
             return
         self.resize_trunk()
         self._image_processor = None
-        with torch.device("meta"):
-            type(self)(config)  # measures the new shapes into the config that both share
+        self._record_shapes(measure(type(self), config))
 
     def resize_trunk(self) -> None:
         """Make the trunk take images of the config's new `image_size`."""
@@ -342,15 +312,17 @@ class VisionEncoder(PreTrainedModel):
     def post_init(self) -> None:
         """Finish construction: Hugging Face's own part, then the measured shapes in the config."""
         super().post_init()
-        if self.device.type == "meta":
-            self._measure()
-        else:
-            # A twin without storage measures itself and writes into the config that both share.
-            with torch.device("meta"):
-                type(self)(self.config)
+        is_on_meta = self.device.type == "meta"
+        self._record_shapes(self._run_on_meta() if is_on_meta else measure(type(self), self.config))
 
-    def _measure(self) -> None:
-        """Run the tower without storage and write width, grid and token count into the config."""
+    def _record_shapes(self, shapes: "Shapes") -> None:
+        config = self.config
+        config.grid = list(shapes.grid)
+        config.num_patches = shapes.num_patches
+        config.hidden_size = shapes.hidden_size
+
+    def _run_on_meta(self) -> "Shapes":
+        """Run this tower, which has no storage, on one image."""
         _check_patch_tokens(self)
         config, (height, width) = self.config, self.config.image_hw
         pixels = torch.empty(1, 3, height, width, device="meta", dtype=self.dtype)
@@ -374,11 +346,12 @@ class VisionEncoder(PreTrainedModel):
         grids = {layer.grid for layer in trunk.layers} or {self.synthesized_grid}
         if len(grids) > 1:
             raise ValueError(
-                f"select_layer={config.select_layer} joins layers of different grids {sorted(grids)}; "
-                "name layers of one grid."
+                f"select_layer={config.select_layer} joins layers of different grids "
+                f"{sorted(grids)}; name layers of one grid."
             )
-        config.grid = list(grids.pop())
-        _, config.num_patches, config.hidden_size = self._select_tokens(trunk, self.grid).shape
+        grid = grids.pop()
+        _, num_patches, hidden_size = self._select_tokens(trunk, grid).shape
+        return Shapes(grid, num_patches, hidden_size)
 
     def _block_indices(self) -> list[int]:
         if self.num_layers == 0:
@@ -398,30 +371,31 @@ class VisionEncoder(PreTrainedModel):
         return f"{type(self).__name__} ({self.config.tower or 'built from a config'})"
 
     def _check_pixels(self, pixel_values: Tensor) -> None:
-        expected = (3, *self.config.image_hw)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+        height, width = self.config.image_hw
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, height, width):
             raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, {expected[0]}, "
-                f"{expected[1]}, {expected[2]}). Use encoder.image_processor(images, "
-                "return_tensors='pt'), or load the tower with another image_size."
+                f"pixel_values has shape {tuple(pixel_values.shape)}; expected (images, 3, "
+                f"{height}, {width}). Use encoder.image_processor(images, return_tensors='pt'), or "
+                "load the tower with another image_size."
             )
+
+
+def _measured(value: T | None) -> T:
+    assert value is not None  # `post_init` has written it
+    return value
 
 
 def _select(layer: LayerTokens, select_feature: str) -> Tensor:
     """The tokens (B, N, D) that `select_feature` names."""
     class_token, patches, _ = layer
-    if select_feature in ("patch", "default") or (select_feature == "full" and class_token is None):
+    if select_feature == "patch" or (select_feature == "full" and class_token is None):
         return patches
     if class_token is None:
         raise ValueError(
-            f"select_feature is {select_feature!r}, but this trunk has no class token: use 'patch' or 'full'."
+            f"select_feature is {select_feature!r}, but this trunk has no class token: use 'patch' "
+            "or 'full'."
         )
     return class_token if select_feature == "cls" else torch.cat([class_token, patches], dim=1)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def _check_patch_tokens(encoder: VisionEncoder) -> None:
@@ -438,13 +412,13 @@ def _check_patch_tokens(encoder: VisionEncoder) -> None:
         )
     if not encoder.synthesized:
         return
-    if config.select_feature not in ("patch", "default", "full"):
+    if config.select_feature not in ("patch", "full"):
         raise ValueError(
-            f"select_feature is {config.select_feature!r}, but {encoder._label} gives synthesized tokens, "
-            "without a class token. Use 'patch'."
+            f"select_feature is {config.select_feature!r}, but {encoder._label} gives synthesized "
+            "tokens, without a class token. Use 'patch'."
         )
     logger.warning(
-        "%s: patch tokens are synthesized (one pooled vector repeated over the grid), so they carry no "
-        "spatial detail. patch_tokens='real' forbids this.",
+        "%s: patch tokens are synthesized (one pooled vector repeated over the grid), so they "
+        "carry no spatial detail. patch_tokens='real' forbids this.",
         encoder._label,
     )

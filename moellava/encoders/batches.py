@@ -5,21 +5,24 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
 
-from moellava.images import to_eight_bit, to_pil
+from moellava.encoders.outputs import VisionEncoderOutput
+from moellava.images import ImageLike, Images, to_eight_bit, to_pil
 from moellava.images.threads import as_image_list, map_in_threads
+from moellava.storage.weights import require_finite
 
 
 class PatchEncoder(Protocol):
     """What batches need of a `VisionEncoder`."""
 
     @property
-    def image_processor(self) -> Callable[..., Any]: ...
+    def image_processor(self) -> Callable[..., BatchFeature]: ...
 
     @property
     def device(self) -> torch.device: ...
@@ -27,29 +30,29 @@ class PatchEncoder(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
 
-    def __call__(self, pixel_values: Tensor) -> Any: ...
+    def __call__(self, pixel_values: Tensor) -> VisionEncoderOutput: ...
 
 
 def encode_images(
-    encoder: PatchEncoder, images: Any, *, batch_size: int = 16, progress: bool = False
+    encoder: PatchEncoder, images: Images, *, batch_size: int = 16, progress: bool = False
 ) -> Tensor:
     """Patch tokens (B, N, D) on the encoder's device, in its dtype, without gradients."""
-    images = as_image_list(images)
-    if not images:
+    flat = as_image_list(images)
+    if not flat:
         raise ValueError("There are no images to encode.")
-    batches = encode_batches(encoder, images, batch_size=batch_size, progress=progress)
+    batches = encode_batches(encoder, flat, batch_size=batch_size, progress=progress)
     return torch.cat(list(batches))
 
 
 def encode_batches(
     encoder: PatchEncoder,
-    images: Sequence[Any],
+    images: Sequence[ImageLike],
     *,
     batch_size: int,
     progress: bool = False,
-    load_image: Callable[[Any], Image.Image] = to_pil,
+    load_image: Callable[[ImageLike], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
-    """Patch tokens (B, N, D), batch by batch; the next one is preprocessed while this one is in the model."""
+    """Patch tokens (B, N, D) by batch; the next is preprocessed while this one is in the model."""
     batches: Iterable[Tensor] = pixel_batches(
         encoder, images, batch_size=batch_size, load_image=load_image
     )
@@ -60,24 +63,28 @@ def encode_batches(
     for pixel_values in batches:
         with torch.inference_mode():
             tokens = encoder(pixel_values).patch_tokens
+        assert tokens is not None
+        require_finite("The tower", tokens)
         yield tokens
 
 
 def pixel_batches(
     encoder: PatchEncoder,
-    images: Sequence[Any],
+    images: Sequence[ImageLike],
     *,
     batch_size: int,
-    load_image: Callable[[Any], Image.Image] = to_pil,
+    load_image: Callable[[ImageLike], Image.Image] = to_pil,
 ) -> Iterator[Tensor]:
-    """Pixel values (B, 3, H, W) on the encoder's device and in its dtype, one batch ahead of the consumer."""
+    """Pixel values (B, 3, H, W), on the encoder's device and in its dtype, a batch ahead."""
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
 
-    def pixels(batch: Sequence[Any]) -> Tensor:
-        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
+    def pixels(batch: Sequence[ImageLike]) -> Tensor:
+        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL
+        # here.
         ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
-        return encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
+        pixel_values: Tensor = encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
+        return pixel_values
 
     with ThreadPoolExecutor(1) as worker:
         starts = range(0, len(images), batch_size)

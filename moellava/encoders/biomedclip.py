@@ -1,29 +1,33 @@
-"""Any open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, patch tokens of its trunk out.
+"""Any open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, its patch tokens out.
 
-`BiomedClipVisionConfig`, `BiomedClipEncoder`. The image tower is open_clip's own module (a timm trunk, its
-`VisionTransformer`, or its `ModifiedResNet`) under the name `visual`, so keys are those of the checkpoint.
+`BiomedClipVisionConfig`, `BiomedClipEncoder`. The image tower is open_clip's own module (a timm
+trunk, its `VisionTransformer`, or its `ModifiedResNet`) under the name `visual`, so keys are those
+of the checkpoint.
 """
 
 import inspect
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from moellava.encoders.base import (
-    LayerTokens,
-    TrunkOutput,
-    VisionEncoder,
-    check_divisible,
-    check_overrides,
-)
+from moellava.encoders.base import VisionEncoder, check_divisible
 from moellava.encoders.batches import pixel_batches
+from moellava.encoders.configuration import OptionValue, check_options
 from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.encoders.open_clip.files import CONFIG_FILE as OPEN_CLIP_CONFIG
 from moellava.encoders.open_clip.files import is_saved_encoder, read_open_clip_config, resolve
 from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.open_clip.patch_text import (
+    last_block,
+    project_patches,
+    require_projectable,
+)
 from moellava.encoders.open_clip.text import (
     ClipText,
     load_tokenizer,
@@ -37,9 +41,12 @@ from moellava.encoders.open_clip.towers import (
     interpolate_positions,
     read_tower,
 )
+from moellava.encoders.outputs import LayerTokens, TrunkOutput
+from moellava.images import Images
 from moellava.images.threads import as_image_list
-from moellava.storage.sources import Source, parse_source, split_hub_keywords
-from moellava.storage.weights import assign_weights
+from moellava.storage.errors import reading
+from moellava.storage.sources import Source, parse_source
+from moellava.storage.weights import assign_weights, require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +77,7 @@ class BiomedClipEncoder(VisionEncoder):
 
     @property
     def num_layers(self) -> int:
-        """Blocks of a transformer; stages of a convolutional trunk, the stem of a ResNet included."""
+        """Blocks of a transformer; stages of a convolutional trunk, with the stem of a ResNet."""
         if hasattr(self.visual, "trunk"):
             return (
                 len(self._trunk.feature_info)
@@ -100,7 +107,7 @@ class BiomedClipEncoder(VisionEncoder):
     def run_trunk(
         self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
     ) -> TrunkOutput:
-        """See `VisionEncoder.run_trunk`; the pooled vector is open_clip's `encode_image`, bit for bit."""
+        """See `VisionEncoder.run_trunk`; `pooled` is open_clip's `encode_image`, bit for bit."""
         if not layers:
             return TrunkOutput([], _first(self.visual(pixel_values)))
         if hasattr(self.visual, "attnpool"):
@@ -143,7 +150,8 @@ class BiomedClipEncoder(VisionEncoder):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        # Swin's indices and EVA's rotary tables are not in checkpoints: from_pretrained leaves them as found.
+        # Swin's indices and EVA's rotary tables are not in checkpoints: from_pretrained leaves them
+        # as found.
         init_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
         if init_buffers is not None:
             init_buffers()
@@ -175,12 +183,14 @@ class BiomedClipEncoder(VisionEncoder):
         if isinstance(texts, str):
             texts = [texts]
         with torch.inference_mode():
-            return text(self.tokenizer(list(texts)).to(self.device))
+            vectors: Tensor = text(self.tokenizer(list(texts)).to(self.device))
+        require_finite("The text tower", vectors)
+        return vectors
 
     def zero_shot(
-        self, images: Any, labels: Sequence[str], template: str = "this is a photo of {}"
+        self, images: Images, labels: Sequence[str], template: str = "this is a photo of {}"
     ) -> Tensor:
-        """Probabilities (B, L) of each label for each image, equal to open_clip's; needs `load_text=True`.
+        """Probabilities (B, L) of labels for images, equal to open_clip's; needs `load_text=True`.
 
         Args:
             images: see `encode`.
@@ -197,13 +207,42 @@ class BiomedClipEncoder(VisionEncoder):
                 self.visual_vectors(pixels)
                 for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
-            return text.probabilities(torch.cat(vectors), text_vectors)
+            image_vectors = torch.cat(vectors)
+            require_finite("The image tower", image_vectors)
+            return text.probabilities(image_vectors, text_vectors)
 
     def visual_vectors(self, pixel_values: Tensor) -> Tensor:
         """Unit vectors (B, P) of images in the space of `encode_text`."""
         pooled = self.run_trunk(pixel_values, [], norm=False, pooled=True).pooled
         assert pooled is not None
         return nn.functional.normalize(pooled, dim=-1)
+
+    def patch_similarity(
+        self, image: Any, texts: Sequence[str], *, attention: str = "own"
+    ) -> Tensor:
+        """Cosine of each patch with each text, (texts, rows, columns); needs `load_text=True`.
+
+        CLIP was trained on whole images: its last layers gather what an image shows into tokens
+        anywhere, so that a patch need not say what lies at its own place. Compare texts, do not
+        threshold.
+
+        Args:
+            image: one image, see `encode`.
+            attention: of the last block; "own", or "value": value-value attention without residual
+                and MLP (timm's transformers only), which keeps patches to their own content.
+
+        Raises:
+            ValueError: for a tower without patches that the texts' space could take.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}; give a list of at least one text.")
+        require_projectable(self.visual, attention)
+        text_vectors = self.encode_text(texts)
+        (pixels,) = pixel_batches(self, as_image_list([image]), batch_size=1)
+        with torch.inference_mode(), last_block(self.visual, attention):
+            trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
+            vectors = project_patches(self.visual, trunk.layers[0].patches)
+        return (text_vectors @ vectors[0].T).unflatten(1, trunk.layers[0].grid)
 
     @property
     def tokenizer(self) -> Any:
@@ -220,28 +259,28 @@ class BiomedClipEncoder(VisionEncoder):
             )
         return self.text
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
-        """Write config, weights, image processor and, with a text tower, its tokenizer into a folder."""
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """Write config, weights, image processor and, with a text tower, its tokenizer."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.text is not None and hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(save_directory)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load an open_clip repo, folder or file, or a folder that `save_pretrained` wrote.
+    def is_foreign(cls, source: Source) -> bool:
+        """Whether the source is an open_clip repo, folder or file."""
+        return not is_saved_encoder(source)
 
-        Args:
-            pretrained_model_name_or_path: see `moellava.storage.sources.parse_source`.
-            **kwargs: `revision`, `cache_dir`, `local_files_only`, `token`; `dtype` (float32 for an open_clip
-                checkpoint unless given), `device`; fields of the config, such as `image_size`.
-        """
-        if pretrained_model_name_or_path is not None and not args:
-            hub, rest = split_hub_keywords(kwargs)
-            source = parse_source(pretrained_model_name_or_path, hub)
-            if not is_saved_encoder(source):
-                return cls.load(source, **rest)
-            pretrained_model_name_or_path = source.folder or source.repo_id
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+    @classmethod
+    def tower_files(
+        cls, source: Source, *, download: bool = False
+    ) -> list[tuple[str, Path | None]]:
+        """(name, path) of the files that would be loaded; None is not on this machine."""
+        if is_saved_encoder(source, download=download):
+            return super().tower_files(source, download=download)
+        files = resolve(source, download=download)
+        return [(OPEN_CLIP_CONFIG, files.config_file), (files.weights_name, files.weights_file)]
 
     @classmethod
     def load(
@@ -249,29 +288,32 @@ class BiomedClipEncoder(VisionEncoder):
         source: Source,
         *,
         image_size: int | Sequence[int] | None = None,
-        load_text: bool = False,
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
-        **overrides: Any,
-    ) -> "BiomedClipEncoder":
-        """Load an open_clip checkpoint; without `load_text` the text tower is neither built nor read.
+        load_text: bool = False,
+        **options: OptionValue,
+    ) -> Self:
+        """Load an open_clip checkpoint, and its text tower only with `load_text`.
 
         Weights stay mapped to their file until they are used.
         """
-        check_overrides(cls.config_class, overrides)
+        check_options(cls.config_class, options)
         files = resolve(source, download=True)
         config_file, weights_file = files.paths
         open_clip_config = read_open_clip_config(config_file)
         model_cfg = open_clip_config["model_cfg"]
+        text = text_settings(model_cfg, files.source, weights_file) if load_text else {}
+        with reading(config_file, "the config of an open_clip model"):
+            settings = {
+                "vision_cfg": model_cfg["vision_cfg"],
+                "embed_dim": model_cfg["embed_dim"],
+                "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+                "preprocess_cfg": open_clip_config.get("preprocess_cfg"),
+            }
+            with torch.device("meta"):
+                build_visual(BiomedClipVisionConfig(**settings))  # what the file says can be built
         config = BiomedClipVisionConfig(
-            vision_cfg=model_cfg["vision_cfg"],
-            embed_dim=model_cfg["embed_dim"],
-            quick_gelu=bool(model_cfg.get("quick_gelu", False)),
-            preprocess_cfg=open_clip_config.get("preprocess_cfg"),
-            tower=source.name,
-            revision=files.source.revision,
-            **(text_settings(model_cfg, files.source, weights_file) if load_text else {}),
-            **overrides,
+            **settings, **text, tower=source.name, revision=files.source.revision, **options
         )
         with torch.device("meta"):
             encoder = cls(config)
@@ -320,7 +362,7 @@ def _split_prefix(intermediates: list[Any]) -> tuple[list[Tensor], list[Tensor] 
 
 
 def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> LayerTokens:
-    """(B, D, rows, columns) -> tokens (B, N, D), row by row; the class token stands first in the prefix."""
+    """(B, D, rows, columns) -> tokens (B, N, D) by rows; the class token is first in the prefix."""
     rows, columns = feature_map.shape[2], feature_map.shape[3]
     class_token = prefix if prefix is None else prefix[:, :1]
     return LayerTokens(class_token, feature_map.flatten(2).transpose(1, 2), (rows, columns))

@@ -1,4 +1,4 @@
-"""transformers' CLIP vision tower as an encoder: `ClipVisionConfig`, `ClipEncoder`."""
+"""transformers' CLIP vision tower as an encoder."""
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 

@@ -1,4 +1,4 @@
-"""transformers' DINOv2 as an encoder, with registers or without: `Dinov2VisionConfig`, `Dinov2Encoder`."""
+"""transformers' DINOv2 as an encoder, with registers or without."""
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 

@@ -1,21 +1,34 @@
-"""A name in, a ready encoder out: `detect_encoder_type`, `create_encoder`, `register_encoder`.
+"""A name in, a ready encoder out.
 
-The table `ENCODERS` names the built-in families as text: a tower's library loads only when it is chosen.
+create_encoder, detect_encoder_type     the ways in
+encoder_options                         what may be chosen, for all families or one
+ENCODERS, EncoderKind, kind_of          the table of families
+register_encoder                        one more family
+
+The table names the built-in families as text: a tower's library loads only when it is chosen.
 """
 
 import importlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Callable
+from dataclasses import Field, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoConfig, AutoModel
 from typing_extensions import Unpack
 
-from moellava.encoders.base import VisionEncoder, VisionEncoderConfig
+from moellava.encoders.base import VisionEncoder
+from moellava.encoders.configuration import (
+    OptionValue,
+    VisionEncoderConfig,
+    check_options,
+    options_of,
+)
+from moellava.encoders.open_clip.configuration import DEFAULT_BIOMEDCLIP
+from moellava.encoders.open_clip.files import CONFIG_FILE as OPEN_CLIP_CONFIG
+from moellava.messages import unknown_name
 from moellava.plugins import load_plugins
 from moellava.storage.sources import (
     HubKeywords,
@@ -28,26 +41,45 @@ from moellava.storage.sources import (
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 ENTRY_POINT_GROUP = "moellava.encoders"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderKind:
-    """One family: its name, how a source of it is recognised, its class (or "module:class", loaded late)."""
+    """One family of encoders: its name, how a source of it is recognised, its class."""
 
     name: str
-    cls: str | type[VisionEncoder]
+    cls: (
+        str | type[VisionEncoder]
+    )  # "module:class" of moellava.encoders is imported when it is needed
     words: tuple[str, ...] = ()  # in the last parts of a path or repo id, any case
     model_types: tuple[str, ...] = ()  # of a config.json
+    config_files: tuple[str, ...] = ()  # files of other libraries that only this family has
     detect: Callable[[str], bool] | None = None
+    options: tuple[str, ...] = ()  # of `create_encoder`, that only this family takes
+    default: str | None = None  # the tower that is loaded if none is named
 
     def encoder_class(self) -> type[VisionEncoder]:
         """The encoder class, its module imported if need be."""
         if isinstance(self.cls, str):
             module, name = self.cls.split(":")
-            return getattr(importlib.import_module(f"moellava.encoders.{module}"), name)
+            found = getattr(importlib.import_module(f"moellava.encoders.{module}"), name)
+            return cast(type[VisionEncoder], found)
         return self.cls
+
+    def files(self, source: Source, *, download: bool = False) -> list[tuple[str, Path | None]]:
+        """(name, path) of the files that would be loaded; None is not on this machine."""
+        return self.encoder_class().tower_files(source, download=download)
+
+    def is_named_in(self, name: str) -> bool:
+        """Whether one of the family's words stands in a name."""
+        return any(word in name.lower() for word in self.words)
+
+    def owns_files_of(self, source: Source, *, download: bool = False) -> bool:
+        """Whether a source has a file that only this family has."""
+        return any(
+            find_file(source, name, download=download, required=False) for name in self.config_files
+        )
 
 
 ENCODERS: list[EncoderKind] = [  # first match wins, so the longer words stand first
@@ -56,6 +88,9 @@ ENCODERS: list[EncoderKind] = [  # first match wins, so the longer words stand f
         cls="biomedclip:BiomedClipEncoder",
         words=("biomedclip", "medclip"),
         model_types=("biomedclip_vision",),
+        config_files=(OPEN_CLIP_CONFIG,),
+        options=("load_text", "fallback_to_default"),
+        default=DEFAULT_BIOMEDCLIP,
     ),
     EncoderKind(
         name="siglip2",
@@ -95,7 +130,9 @@ def register_encoder(
 
     Args:
         name: what `encoder_type` will say.
-        detect: given a path or repo id, whether it is one of this family; asked before the built-in words.
+        detect: given a path or repo id, whether it is one of this family; asked before the built-in
+            words.
+
     Raises:
         ValueError: the name, or the config's `model_type`, is taken by another class.
     """
@@ -105,7 +142,8 @@ def register_encoder(
     if encoder_class.config_class is not config_class:
         raise ValueError(
             f"{encoder_class.__name__}.config_class is {encoder_class.config_class.__name__}, but "
-            f"{config_class.__name__} was given. Set config_class = {config_class.__name__} in the encoder."
+            f"{config_class.__name__} was given. Set config_class = {config_class.__name__} in the "
+            "encoder."
         )
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModel.register(config_class, encoder_class, exist_ok=True)
@@ -117,18 +155,33 @@ def register_encoder(
 
 
 def encoder_kinds() -> list[EncoderKind]:
-    """All families, those of installed packages (entry-point group `moellava.encoders`) included."""
+    """All families, with those of installed packages (entry points in `moellava.encoders`)."""
     load_plugins(ENTRY_POINT_GROUP)
     return ENCODERS
+
+
+def encoder_options(
+    config_class: type[VisionEncoderConfig] | None = None,
+) -> dict[str, Field[Any]]:
+    """What a user may choose of an encoder, by name: fields of its config, for all families or one.
+
+    Each has `default`, `type` and, in `metadata["help"]`, one sentence that explains it.
+    """
+    if config_class is not None:
+        return options_of(config_class)
+    found = options_of(VisionEncoderConfig)
+    for kind in encoder_kinds():
+        found = {**options_of(kind.encoder_class().config_class), **found}
+    return found
 
 
 def detect_encoder_type(
     path: str | Path, *, download: bool = True, **hub: Unpack[HubKeywords]
 ) -> str:
-    """The family of a tower: by the files of a local folder, else by its name, else by its config on the hub.
+    """The family of a tower, by the files of a local folder, its name, or its config on the hub.
 
-    Names are read in any case: "biomedclip" or "medclip" before "siglip" before "clip".
-    With `download=False` only this machine is looked at. The other keywords are those of `HubOptions`.
+    Names are read in any case: "biomedclip" or "medclip" before "siglip" before "clip". With
+    `download=False` only this machine is looked at. The other keywords are those of `HubOptions`.
 
     Raises:
         ValueError: nothing matches; the known families are listed.
@@ -138,35 +191,40 @@ def detect_encoder_type(
         if kind.detect is not None and kind.detect(str(path)):
             return kind.name
     source = parse_source(path, HubOptions(**hub))
-    if source.folder is not None and (found := _by_files(source, download)) is not None:
-        return found
-    name = (
-        source.name if source.folder is None else f"{source.folder.parent.name}/{source.name}"
-    ).lower()
-    for kind in kinds:
-        # The last part of a name says more than the folder or the owner before it.
-        if any(word in name.rsplit("/", 1)[-1] for word in kind.words):
-            return kind.name
-    for kind in kinds:
-        if any(word in name for word in kind.words):
-            return kind.name
-    if source.folder is None and (found := _by_files(source, download)) is not None:
-        return found
-    raise ValueError(
-        f"Cannot tell what kind of image tower {str(path)!r} is. Give encoder_type, one of "
-        f"{', '.join(kind.name for kind in kinds)}."
-    )
+    if source.folder is None:
+        name = source.name
+        found = _by_name(name) or _by_files(source, download)
+    else:
+        name = f"{source.folder.parent.name}/{source.name}"
+        found = _by_files(source, download) or _by_name(name)
+    if found is None:
+        raise ValueError(
+            f"Cannot tell what kind of image tower {str(path)!r} is. Give encoder_type, one of "
+            f"{', '.join(kind.name for kind in kinds)}."
+        )
+    return found.name
+
+
+def kind_of(
+    encoder_type: str | None, name: str | Path, hub: HubOptions | None = None
+) -> EncoderKind:
+    """The family that `encoder_type` names; None or "auto" detects it from the source.
+
+    Raises:
+        ValueError: an unknown name; the nearest known one is suggested.
+    """
+    if encoder_type is None or encoder_type == "auto":
+        encoder_type = detect_encoder_type(name, **(hub or HubOptions()).keywords)
+    kinds = {kind.name: kind for kind in encoder_kinds()}
+    if encoder_type not in kinds:
+        raise unknown_name("encoder_type", encoder_type, kinds)
+    return kinds[encoder_type]
 
 
 def create_encoder(
     encoder_type: str | None,
     model_name_or_path: str | Path | None = None,
     *,
-    image_size: int | Sequence[int] | None = None,
-    select_layer: int | Sequence[int] | None = None,
-    select_feature: str | None = None,
-    patch_tokens: str | None = None,
-    final_norm: bool | None = None,
     load_text: bool = False,
     fallback_to_default: bool = False,
     device: torch.device | str | None = None,
@@ -175,113 +233,111 @@ def create_encoder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
     token: str | bool | None = None,
+    **options: OptionValue,
 ) -> VisionEncoder:
     """Find an image tower's weights and return it ready to use, in evaluation mode.
 
     Args:
         encoder_type: a family of `ENCODERS`; None or "auto" detects it from the source.
-        model_name_or_path: see `moellava.storage.sources.parse_source`. None is the default BiomedCLIP, for
-            `encoder_type="biomedclip"` only.
-        image_size, select_layer, select_feature, patch_tokens, final_norm: see `VisionEncoderConfig`; None
-            keeps the tower's own.
+        model_name_or_path: see `moellava.storage.sources.parse_source`. None is the default tower
+            of a family that has one: BiomedCLIP.
         load_text: BiomedCLIP only: load the text tower as well, for `encode_text` and `zero_shot`.
-        fallback_to_default: BiomedCLIP only: where the source cannot be loaded, load the default BiomedCLIP
-            instead, with a warning; the config records what was really loaded.
-        dtype: of the weights; None is float32 for open_clip's files and as saved for others, "auto" as saved.
+        fallback_to_default: BiomedCLIP only: if the source cannot be loaded, load the default
+            BiomedCLIP instead, with a warning; the config records what was really loaded.
+        dtype: of the weights; None is float32 for open_clip's files and as saved for others, "auto"
+            as saved.
+        **options: `image_size`, `patch_tokens`, `select_layer`, `select_feature`, `final_norm` and
+            a family's own: `encoder_options()` lists and explains them. None keeps the tower's own.
+
     Raises:
-        ValueError, OSError: the source cannot be read as this family; never other or random weights.
+        ValueError, OSError: the source cannot be read as this family; never other or random
+            weights.
+        TypeError: the family has no such option.
     """
     hub = HubOptions(
         revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )
-    if model_name_or_path is None:
-        if encoder_type != "biomedclip":
-            raise ValueError(
-                f"Which tower? Give model_name_or_path, for example {DEFAULT_BIOMEDCLIP!r}."
-            )
-        model_name_or_path = DEFAULT_BIOMEDCLIP
-    kind = _kind(encoder_type, model_name_or_path, hub)
-    given = {
-        "image_size": image_size,
-        "select_layer": select_layer,
-        "select_feature": select_feature,
-        "patch_tokens": patch_tokens,
-        "final_norm": final_norm,
-        "load_text": load_text or None,
-        "dtype": dtype,
-        "device": device,
+    name = _default_of(encoder_type) if model_name_or_path is None else model_name_or_path
+    kind = kind_of(encoder_type, name, hub)
+    _refuse_options_of_others(kind, load_text=load_text, fallback_to_default=fallback_to_default)
+    encoder_class = kind.encoder_class()
+    chosen = {key: value for key, value in options.items() if value is not None}
+    check_options(encoder_class.config_class, chosen, encoder_options(encoder_class.config_class))
+    loading = {"device": device, "dtype": dtype, "load_text": load_text or None}
+    keywords: dict[str, Any] = {
+        key: value for key, value in {**chosen, **loading}.items() if value is not None
     }
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    if kind.name != "biomedclip":
-        for name, value in (("load_text", load_text), ("fallback_to_default", fallback_to_default)):
-            if value:
-                raise ValueError(
-                    f"{name} is for encoder_type='biomedclip'; this tower is {kind.name!r}."
-                )
-        return kind.encoder_class().from_pretrained(model_name_or_path, **hub.keywords, **overrides)
-    return _create_biomedclip(kind, model_name_or_path, fallback_to_default, hub, overrides)
-
-
-def _create_biomedclip(
-    kind: EncoderKind,
-    name: str | Path,
-    fallback_to_default: bool,
-    hub: HubOptions,
-    overrides: dict[str, Any],
-) -> VisionEncoder:
-    if not any(word in str(name).lower() for word in kind.words) and not _has_open_clip_config(
-        name, hub
-    ):
-        logger.warning(
-            "%s does not look like a BiomedCLIP checkpoint; trying it all the same.", name
-        )
+    if kind.config_files:
+        _warn_if_unlike(kind, name, hub)
     try:
-        return kind.encoder_class().from_pretrained(name, **hub.keywords, **overrides)
+        return _loaded(encoder_class, name, hub, keywords)
     except (OSError, ValueError) as error:
-        if not fallback_to_default or str(name) == DEFAULT_BIOMEDCLIP:
+        if not fallback_to_default or kind.default in (None, str(name)):
             raise
         logger.warning(
             "%s cannot be loaded (%s). Loading %s INSTEAD, as fallback_to_default=True allows.",
             name,
             error,
-            DEFAULT_BIOMEDCLIP,
+            kind.default,
         )
+    assert kind.default is not None
     hub = hub.at(None)  # a revision of the tower asked for means nothing here
-    return kind.encoder_class().from_pretrained(DEFAULT_BIOMEDCLIP, **hub.keywords, **overrides)
+    return _loaded(encoder_class, kind.default, hub, keywords)
 
 
-def _kind(encoder_type: str | None, name: str | Path, hub: HubOptions) -> EncoderKind:
-    if encoder_type in (None, "auto"):
-        encoder_type = detect_encoder_type(name, **hub.keywords)
-    kinds = {kind.name: kind for kind in encoder_kinds()}
-    assert encoder_type is not None
-    if encoder_type not in kinds:
-        near = get_close_matches(encoder_type, kinds, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"Unknown encoder_type {encoder_type!r}.{hint} Known: {', '.join(sorted(kinds))}."
-        )
-    return kinds[encoder_type]
+def _loaded(
+    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: dict[str, Any]
+) -> VisionEncoder:
+    encoder: VisionEncoder = encoder_class.from_pretrained(name, **hub.keywords, **keywords)
+    return encoder
 
 
-def _by_files(source: Source, download: bool) -> str | None:
-    """The family that a source's own config file names, if this machine has it or may fetch it."""
-    for file_name in ("config.json", "open_clip_config.json"):
-        path = find_file(source, file_name, download=download, required=False)
-        if path is None:
-            continue
-        if file_name == "open_clip_config.json":
-            return "biomedclip"
-        model_type = read_json(path).get("model_type")
-        for kind in encoder_kinds():
-            if model_type in kind.model_types:
-                return kind.name
+def _default_of(encoder_type: str | None) -> str:
+    for kind in encoder_kinds():
+        if kind.name == encoder_type and kind.default is not None:
+            return kind.default
+    raise ValueError(f"Which tower? Give model_name_or_path, for example {DEFAULT_BIOMEDCLIP!r}.")
+
+
+def _refuse_options_of_others(kind: EncoderKind, **given: bool) -> None:
+    """Refuse an option that only other families take."""
+    for name, value in given.items():
+        if value and name not in kind.options:
+            owners = " or ".join(
+                repr(kind.name) for kind in encoder_kinds() if name in kind.options
+            )
+            raise ValueError(f"{name} is for encoder_type={owners}; this tower is {kind.name!r}.")
+
+
+def _warn_if_unlike(kind: EncoderKind, name: str | Path, hub: HubOptions) -> None:
+    if kind.is_named_in(str(name)):
+        return
+    try:
+        if kind.owns_files_of(parse_source(name, hub)):
+            return
+    except (OSError, ValueError):
+        pass  # the loading that follows says what is wrong
+    logger.warning(
+        "%s does not look like a %s checkpoint; trying it all the same.", name, kind.name
+    )
+
+
+def _by_name(name: str) -> EncoderKind | None:
+    """The family that a name speaks of; its last part says more than the folder before it."""
+    kinds = encoder_kinds()
+    for part in (name.rsplit("/", 1)[-1], name):
+        for kind in kinds:
+            if kind.is_named_in(part):
+                return kind
     return None
 
 
-def _has_open_clip_config(name: str | Path, hub: HubOptions) -> bool:
-    try:
-        source = parse_source(name, hub)
-    except (OSError, ValueError):
-        return False
-    return source.folder is not None and (source.folder / "open_clip_config.json").is_file()
+def _by_files(source: Source, download: bool) -> EncoderKind | None:
+    """The family that a source's own config file names, if this machine has it or may fetch it."""
+    kinds = encoder_kinds()
+    owner = next((kind for kind in kinds if kind.owns_files_of(source, download=download)), None)
+    if owner is not None and owner.is_named_in(source.name):
+        return owner  # a config.json that somebody has put beside its files does not count
+    path = find_file(source, "config.json", download=download, required=False)
+    model_type = None if path is None else read_json(path).get("model_type")
+    return next((kind for kind in kinds if model_type in kind.model_types), owner)

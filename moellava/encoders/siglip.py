@@ -1,4 +1,4 @@
-"""transformers' SigLIP vision tower as an encoder: `SiglipVisionConfig`, `SiglipEncoder`."""
+"""transformers' SigLIP vision tower as an encoder."""
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 

@@ -1,4 +1,4 @@
-"""transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder: `Siglip2VisionConfig`, `Siglip2Encoder`."""
+"""transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ from moellava.encoders._transformers import TransformersVisionConfig, Transforme
 
 
 class Siglip2VisionConfig(TransformersVisionConfig):
-    """A `Siglip2VisionModel`. SigLIP 2's checkpoints of one fixed size are SigLIP: `SiglipVisionConfig`."""
+    """A `Siglip2VisionModel`; SigLIP 2's checkpoints of one fixed size are SigLIP's."""
 
     model_type = "moellava_siglip2_vision"
     default_tower_type = "siglip2_vision_model"
@@ -26,9 +26,9 @@ class Siglip2VisionConfig(TransformersVisionConfig):
 class Siglip2Encoder(TransformersVisionEncoder):
     """Patch tokens of a `Siglip2VisionModel`; it has no class token.
 
-    Every image of an encoder has one size here, `image_size`, since a language model behind it counts on one number
-    of tokens. So images are stretched to it, as SigLIP's are, where NaFlex would keep their proportions: choose a
-    non-square `image_size` for images that are not square.
+    Every image of an encoder has one size here, `image_size`, since a language model behind it
+    counts on one number of tokens. So images are stretched to it, as SigLIP's are, where NaFlex
+    would keep their proportions: choose a non-square `image_size` for images that are not square.
     """
 
     config_class = Siglip2VisionConfig
@@ -46,7 +46,7 @@ class Siglip2Encoder(TransformersVisionEncoder):
         return self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
 
     def build_image_processor(self) -> Any:
-        """SigLIP's image processor with this tower's mean, deviation and resampling, at the encoder's size."""
+        """SigLIP's image processor with this tower's mean, deviation and resampling."""
         settings = self.config.processor_config or {}
         if not settings:
             return super().build_image_processor()  # which says what is missing

@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from moellava.images import View, to_pil
+from moellava.images import ViewOptions, to_pil
 from moellava.messages import unknown_name
 from moellava.model.generation import (
     GrowingAnswer,
     generate_answers,
     new_answer,
+    require_generation_options,
     require_room,
     stream_pieces,
     turn_end_options,
@@ -33,8 +34,7 @@ from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 ROLES = ("system", "user", "assistant")
-# The options of an image in a message: those of `moellava.images.View`.
-VIEW_OPTIONS = tuple(View.__dataclass_fields__)
+VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 # {"role": "user", "content": "..."}, or a list of items:
 # {"type": "text", "text": "..."} and {"type": "image", "image": any image, "window": "lung"}.
 Message: TypeAlias = Mapping[str, object]
@@ -177,6 +177,7 @@ class Conversation:
     def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, Any]) -> Iterator[str]:
         self._require_idle()
         require_question(turns)
+        require_generation_options(generation)
         if generation.get("num_return_sequences", 1) != 1:
             raise ValueError("A conversation has one answer. Leave num_return_sequences out.")
         loaded = self._loaded
@@ -391,9 +392,13 @@ def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt
         )
     runs = [processor.image_token * picture.num_tokens for picture in pictures]
     whole = "".join(part + run for part, run in zip(parts, [*runs, ""], strict=True))
-    ids = processor.tokenizer(whole)["input_ids"]
+    bos = processor.tokenizer.bos_token
+    is_begun = bos is not None and whole.startswith(bos)  # by the template; it comes once
+    ids: list[int] = processor.tokenizer(whole, add_special_tokens=not is_begun)["input_ids"]
     of_place = iter([picture for picture in pictures for _ in range(picture.num_tokens)])
-    keys = [next(of_place) if token == processor.image_token_id else token for token in ids]
+    keys: list[object] = [
+        next(of_place) if token == processor.image_token_id else token for token in ids
+    ]
     return _Prompt(ids, keys, pictures)
 
 

@@ -6,9 +6,11 @@
 | `generate_answers` | the same into `GrowingAnswer`s, which tell of every piece of text |
 | `stream_pieces` | an iterator over the pieces of one answer |
 | `turn_end_options` | what makes an answer end where the chat template ends a turn |
+| `require_generation_options` | an error that suggests, for an option that `generate` lacks |
 | `require_room` | an error that counts, if a prompt and its answer exceed the context |
 """
 
+import inspect
 import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -19,6 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
@@ -27,6 +30,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from moellava.messages import did_you_mean
 from moellava.model.chat_templates import end_of_turn
 
 DEFAULT_MAX_NEW_TOKENS = 64
@@ -168,9 +172,14 @@ def generate_texts(
         **generation: passed to `generate`; `max_new_tokens` is 64 unless given.
 
     Returns:
-        The new text of each prompt, without special tokens and surrounding white space.
+        The new text of each prompt, without special tokens and surrounding white space;
+        `num_return_sequences` texts per prompt if that is given.
+
+    Raises:
+        TypeError: for an option that `generate` does not have.
     """
-    num_rows = len(inputs["input_ids"]) * generation.get("num_return_sequences", 1)
+    require_generation_options(generation)
+    num_rows = len(inputs["input_ids"]) * (generation.get("num_return_sequences") or 1)
     answers = [new_answer(model, tokenizer, generation) for _ in range(num_rows)]
     generate_answers(model, inputs, answers, **generation)
     return [answer.text for answer in answers]
@@ -187,7 +196,7 @@ def new_answer(
     return GrowingAnswer(
         tokenizer,
         end_ids=_end_ids(model, generation),
-        max_new_tokens=generation.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS),
+        max_new_tokens=generation.get("max_new_tokens") or DEFAULT_MAX_NEW_TOKENS,
         stop_strings=[stop_strings] if isinstance(stop_strings, str) else stop_strings,
         on_piece=on_piece,
     )
@@ -219,7 +228,6 @@ def generate_answers(
     options = {"do_sample": False, "max_length": None, **generation}
     options["max_new_tokens"] = max(answer.max_new_tokens for answer in answers)
     options.pop("stop_strings", None)  # the answers see to it, and cut the text
-    options.pop("return_dict_in_generate", None)
     num_prompt_tokens = inputs["input_ids"].shape[1]
     if options.get("num_beams", 1) == 1:
         recorder = _Recorder(top_logprobs)
@@ -231,7 +239,9 @@ def generate_answers(
             options["logits_processor"] = LogitsProcessorList([*processors, recorder])
     elif top_logprobs is not None:
         raise ValueError("top_logprobs cannot be recorded with beams. Leave one of them out.")
-    sequences: Tensor = model.generate(**inputs, **options)
+    generated: Any = model.generate(**inputs, **options)
+    # (B, T + new), alone or beside scores and hidden states
+    sequences: Tensor = generated if isinstance(generated, Tensor) else generated.sequences
     for answer, tokens in zip(answers, sequences[:, num_prompt_tokens:].tolist(), strict=True):
         for token in tokens[len(answer.token_ids) :]:
             answer.add(token)
@@ -275,7 +285,7 @@ def turn_end_options(
 
     Empty if the template ends a turn with a token at which the model stops anyway.
     """
-    end = end_of_turn(tokenizer, template)
+    end = end_of_turn(tokenizer, template).strip()
     ids = tokenizer.encode(end, add_special_tokens=False) if end else []
     known = _end_ids(model, {})
     if not end or (len(ids) == 1 and ids[0] in known):
@@ -284,6 +294,20 @@ def turn_end_options(
     if isinstance(token, int) and token != tokenizer.unk_token_id:
         return {} if token in known else {"eos_token_id": [*known, token]}
     return {"stop_strings": [end]}
+
+
+def require_generation_options(given: Mapping[str, object]) -> None:
+    """Raise `TypeError` for a name that `generate` does not know; the nearest one is suggested."""
+    known = {
+        *inspect.signature(GenerationMixin.generate).parameters,
+        *GenerationConfig().to_dict(),  # type: ignore[no-untyped-call]
+    }
+    for name in given:
+        if name not in known:
+            raise TypeError(
+                f"generate has no option {name!r}.{did_you_mean(name, sorted(known))} The options "
+                "are those of transformers' GenerationConfig."
+            )
 
 
 def require_room(

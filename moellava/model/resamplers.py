@@ -1,10 +1,8 @@
-"""Projectors with queries of their own: any number of patch tokens becomes a fixed number of image embeddings.
+"""Projectors with queries of their own: any number of patch tokens in, a fixed number out.
 
-The attention is transformers' (Idefics2's Perceiver, BLIP-2's Q-Former); here is only how they are put together.
-Imported when such a projector is built.
+The attention is transformers' (Idefics2's Perceiver, BLIP-2's Q-Former). Imported when such a
+projector is built.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +13,24 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 
-class LatentResampler(Idefics2PerceiverResampler):
-    """Idefics2's resampler with latents that differ: its own start all ones, and equal latents stay equal for ever."""
+class LatentResampler(Idefics2PerceiverResampler):  # type: ignore[no-untyped-call]
+    """Idefics2's resampler with latents that differ: its own are all ones, and would stay equal."""
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, Idefics2PerceiverResampler):
             init.normal_(module.latents, mean=0.0, std=self.config.initializer_range)
 
 
 class PerceiverProjector(nn.Module):
-    """(B, N, D_vision) → (B, num_latents, D_text): a linear map, then latents that attend to it (arXiv 2405.02246)."""
+    """(B, N, D_vision) → (B, num_latents, D_text): a linear map, then latents that attend to it.
 
-    def __init__(self, vision_width: int, text_width: int, num_latents: int, num_layers: int):
+    From Idefics2, arXiv 2405.02246.
+    """
+
+    def __init__(
+        self, vision_width: int, text_width: int, num_latents: int, num_layers: int
+    ) -> None:
         super().__init__()
         head_dim = 64
         if text_width % head_dim:
@@ -42,17 +45,20 @@ class PerceiverProjector(nn.Module):
             num_key_value_heads=num_heads,
         )
         self.input_projection = nn.Linear(vision_width, text_width)
-        self.resampler = LatentResampler._from_config(config)
+        self.resampler = LatentResampler._from_config(config)  # type: ignore[no-untyped-call]
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
         context = self.input_projection(patch_tokens)  # (B, N, D_text)
-        return self.resampler(
-            context, torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
-        )
+        mask = torch.ones(context.shape[:2], dtype=torch.long, device=context.device)
+        image_embeds: Tensor = self.resampler(context, mask)
+        return image_embeds
 
 
 class QFormerProjector(nn.Module):
-    """(B, N, D_vision) → (B, num_query_tokens, D_text): BLIP-2's Q-Former (arXiv 2301.12597), then a linear map."""
+    """(B, N, D_vision) → (B, num_query_tokens, D_text): BLIP-2's Q-Former, then a linear map.
+
+    From arXiv 2301.12597.
+    """
 
     def __init__(
         self,
@@ -61,11 +67,12 @@ class QFormerProjector(nn.Module):
         num_query_tokens: int,
         num_layers: int,
         hidden_size: int,
-    ):
+    ) -> None:
         super().__init__()
         if hidden_size % 64:
             raise ValueError(
-                f"hidden_size of the Q-Former is {hidden_size}; give a multiple of 64, the head's width."
+                f"hidden_size of the Q-Former is {hidden_size}; "
+                "give a multiple of 64, the head's width."
             )
         config = Blip2QFormerConfig(
             hidden_size=hidden_size,
@@ -76,12 +83,12 @@ class QFormerProjector(nn.Module):
         )
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_tokens, hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
-        self.qformer = Blip2QFormerModel._from_config(config)
+        self.qformer = Blip2QFormerModel._from_config(config)  # type: ignore[no-untyped-call]
         self.output_projection = nn.Linear(hidden_size, text_width)
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
         queries = self.query_tokens.expand(len(patch_tokens), -1, -1)
-        output: Any = self.qformer(query_embeds=queries, encoder_hidden_states=patch_tokens)
-        return self.output_projection(
-            output.last_hidden_state.to(self.output_projection.weight.dtype)
-        )
+        output = self.qformer(query_embeds=queries, encoder_hidden_states=patch_tokens)
+        hidden: Tensor = output.last_hidden_state.to(self.output_projection.weight.dtype)
+        image_embeds: Tensor = self.output_projection(hidden)
+        return image_embeds

@@ -1,1 +1,1 @@
-"""Files: where a model lies (`sources`), how weights are read (`weights`) and files written (`writing`)."""
+"""Files: where they lie, how they are read and written, and what is said if they cannot be."""

@@ -9,25 +9,27 @@ read_json                           a JSON object, with errors that name the fil
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TypedDict
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # the client it uses
+from huggingface_hub.utils._validators import validate_repo_id
 
 from moellava.messages import first_names
+from moellava.storage.errors import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -56,7 +58,7 @@ class HubOptions:
 
     @property
     def keywords(self) -> HubKeywords:
-        """For `from_pretrained`; a token that was not given is left out, so that the login is used."""
+        """For `from_pretrained`; a token that was not given is left out: the login is used."""
         given: HubKeywords = {
             "revision": self.revision,
             "cache_dir": self.cache_dir,
@@ -86,7 +88,7 @@ class Source:
 
 
 class Origin(NamedTuple):
-    """Where weights came from: a repo id or a folder's own name, and the commit if the hub has one."""
+    """Where weights came from: a repo id or a folder's own name, and the commit if any."""
 
     name: str
     revision: str | None
@@ -112,8 +114,13 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if text.removeprefix("local-dir:") and path.exists():
         return _local_source(path, hub)
-    if is_local or text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or path.is_absolute():
-        raise FileNotFoundError(f"{path} does not exist. {nearest_sibling(path)}".strip())
+    if (
+        is_local
+        or text.startswith(("/", "./", "../", "~", "\\", ".\\", "..\\"))
+        or _is_absolute(path)
+    ):
+        hint = _hub_id_in(path) or nearest_sibling(path)
+        raise FileNotFoundError(f"{path} does not exist. {hint}".strip())
     try:
         validate_repo_id(text)
     except HFValidationError as error:
@@ -126,15 +133,14 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
 
 def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
     """The hub's options among the keywords of a `from_pretrained`, and the rest."""
-    rest = dict(keywords)
-    hub: Any = {
-        field.name: rest.pop(field.name) for field in fields(HubOptions) if field.name in rest
-    }
+    names = {field.name for field in fields(HubOptions)}
+    hub = {name: value for name, value in keywords.items() if name in names}
+    rest = {name: value for name, value in keywords.items() if name not in names}
     return HubOptions(**hub), rest
 
 
 def origin_of(source: str | os.PathLike[str], hub: HubOptions | None = None) -> Origin:
-    """The origin of a checkpoint that has just been read: a folder or hub id with a `config.json`."""
+    """The origin of a checkpoint that was just read: a folder or hub id with a `config.json`."""
     parsed = parse_source(source, hub)
     config_file = find_file(parsed, "config.json")
     return Origin(parsed.name, None if config_file is None else commit_of(config_file))
@@ -169,7 +175,7 @@ def find_file(
         return Path(hf_hub_download(source.repo_id, name, **hub.keywords))
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError) as error:
+    except (LocalEntryNotFoundError, EntryNotFoundError, httpx.HTTPError) as error:
         if not required:
             return None
         is_missing = isinstance(error, EntryNotFoundError)
@@ -193,7 +199,7 @@ def file_exists(source: Source, name: str) -> bool:
         return HfApi(token=source.hub.token).file_exists(
             source.repo_id, name, revision=source.revision
         )
-    except (OSError, HfHubHTTPError) as error:
+    except (OSError, httpx.HTTPError) as error:
         raise OSError(not_fetched(source, [name], str(error).splitlines()[0])) from error
 
 
@@ -203,10 +209,8 @@ def read_json(path: Path) -> dict[str, object]:
     Raises:
         ValueError: the file is not JSON, or not an object; it is named.
     """
-    try:
+    with reading(path, "JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object.")
     return content
@@ -251,6 +255,24 @@ def not_fetched(
         f"`hf download {source.repo_id} {example or names[0]}{revision}{cache}`, or copy the repo "
         "into a folder and give its path."
     )
+
+
+def _is_absolute(path: Path) -> bool:
+    return path.is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _hub_id_in(path: Path) -> str:
+    """A sentence for a path of another machine: the repo whose cache it was, or that it is one."""
+    parts = re.split(r"[/\\]", str(path))
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    if cached:
+        repo_id = cached.removeprefix("models--").replace("--", "/", 1)
+        return f"It is another machine's cache of {repo_id!r}; give that id."
+    if PureWindowsPath(path).is_absolute() and not path.is_absolute():
+        return (
+            "It is a path of Windows, and this is another machine. Give a folder here, or a hub id."
+        )
+    return ""
 
 
 def _local_source(path: Path, hub: HubOptions) -> Source:

@@ -1,45 +1,87 @@
-"""Weights on disk to weights in a module: safetensors first, then pickles, opened with `weights_only=True`.
+"""Weights on disk to weights in a module.
 
-`read_weights`, `assign_weights`, and the one strict check `require_fit`.
+read_weights                    safetensors, or a pickle opened with `weights_only=True`
+assign_weights                  into a module, without copying
+require_fit, require_loaded     the one strict check of loading
+read_index, require_own_files   the files of sharded weights, none of them outside the folder
+require_finite                  what a model computed is a number
+weights_fingerprint             a short name for weights, for comparison
 """
 
+import hashlib
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from moellava.messages import first_names
+from moellava.storage.errors import reading, reason_of
+from moellava.storage.sources import read_json
+
+# What training loops put a state dict under, and torch's wrappers before its names.
+WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
+NAME_PREFIXES = ("module.", "_orig_mod.")
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
-    """Tensors of a checkpoint whose names start with one of `prefixes`, mapped from the file, not copied.
+    """Tensors whose names start with one of `prefixes`, mapped from the file, not copied.
+
+    Names are without what DistributedDataParallel (`module.`) and torch.compile (`_orig_mod.`) add.
 
     Raises:
         ValueError: a truncated or foreign file, or a pickle that wants to run code.
     """
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                return {
-                    key: file.get_tensor(key)
-                    for key in file.keys()
-                    if key.startswith(prefixes)  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{path} cannot be read as safetensors; is it complete? ({error})"
-            ) from error
-    state = _read_pickle(path)
-    tensors = dict(_tensors(state))
+        with reading(path, "safetensors"), safe_open(path, framework="pt") as file:
+            # Not a mapping: it has keys() alone.
+            names = {key: _plain_name(key) for key in file.keys()}  # noqa: SIM118
+            return {
+                name: file.get_tensor(key)
+                for key, name in names.items()
+                if name.startswith(prefixes)
+            }
+    with reading(path, "PyTorch weights"):
+        tensors = dict(_tensors(_read_pickle(path)))
     if not tensors:
-        raise ValueError(f"{path} holds no tensors; expected the weights of an open_clip model.")
-    return {key: value for key, value in tensors.items() if key.startswith(prefixes)}
+        raise ValueError(f"{path} holds no tensors; expected weights, as a mapping of their names.")
+    return {name: value for name, value in tensors.items() if name.startswith(prefixes)}
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Which file of the folder holds each tensor, by a `model.safetensors.index.json` or its like.
+
+    Raises:
+        ValueError: not an index, or one that names a file outside its folder.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{path} has no 'weight_map', so it is not an index of weights.")
+    for name in set(map(str, weight_map.values())):
+        if name in ("", ".", "..") or name != re.split(r"[/\\:]", name)[-1]:
+            raise ValueError(
+                f"{path} names the file {name!r}, which is not a plain name in its own folder, so "
+                "it is not read. Put all files of the weights beside the index."
+            )
+    return {str(tensor): str(name) for tensor, name in weight_map.items()}
+
+
+def require_own_files(folder: Path) -> None:
+    """Check the indexes of a folder before a library reads them; errors as `read_index`."""
+    for index in sorted(folder.glob("*.index.json")):
+        read_index(index)
+
+
+def require_finite(where: object, values: Tensor) -> None:
+    """Raise `ValueError` if something that a model computed holds NaN or infinity."""
+    if not bool(values.isfinite().all()):
+        raise ValueError(
+            f"{where} gives NaN or infinity: its weights are damaged, or {values.dtype} is too "
+            "narrow for them. Fetch the weights again, or load them with dtype='float32'."
+        )
 
 
 def assign_weights(module: nn.Module, state: dict[str, Tensor], *, where: object) -> None:
@@ -101,34 +143,51 @@ def require_fit(
         )
 
 
-def _read_pickle(path: Path, mmap: bool = True) -> Any:
+def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 over names, shapes and the first and last 64 values of each tensor.
+
+    Few values, so that weights which are mapped to a file are not read for it. They are rounded to
+    bfloat16, so that a tower has one fingerprint in float32 and bfloat16. It is None, unknown, for
+    float16, which rounds otherwise, and for weights that are offloaded.
+    """
+    if any(value.dtype == torch.float16 or value.is_meta for value in state_dict.values()):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        values = state_dict[name].detach().reshape(-1)
+        sample = torch.cat([values[:64], values[-64:]]).to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(state_dict[name].shape)}\n".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read_pickle(path: Path, mmap: bool = True) -> object:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
+    except Exception as error:
         if mmap and "mmap" in str(error):  # the format before torch 1.6 cannot be mapped
             return _read_pickle(path, mmap=False)
         if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
             raise ValueError(
-                f"{path} is a pickle that wants more than tensors, so it is not opened (it could run code): "
-                f"{_reason(error)} Save its state_dict as safetensors on a machine where you trust it."
+                f"{path} is a pickle that wants more than tensors, so it is not opened (it could "
+                f"run code): {reason_of(error)} Save its state_dict as safetensors on a machine "
+                "where you trust it."
             ) from error
-        raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) cannot be read as PyTorch weights; is it complete? "
-            f"({_reason(error)})"
-        ) from error
+        raise
 
 
-def _reason(error: Exception) -> str:
-    """The part of torch's message that says what is wrong, without its advice to load unsafely."""
-    found = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return found[1].strip() if found else (str(error).splitlines() or [type(error).__name__])[0]
+def _tensors(state: object) -> Iterator[tuple[str, Tensor]]:
+    """Named tensors of a state dict, or of a training checkpoint that holds one."""
+    if not isinstance(state, Mapping):
+        return
+    if not any(isinstance(value, Tensor) for value in state.values()):
+        state = next((state[name] for name in WRAPPERS if isinstance(state.get(name), Mapping)), {})
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield _plain_name(str(key)), value
 
 
-def _tensors(state: Any) -> Iterator[tuple[str, Tensor]]:
-    """Named tensors of a state dict, or of open_clip's training checkpoints (names with `module.`)."""
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if isinstance(state, Mapping):
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                yield str(key).removeprefix("module."), value
+def _plain_name(name: str) -> str:
+    while name.startswith(NAME_PREFIXES):
+        name = name.partition(".")[2]
+    return name

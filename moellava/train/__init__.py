@@ -1,6 +1,17 @@
 """From downloaded data to a trained model: recipes, stages, the trainer."""
 
-from moellava.train.recipe import Recipe, load_recipe, recipe_names
-from moellava.train.run import TrainResult, train
+from moellava.train.options import Recipe
+from moellava.train.recipe import load_recipe, recipe_names
+from moellava.train.run import train
+from moellava.train.stage import Plan, Stage, TrainResult, register_stage
 
-__all__ = ["Recipe", "TrainResult", "load_recipe", "recipe_names", "train"]
+__all__ = [
+    "Plan",
+    "Recipe",
+    "Stage",
+    "TrainResult",
+    "load_recipe",
+    "recipe_names",
+    "register_stage",
+    "train",
+]

@@ -1,13 +1,12 @@
-"""A recipe's words → transformers' `TrainingArguments`: `training_arguments`, `run_folder`."""
+"""A recipe's words → transformers' `TrainingArguments`: `training_arguments`."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_deepspeed_available
+from accelerate.utils import get_int_from_env, is_deepspeed_available, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
@@ -15,7 +14,8 @@ from transformers.integrations.integration_utils import (
 )
 
 from moellava.messages import unknown_name
-from moellava.train.recipe import Recipe
+from moellava.train.options import Recipe
+from moellava.train.run_folder import run_folder
 
 # With these, whole checkpoints and exact resuming would be lost without a word.
 _REFUSED = (
@@ -30,36 +30,30 @@ _REFUSED = (
 )
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """`output_dir` as a path; its absence is an error."""
-    if not recipe.output_dir:
-        raise ValueError("The recipe has no output_dir. Add output_dir=runs/NAME.")
-    return Path(recipe.output_dir).expanduser()
-
-
 def training_arguments(
     recipe: Recipe, *, show_progress: bool = True, resumes: bool = False
 ) -> TrainingArguments:
     """transformers' arguments.
 
     Args:
-        resumes: whether the run goes on from a checkpoint, whose evaluation is in its log.
+        resumes: whether the run resumes from a checkpoint, whose evaluation is in its log.
 
     Raises:
-        ValueError: for a key in `trainer` that is unknown or another's business, a batch size that does not divide,
-            or an engine that this machine does not have.
+        ValueError: for a key in `trainer` that is unknown or has a key of its own, a batch size
+            that does not divide, or an engine that this machine does not have.
         ImportError: if a package of `logging.report_to` is not installed.
     """
     optim, trainer = recipe.optim, dict(recipe.trainer)
     evaluates = recipe.data.evaluation is not None
-    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    num_processes = get_int_from_env(("WORLD_SIZE",), 1)
     at_once = optim.per_device_batch_size * num_processes
     if optim.batch_size % at_once:
         raise ValueError(
-            f"optim.batch_size={optim.batch_size} is no multiple of optim.per_device_batch_size="
-            f"{optim.per_device_batch_size} times {num_processes} processes. Choose ones that divide."
+            f"optim.batch_size={optim.batch_size} is not a multiple of "
+            f"optim.per_device_batch_size={optim.per_device_batch_size} times {num_processes} "
+            "processes. Choose values that divide."
         )
-    settings: dict[str, Any] = {
+    settings: dict[str, object] = {
         "output_dir": str(run_folder(recipe)),
         "per_device_train_batch_size": optim.per_device_batch_size,
         "per_device_eval_batch_size": optim.per_device_batch_size,
@@ -68,7 +62,7 @@ def training_arguments(
         "num_train_epochs": optim.epochs,
         "max_steps": optim.max_steps if optim.max_steps is not None else -1,
         "lr_scheduler_type": optim.schedule,
-        "warmup_steps": optim.warmup,  # a share, where it is below 1
+        "warmup_steps": optim.warmup,  # a share if it is below 1
         "weight_decay": optim.weight_decay,
         "max_grad_norm": optim.max_grad_norm,
         "optim": optim.optimizer,
@@ -76,25 +70,35 @@ def training_arguments(
         "activation_checkpointing": optim.activation_checkpointing,
         "torch_compile": optim.compile,
         "logging_steps": recipe.logging.every,
-        "logging_nan_inf_filter": False,  # a number that is none stops the run instead
+        "logging_nan_inf_filter": False,  # a non-finite loss stops the run instead
         "report_to": list(recipe.logging.report_to) or "none",
         "save_strategy": "steps",
         "save_steps": recipe.saving.every,
         "eval_strategy": "steps" if evaluates else "no",
         "eval_steps": recipe.evaluation.every if evaluates else None,
         "dataloader_num_workers": recipe.data.num_workers,
-        # Kept workers would draw no seed at the second epoch, new ones of a resumed run would: other random numbers.
+        # Kept workers would draw no seed at the second epoch, new ones of a resumed run would:
+        # other random numbers.
         "dataloader_persistent_workers": False,
         "remove_unused_columns": False,
         "disable_tqdm": not show_progress,
         "seed": recipe.seed,
     }
-    defaults: dict[str, Any] = {
+    defaults: dict[str, object] = {
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
         "eval_on_start": evaluates and not resumes,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": True,  # a batch without an image leaves the projector out
     }
+    _require_allowed(trainer, settings)
+    _require_engine(recipe)
+    _require_reporters(recipe.logging.report_to)
+    arguments: dict[str, Any] = {**defaults, **settings, **trainer}
+    return TrainingArguments(**arguments)
+
+
+def _require_allowed(trainer: Collection[str], settings: Collection[str]) -> None:
+    """Refuse what `TrainingArguments` does not know, or what a recipe says in another place."""
     known = [f"trainer.{item.name}" for item in fields(TrainingArguments)]
     for name in trainer:
         if f"trainer.{name}" not in known:
@@ -107,32 +111,34 @@ def training_arguments(
             raise ValueError(
                 f"trainer.{name} would break whole checkpoints or exact resuming. Leave it out."
             )
-    _require_engine(recipe)
-    _require_reporters(recipe.logging.report_to)
-    return TrainingArguments(**{**defaults, **settings, **trainer})
 
 
 def _require_engine(recipe: Recipe) -> None:
     """Refuse what would quietly become something else."""
-    wants_fsdp = _is_set("ACCELERATE_USE_FSDP") or bool(recipe.trainer.get("fsdp"))
+    wants_fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") or bool(recipe.trainer.get("fsdp"))
     if wants_fsdp and torch.accelerator.current_accelerator(check_available=True) is None:
         raise ValueError(
-            "accelerate has no FSDP without a GPU and would run DDP instead. Use parallel=fsdp2 with torchrun, which "
-            "shards through torch's own fully_shard, or accelerate's DDP config."
+            "accelerate has no FSDP without a GPU and would run DDP instead. Use parallel=fsdp2 "
+            "with torchrun, which shards through torch's own fully_shard, or accelerate's DDP "
+            "config."
         )
-    wants_deepspeed = _is_set("ACCELERATE_USE_DEEPSPEED") or bool(recipe.trainer.get("deepspeed"))
+    wants_deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") or bool(
+        recipe.trainer.get("deepspeed")
+    )
     if recipe.parallel == "fsdp2" and (wants_fsdp or wants_deepspeed):
         raise ValueError(
-            "parallel=fsdp2 shards by itself. Leave it out, or accelerate's FSDP or DeepSpeed config."
+            "parallel=fsdp2 shards by itself. Leave it out, or accelerate's FSDP or DeepSpeed "
+            "config."
         )
     if wants_deepspeed and not is_deepspeed_available():
         raise ImportError(
-            "The accelerate config asks for DeepSpeed, which is not installed. pip install deepspeed"
+            "The accelerate config asks for DeepSpeed, which is not installed. Type: pip install "
+            "deepspeed"
         )
     if recipe.lora is not None and wants_fsdp:
         raise ValueError(
-            "Adapters under accelerate's FSDP could not be merged whole at the end. Use parallel=fsdp2 with torchrun, "
-            "or DDP."
+            "Adapters under accelerate's FSDP could not be merged whole at the end. Use "
+            "parallel=fsdp2 with torchrun, or DDP."
         )
     if (
         recipe.lora is not None
@@ -140,20 +146,18 @@ def _require_engine(recipe: Recipe) -> None:
         and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
     ):
         raise ValueError(
-            "Adapters under DeepSpeed's ZeRO-3 could not be merged whole at the end. Use ZeRO-2 or less, DDP, or "
-            "parallel=fsdp2."
+            "Adapters under DeepSpeed's ZeRO-3 could not be merged whole at the end. Use ZeRO-2 or "
+            "less, DDP, or parallel=fsdp2."
         )
 
 
 def _require_reporters(names: Iterable[str]) -> None:
+    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown_name("name in logging.report_to:", name, INTEGRATION_TO_CALLBACK)
-        if name not in get_available_reporting_integrations():
+        if name not in available:
             raise ImportError(
-                f"logging.report_to names {name!r}, which is not installed. pip install {name}"
+                f"logging.report_to names {name!r}, which is not installed. Type: pip install "
+                f"{name}"
             )
-
-
-def _is_set(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")

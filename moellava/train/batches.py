@@ -1,18 +1,24 @@
 """The rows that a recipe names, how they become batches, and how long they are.
 
-Public names: `TrainData`, `read_data`, `build_collator`, `row_lengths`.
+| name | what it gives |
+|---|---|
+| `read_data` | the rows of a recipe, as `TrainData` |
+| `build_collator` | what makes batches of them |
+| `row_lengths` | tokens of each row |
 """
 
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from moellava.data import read_rows
 from moellava.data.chat_labels import num_chat_tokens
 from moellava.data.collate import ChatCollator, messages_of
-from moellava.data.images import load_image
-from moellava.train.recipe import Recipe
+from moellava.data.rows import Row
+from moellava.images import load_image
+from moellava.messages import first_names
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.train.options import Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +27,8 @@ logger = logging.getLogger(__name__)
 class TrainData:
     """The rows to learn from, and the held-out ones."""
 
-    train: Sequence[Any]
-    evaluation: Sequence[Any] | None
+    train: Sequence[Row]
+    evaluation: Sequence[Row] | None
 
 
 def read_data(recipe: Recipe) -> TrainData:
@@ -37,29 +43,33 @@ def read_data(recipe: Recipe) -> TrainData:
         raise ValueError(
             "The recipe names no training data. Add data.train=FILE (and data.images=FOLDER)."
         )
-    common: dict[str, Any] = {
-        "images": options.images,
-        "format": options.format,
-        "skip_bad": options.skip_bad,
-    }
-    rows = read_rows(options.train, split=options.train_split, **common)
-    evaluation: Any = None
-    if options.evaluation is not None:
-        evaluation = read_rows(options.evaluation, split=options.evaluation_split, **common)
-        if recipe.evaluation.num_rows is not None:
-            evaluation = [
-                evaluation[index]
-                for index in range(min(recipe.evaluation.num_rows, len(evaluation)))
-            ]
-    for name, found in (("data.train", rows), ("data.evaluation", evaluation)):
-        if found is not None and len(found) == 0:
-            raise ValueError(
-                f"{name} is {getattr(options, name.partition('.')[2])!r}, which has no rows."
-            )
-    return TrainData(rows, evaluation)
+    rows = _read("data.train", options.train, options.train_split, recipe)
+    if options.evaluation is None:
+        return TrainData(rows, None)
+    held_out = _read("data.evaluation", options.evaluation, options.evaluation_split, recipe)
+    if recipe.evaluation.num_rows is not None:
+        count = min(recipe.evaluation.num_rows, len(held_out))
+        held_out = [held_out[index] for index in range(count)]
+    return TrainData(rows, held_out)
 
 
-def build_collator(recipe: Recipe, processor: Any, *, return_row_ids: bool = True) -> ChatCollator:
+def _read(key: str, source: str, split: str | None, recipe: Recipe) -> Sequence[Row]:
+    options = recipe.data
+    rows = read_rows(
+        source,
+        split=split,
+        images=options.images,
+        format=options.format,
+        skip_bad=options.skip_bad,
+    )
+    if len(rows) == 0:
+        raise ValueError(f"{key} is {source!r}, which has no rows.")
+    return rows
+
+
+def build_collator(
+    recipe: Recipe, processor: MoeLlavaProcessor, *, return_row_ids: bool = True
+) -> ChatCollator:
     """The collator that the recipe's `data` describes."""
     options = recipe.data
     return ChatCollator(
@@ -73,7 +83,7 @@ def build_collator(recipe: Recipe, processor: Any, *, return_row_ids: bool = Tru
     )
 
 
-def row_lengths(rows: Sequence[Any], collator: ChatCollator) -> list[int]:
+def row_lengths(rows: Sequence[Row], collator: ChatCollator) -> list[int]:
     """Tokens of each row, without opening an image.
 
     Raises:
@@ -87,11 +97,10 @@ def row_lengths(rows: Sequence[Any], collator: ChatCollator) -> list[int]:
         return lengths
     too_long = [index for index, length in enumerate(lengths) if length > limit]
     if too_long and collator.long_rows == "error":
-        named = ", ".join(f"{rows[index].id!r} ({lengths[index]})" for index in too_long[:5])
+        named = first_names([f"{rows[index].id!r} ({lengths[index]})" for index in too_long])
         raise ValueError(
-            f"{len(too_long)} of {len(lengths)} rows have more than data.max_length={limit} tokens: {named}"
-            f"{', ...' if len(too_long) > 5 else ''}. Raise data.max_length, shorten them, or set "
-            "data.long_rows=truncate."
+            f"{len(too_long)} of {len(lengths)} rows have more than data.max_length={limit} "
+            f"tokens: {named}. Raise data.max_length, shorten them, or set data.long_rows=truncate."
         )
     if too_long:
         logger.warning("%d of %d rows are cut to %d tokens", len(too_long), len(lengths), limit)

@@ -1,6 +1,10 @@
-"""Folders that are whole or not there: written beside, moved in one step, found again after a kill.
+"""Folders that are whole or not there: written beside, moved in one step, found after a kill.
 
-Public names: `writing`, `publish`, `remove`, `staging_folder`, `clear_staging`, `newest_checkpoint`, `checkpoints`.
+| name | what it does |
+|---|---|
+| `writing`, `publish`, `remove` | write a folder aside, move it to its place, delete one |
+| `staging_folder`, `clear_staging` | where folders are written |
+| `checkpoints`, `newest_checkpoint` | the whole ones of a run |
 """
 
 import os
@@ -17,6 +21,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 def staging_folder(run: Path) -> Path:
+    """The folder in a run's folder for what is being written or deleted."""
     return run / STAGING
 
 
@@ -27,7 +32,7 @@ def clear_staging(run: Path) -> None:
 
 @contextmanager
 def writing(run: Path, name: str) -> Iterator[Path]:
-    """A folder to write `name` in, not yet at its place; what cannot be written whole is deleted again.
+    """A folder to write `name` in, not yet at its place; it is deleted if it cannot be completed.
 
     Raises:
         OSError: naming the last good checkpoint.
@@ -35,17 +40,14 @@ def writing(run: Path, name: str) -> Iterator[Path]:
     folder = staging_folder(run) / name
     try:
         yield folder
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch.save says RuntimeError for a full disk
+    # torch.save says RuntimeError for a full disk.
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         good = newest_checkpoint(run)
         raise OSError(
-            f"{name} could not be written: {error}. The last good checkpoint is {good.name if good else 'none'}, and "
-            f"it is untouched. If the disk is full, make room in {run}; start the recipe again, and it goes on from "
-            "there."
+            f"{name} could not be written: {error}. The last good checkpoint is "
+            f"{good.name if good else 'none'}, and it is untouched. If the disk is full, make room "
+            f"in {run}; start the recipe again, and it resumes from there."
         ) from error
 
 
@@ -58,9 +60,7 @@ def publish(written: Path, target: Path) -> None:
         if path.is_file():
             _to_disk(path)
     _to_disk(written)
-    if (
-        target.exists()
-    ):  # an older run's; a kill between the two moves leaves neither, never half of one
+    if target.exists():  # an older run's; a kill between the two moves leaves neither
         remove(target, written.parent)
     os.rename(written, target)
     _to_disk(target.parent)
@@ -85,11 +85,15 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def newest_checkpoint(run: Path) -> Path | None:
+    """The checkpoint to resume from; None if there is none."""
     return next(reversed(checkpoints(run)), None)
 
 
 def _to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no folders, and writes its entries through
+    # Windows flushes only what was opened for writing.
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,117 +1,64 @@
-"""What a frozen tower makes of each image, encoded once into a file and read from there in every epoch.
+"""What a frozen tower makes of each image, encoded once into a file and read in every epoch."""
 
-Public names: `FeatureFile`, `encode_rows`, `image_key`.
-"""
-
-import hashlib
-import json
 import logging
-import os
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from safetensors import safe_open
 from torch import Tensor
 
-from moellava.data.images import load_image
+from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
-from moellava.encoders.feature_file import encode_files
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
+from moellava.encoders.feature_file import FeatureFile, encode_files
+from moellava.images import image_key, load_image
+from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
 
 
-def image_key(image: Any) -> str:
-    """What an image is found by again: its path, or a hash of its bytes or pixels."""
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, bytes | bytearray):
-        return "sha256:" + hashlib.sha256(image).hexdigest()
-    pixels = np.asarray(image)
-    shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
-    return (
-        "sha256:"
-        + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    )
-
-
-class FeatureFile:
+class ImageFeatures:
     """Patch tokens (N, D) by image; may be sent to the worker processes of a data loader."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        with safe_open(path, framework="pt") as file:
-            self.metadata = file.metadata()
-        names = json.loads(self.metadata["names"])
-        self._row_of = {name: row for row, name in enumerate(names)}
-        self._tokens: Any = None
+    def __init__(self, path: Path) -> None:
+        self.file = FeatureFile(path)
 
-    def __call__(self, image: Any) -> Tensor:
-        key = image_key(image)
-        if key not in self._row_of:
-            raise ValueError(
-                f"{self.path} has no features of the image {key}. Delete the file to have it made anew."
-            )
-        if self._tokens is None:  # opened in the process that reads
-            self._tokens = safe_open(self.path, framework="pt").get_slice("patch_tokens")
-        tokens: Tensor = self._tokens[self._row_of[key]]
-        return tokens
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokens": None}
+    def __call__(self, image: object) -> Tensor:
+        return self.file.tokens(image_key(image))
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:
-        """Raise `ValueError` unless the file is of this tower, as exact as `dtype`, and holds all these images."""
-        for name in (
-            "tower",
-            "revision",
-            "image_size",
-            "grid",
-            "select_layer",
-            "select_feature",
-            "final_norm",
-        ):
-            found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
-            if found != wanted:
-                raise ValueError(
-                    f"{self.path} holds features of {name}={found!r}, but the model has {wanted!r}. Delete the file to "
-                    "have it made anew, or give data.features another name."
-                )
-        with safe_open(self.path, framework="pt") as file:
-            stored = file.get_slice("patch_tokens").get_dtype()
-        if dtype == torch.float32 and stored != "F32":
+        """Raise `ValueError` unless the file is of this tower, as exact as `dtype`, and whole."""
+        file = self.file
+        anew = "Delete the file to encode anew, or give data.features another name."
+        file.require_encoder(encoder)
+        if dtype == torch.float32 and file.dtype != torch.float32:
+            stored = str(file.dtype).removeprefix("torch.")
             raise ValueError(
-                f"{self.path} holds features as {stored}, but optim.precision is fp32. Delete the file to have it made "
-                "anew, or give data.features another name."
+                f"{file.path} holds features as {stored}, but optim.precision is fp32. {anew}"
             )
-        if self.metadata.get("weights") != str(weights_fingerprint(encoder.state_dict())):
+        if file.metadata.get("weights") != str(weights_fingerprint(encoder.state_dict())):
             raise ValueError(
-                f"{self.path} holds features of a tower with other weights than the model's. Delete the file to have "
-                "it made anew, or give data.features another name."
+                f"{file.path} holds features of a tower with other weights than the model's. {anew}"
             )
-        missing = [key for key in keys if key not in self._row_of]
+        names = set(file.names)
+        missing = [key for key in keys if key not in names]
         if missing:
             raise ValueError(
-                f"{self.path} lacks {len(missing)} images, such as {missing[0]}. Delete the file to have it made anew."
+                f"{file.path} lacks {len(missing)} images, such as {missing[0]}. {anew}"
             )
 
 
 def encode_rows(
     encoder: VisionEncoder,
-    rows: Iterable[Any],
+    rows: Iterable[Row],
     path: Path,
     *,
     dtype: torch.dtype,
     autocast: bool,
     progress: bool,
     encodes: bool = True,
-) -> FeatureFile:
+) -> ImageFeatures:
     """Write the features of all images of `rows`, or check those that are there.
 
     Args:
@@ -119,8 +66,9 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
-        encodes: whether this process writes the file; another looks for it until it is there, however long that
-            takes. (Waiting in a process group would end with its timeout.) Several machines need a shared folder.
+        encodes: whether this process writes the file; another looks for it until it is there,
+            however long that takes. (Waiting in a process group would end with its timeout.)
+            Several machines need a shared folder.
 
     Raises:
         ValueError: if the file is of another tower, or lacks an image; if an image cannot be read.
@@ -129,9 +77,8 @@ def encode_rows(
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
     while not encodes and not path.exists():
-        time.sleep(
-            0.2
-        )  # encode_files moves the finished file to its place; the launcher ends us if the writer fails
+        # encode_files moves the whole file to its place; the launcher ends us if the writer fails.
+        time.sleep(0.2)
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +96,6 @@ def encode_rows(
                 load_image=load_image,
                 metadata={"weights": str(weights_fingerprint(encoder.state_dict()))},
             )
-    features = FeatureFile(path)
+    features = ImageFeatures(path)
     features.require(encoder, images, dtype)
     return features

@@ -1,10 +1,12 @@
-"""A loss, gradient or weight that is no number: find where it began and say so.
+"""A loss, gradient or weight that is not finite: find where it began.
 
-Public names: `first_nonfinite_module`, `nonfinite_tensors`.
+| name | what it finds |
+|---|---|
+| `first_nonfinite_module` | the module that gave NaN or infinity first |
+| `nonfinite_tensors` | the tensors of a model that hold some |
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 
-def first_nonfinite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
-    """The first module, in the order of computing, whose output holds NaN or infinity; None if there is none.
+def first_nonfinite_module(model: nn.Module, inputs: Mapping[str, object]) -> str | None:
+    """The first module, in the order of computing, whose output holds NaN or infinity, if any.
 
     Runs the batch once more without gradients.
     """
@@ -21,7 +23,7 @@ def first_nonfinite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str |
     handles: list[RemovableHandle] = []
     for name, module in model.named_modules():
 
-        def look(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+        def look(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
             if not found and any(not bool(tensor.isfinite().all()) for tensor in _tensors(output)):
                 found.append(name)
 
@@ -38,7 +40,8 @@ def first_nonfinite_module(model: nn.Module, inputs: Mapping[str, Any]) -> str |
 def nonfinite_tensors(named: Iterable[tuple[str, Tensor | None]], limit: int = 3) -> list[str]:
     """The names of the first few tensors that hold NaN or infinity.
 
-    Of a sharded tensor, this process looks at its part: the whole would wait for processes that see nothing wrong.
+    Of a sharded tensor, this process looks at its part: the whole would wait for processes that
+    see nothing wrong.
     """
     found = []
     for name, tensor in named:
@@ -51,7 +54,7 @@ def nonfinite_tensors(named: Iterable[tuple[str, Tensor | None]], limit: int = 3
     return found
 
 
-def _tensors(output: Any) -> Iterable[Tensor]:
+def _tensors(output: object) -> Iterable[Tensor]:
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output

@@ -10,19 +10,21 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class EpochSampler(Sampler[int]):
     """Each row once an epoch, in an order that is a function of seed and epoch alone.
 
-    transformers' and accelerate's own samplers depend on how often they were asked before, or lose the epoch where
-    a resumed run skips batches on several processes; a run that goes on has to find the order again.
+    transformers' and accelerate's own samplers depend on how often they were asked before, or lose
+    the epoch when a resumed run skips batches on several processes; a run that resumes has to find
+    the order again.
 
     Args:
         num_rows: R; the order is a permutation of 0..R-1.
         seed: of the run.
-        lengths: tokens of each row; rows of like length then come together, by transformers' rule. None shuffles.
+        lengths: tokens of each row; rows of similar length then come together, by transformers'
+            rule. None shuffles.
         group_size: rows of an optimizer step, within which lengths should be alike.
     """
 
     def __init__(
         self, num_rows: int, *, seed: int, lengths: Sequence[int] | None = None, group_size: int = 1
-    ):
+    ) -> None:
         self.num_rows, self.seed, self.group_size = num_rows, seed, group_size
         self.lengths = None if lengths is None else list(lengths)
         self.epoch = 0
@@ -34,4 +36,7 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         if self.lengths is None:
             return iter(torch.randperm(self.num_rows, generator=generator).tolist())
-        return iter(get_length_grouped_indices(self.lengths, self.group_size, generator=generator))
+        grouped: list[int] = get_length_grouped_indices(  # type: ignore[no-untyped-call]
+            self.lengths, self.group_size, generator=generator
+        )
+        return iter(grouped)

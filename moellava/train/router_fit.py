@@ -1,30 +1,39 @@
-"""Med-MoE's router: one linear layer from a tuned model's hidden states to the modality of the image.
+"""Med-MoE's router: a linear layer from a tuned model's hidden states to the image's modality.
 
-The router's logits are averaged over a row's tokens and the sparse layers (arXiv 2404.10237, section 3.2). A linear
-layer of a mean is the mean of the linear layer, so each row's hidden states are averaged once and the fit is cheap.
+The router's logits are averaged over a row's tokens and the sparse layers (arXiv 2404.10237,
+section 3.2). A linear layer of a mean is the mean of the linear layer, so each row's hidden states
+are averaged once and the fit is cheap.
 
-Public names: `fit_router`, `save_router`.
+| name | what it does |
+|---|---|
+| `fit_router` | the router of a recipe and its rows |
+| `save_router` | its files |
+| `mean_hidden_states`, `fit_linear` | the two steps of the fit |
 """
 
 import json
 import logging
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import get_int_from_env
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from moellava.data.rows import Row
 from moellava.model.language_model import moe_config_from_dense
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.storage.writing import write_text
 from moellava.train.batches import TrainData, build_collator
-from moellava.train.recipe import Recipe
-from moellava.train.stages import ROUTER_FILE, build_model
+from moellava.train.options import Recipe
+from moellava.train.prepare import build_model
+from moellava.train.run_folder import ROUTER_FILE
+from moellava.train.stage import LogEntry
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +43,21 @@ LABELS_FILE = "labels.json"  # expert number to label
 
 def fit_router(
     recipe: Recipe, data: TrainData, *, show_progress: bool = True
-) -> tuple[nn.Linear, list[str], list[dict[str, Any]]]:
+) -> tuple[nn.Linear, list[str], list[LogEntry]]:
     """Fit the router in one process, without checkpoints: it takes one forward pass over the rows.
 
     Returns:
-        The router, H to E; the label of each expert; a log with the held-out accuracy, if there are held-out rows.
+        The router, H to E; the label of each expert; a log with the held-out accuracy, if there
+        are held-out rows.
 
     Raises:
-        ValueError: if a row has no `modality`, there are not as many modalities as experts, or several processes.
+        ValueError: if a row has no `modality`, there are not as many modalities as experts, or
+            there are several processes.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if get_int_from_env(("WORLD_SIZE",), 1) > 1:
         raise ValueError(
-            "Stage 'router' fits one linear layer, in one process. Start it by moellava train alone."
+            "Stage 'router' fits one linear layer, in one process. Start it by moellava train "
+            "alone."
         )
     names = [_label(row) for row in data.train]
     labels = sorted(set(names))
@@ -53,16 +65,17 @@ def fit_router(
     mixture = moe_config_from_dense(loaded.model.config.text_config, **recipe.moe.config)
     if len(labels) != mixture.num_experts:
         raise ValueError(
-            f"The rows have {len(labels)} modalities ({', '.join(labels)}), but moe.config.num_experts is "
-            f"{mixture.num_experts}. Each expert serves one: set moe.config.num_experts={len(labels)}."
+            f"The rows have {len(labels)} modalities ({', '.join(labels)}), but "
+            f"moe.config.num_experts is {mixture.num_experts}. Each expert serves one: set "
+            f"moe.config.num_experts={len(labels)}."
         )
     collator = build_collator(recipe, loaded.processor, return_row_ids=False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded.model.to(device)  # type: ignore[arg-type]
 
-    def features(rows: Any) -> Tensor:
-        batches: Any = DataLoader(
-            rows,
+    def features(rows: Sequence[Row]) -> Tensor:
+        batches: DataLoader[dict[str, Tensor]] = DataLoader(
+            rows,  # type: ignore[arg-type]  # a sequence is all that a loader needs
             batch_size=recipe.optim.per_device_batch_size,
             collate_fn=collator,
             num_workers=recipe.data.num_workers,
@@ -73,7 +86,7 @@ def fit_router(
 
     targets = torch.tensor([labels.index(name) for name in names])
     router = fit_linear(features(data.train), targets, len(labels), recipe)
-    log: list[dict[str, Any]] = []
+    log: list[LogEntry] = []
     if data.evaluation is not None:
         expected = torch.tensor([labels.index(_label(row)) for row in data.evaluation])
         accuracy = (router(features(data.evaluation)).argmax(-1) == expected).float().mean().item()
@@ -83,19 +96,28 @@ def fit_router(
 
 
 def save_router(router: nn.Linear, labels: Sequence[str], folder: Path) -> None:
-    """`router.safetensors` with `weight` (E, H) and `bias` (E,), and `labels.json`, in the experts' order."""
+    """Write `router.safetensors` and `labels.json`.
+
+    The first has `weight` (E, H) and `bias` (E,), the second the labels in the experts' order.
+    """
     save_file(
         {"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()},
         folder / ROUTER_FILE,
     )
-    (folder / LABELS_FILE).write_text(json.dumps(labels) + "\n")
+    write_text(folder / LABELS_FILE, json.dumps(labels) + "\n")
 
 
 @torch.no_grad()
 def mean_hidden_states(
-    model: Any, batches: Iterable[dict[str, Tensor]], layers: Sequence[int]
+    model: MoeLlavaForConditionalGeneration,
+    batches: Iterable[Mapping[str, Tensor]],
+    layers: Sequence[int],
 ) -> Tensor:
-    """What the routers of `layers` would see, averaged over a row's tokens and over layers: (rows, H) float32."""
+    """What the routers of `layers` would see, averaged over a row's tokens and over layers.
+
+    Returns:
+        (rows, H) float32.
+    """
     seen: list[Tensor] = []
     handles = [
         model.model.language_model.layers[layer].mlp.register_forward_pre_hook(
@@ -130,16 +152,15 @@ def fit_linear(features: Tensor, targets: Tensor, num_labels: int, recipe: Recip
         router = nn.Linear(features.shape[1], num_labels)
     optimizer = torch.optim.Adam(router.parameters(), lr=recipe.optim.learning_rate)
     for _ in range(math.ceil(recipe.optim.epochs)):
-        for batch in torch.randperm(len(features), generator=generator).split(
-            recipe.optim.batch_size
-        ):
+        order = torch.randperm(len(features), generator=generator)
+        for batch in torch.split(order, recipe.optim.batch_size):
             optimizer.zero_grad()
-            F.cross_entropy(router(features[batch]), targets[batch]).backward()
+            torch.autograd.backward(F.cross_entropy(router(features[batch]), targets[batch]))
             optimizer.step()
     return router
 
 
-def _label(row: Any) -> str:
+def _label(row: Row) -> str:
     label = row.extra.get(LABEL_KEY)
     if label is None:
         raise ValueError(

@@ -1,7 +1,11 @@
 """FSDP2 by torch's own `fully_shard`, on GPUs and on CPUs; accelerate has none on CPUs.
 
-Public names: `shard`, `is_sharded`, `decoder_layer_class`, `load_checkpoint`, `save_model`, `full_optimizer_state`,
-`load_optimizer_state`.
+| name | what it does |
+|---|---|
+| `shard`, `is_sharded` | split a model over the processes; whether it is |
+| `save_model`, `load_checkpoint` | whole weights out and in |
+| `full_optimizer_state`, `load_optimizer_state` | the same for the optimizer |
+| `decoder_layer_class` | what accelerate's own FSDP is to wrap |
 """
 
 from pathlib import Path
@@ -19,21 +23,25 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from transformers.distributed import DistributedConfig
+from torch.optim import Optimizer
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 
 
-def shard(model: Any, device: torch.device) -> None:
-    """Split every weight over all processes, in place: each decoder layer a unit, the rest with the root.
+def shard(model: MoeLlavaForConditionalGeneration, device: torch.device) -> None:
+    """Split every weight over all processes, in place, each decoder layer a unit.
 
-    The tower and the projector stay with the root, which is gathered in every step, so that a batch without an image
-    does not leave the other processes waiting.
+    The tower and the projector stay with the root, which is gathered in every step, so that a batch
+    without an image does not leave the other processes waiting.
 
     Raises:
         ValueError: if there is only one process.
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         raise ValueError(
-            "parallel=fsdp2 needs several processes: torchrun --nproc-per-node 8 -m moellava.cli train ..."
+            "parallel=fsdp2 needs several processes: torchrun --nproc-per-node 8 -m moellava.cli "
+            "train ..."
         )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model.language_model.layers:
@@ -43,15 +51,19 @@ def shard(model: Any, device: torch.device) -> None:
 
 
 def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` split this model."""
     return isinstance(model, FSDPModule)
 
 
-def decoder_layer_class(model: Any) -> str:
-    """What accelerate's FSDP is to wrap; it refuses a name that the model, dense or a mixture, does not have."""
+def decoder_layer_class(model: MoeLlavaForConditionalGeneration) -> str:
+    """What accelerate's FSDP is to wrap.
+
+    It refuses a name that the model does not have, and a mixture's layers are of another class.
+    """
     return type(model.model.language_model.layers[0]).__name__
 
 
-def load_checkpoint(model: Any, checkpoint: Path) -> None:
+def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
     """Read what `save_model` wrote, before the model is split.
 
     Args:
@@ -65,7 +77,9 @@ def load_checkpoint(model: Any, checkpoint: Path) -> None:
     set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
-def save_model(model: Any, base: Any, folder: Path, *, should_save: bool) -> None:
+def save_model(
+    model: Any, base: MoeLlavaForConditionalGeneration, folder: Path, *, should_save: bool
+) -> None:
     """Write whole weights, or those of the adapters. Every process has to call it.
 
     Args:
@@ -83,19 +97,18 @@ def save_model(model: Any, base: Any, folder: Path, *, should_save: bool) -> Non
         base.config.distributed_config = distributed
 
 
-def full_optimizer_state(model: Any, optimizer: Any) -> dict[str, Any]:
+def full_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """The whole state, on the CPU of the first process. Every process has to call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=options)
-    return state
+    return get_optimizer_state_dict(model, optimizer, options=options)
 
 
-def load_optimizer_state(model: Any, optimizer: Any, state: dict[str, Any]) -> None:
+def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> None:
     """Split what `full_optimizer_state` gave, the same on every process."""
     set_optimizer_state_dict(
         model, optimizer, state, options=StateDictOptions(full_state_dict=True)
     )
 
 
-def _has_adapters(model: Any) -> bool:
+def _has_adapters(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")

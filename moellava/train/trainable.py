@@ -3,14 +3,19 @@
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from moellava.messages import unknown_name
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
-from moellava.train.recipe import Lora
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.train.options import Lora
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 # What `trainable` may name, as patterns of parameter names.
 PARTS = {
@@ -21,7 +26,8 @@ PARTS = {
     "meta_expert": r"\.mlp\.meta_expert\.",
     "router": r"\.mlp\.gate\.",
 }
-# With adapters: the parts whose linear layers or experts get one, and the modules of others that are trained whole.
+# With adapters: the parts whose linear layers or experts get one, and the modules of others that
+# are trained whole.
 _ADAPTED_LINEARS = (
     r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
@@ -30,27 +36,28 @@ _EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _WHOLE = {"projector": "multi_modal_projector", "router": "gate", "vision_tower": "vision_tower"}
 
 
-def set_trainable(model: nn.Module, parts: Collection[str]) -> int:
+def set_trainable(model: MoeLlavaForConditionalGeneration, parts: Collection[str]) -> int:
     """Let the named parts learn and freeze all else.
 
     Returns:
         How many parameters learn.
 
     Raises:
-        ValueError: for a part that is unknown, that the model does not have, or that its config freezes.
+        ValueError: for a part that is unknown, missing in the model, or frozen by its config.
     """
     for part in parts:
         if part not in PARTS:
             raise unknown_name("part in trainable:", part, PARTS)
     model.requires_grad_(False)
     found = dict.fromkeys(parts, 0)
-    frozen_router = getattr(model.config.text_config, "router_frozen", False)  # type: ignore[union-attr]
+    frozen_router = getattr(model.config.text_config, "router_frozen", False)
     for name, parameter in model.named_parameters():
         for part in parts:
             if re.search(PARTS[part], name):
                 if part == "router" and frozen_router:
                     raise ValueError(
-                        "trainable names 'router', but moe.config.router_frozen is true. Drop one of them."
+                        "trainable names 'router', but moe.config.router_frozen is true. "
+                        "Drop one of them."
                     )
                 found[part] += parameter.numel()
                 parameter.requires_grad_(not (frozen_router and re.search(PARTS["router"], name)))
@@ -69,19 +76,23 @@ def _has(model: nn.Module, pattern: str) -> bool:
     return any(re.search(pattern, name) for name, _ in model.named_parameters())
 
 
-def _freeze_unused_blocks(model: Any) -> None:
-    """Blocks behind the selected layer do not run, and DDP waits for every weight that could learn."""
+def _freeze_unused_blocks(model: MoeLlavaForConditionalGeneration) -> None:
+    """Blocks after the selected layer do not run; DDP would wait for their gradients."""
     tower = model.model.vision_tower
     height, width = model.config.vision_config.image_hw
     pixels = torch.zeros(1, 3, height, width, dtype=tower.dtype, device=tower.device)
-    tower(pixels).patch_tokens.float().sum().backward()
+    torch.autograd.backward(tower(pixels).patch_tokens.float().sum())
     for parameter in tower.parameters():
         parameter.requires_grad_(parameter.grad is not None)
     tower.zero_grad(set_to_none=True)
 
 
-def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) -> Any:
-    """A PEFT model around `model`: adapters on what `parts` name of the language model, the other parts whole.
+def with_adapters(
+    model: MoeLlavaForConditionalGeneration, parts: Sequence[str], lora: Lora, *, seed: int
+) -> "PeftModel":
+    """A PEFT model around `model`.
+
+    What `parts` name of the language model gets adapters, the other parts are trained whole.
 
     Args:
         seed: of the adapters' first values, the same on every process.
@@ -91,13 +102,11 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
     """
     from peft import LoraConfig, get_peft_model
 
-    linears = (
-        _ADAPTED_LINEARS
-        if "language_model" in parts
-        else _ADAPTED_META_EXPERTS
-        if "meta_expert" in parts
-        else None
-    )
+    linears = None
+    if "language_model" in parts:
+        linears = _ADAPTED_LINEARS
+    elif "meta_expert" in parts:
+        linears = _ADAPTED_META_EXPERTS
     is_mixture = is_mixture_config(model.config.text_config)
     experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
     if linears is None and experts is None:
@@ -106,7 +115,8 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
         )
     if experts and lora.dropout:
         raise ValueError(
-            f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set lora.dropout=0."
+            f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set "
+            "lora.dropout=0."
         )
     config = LoraConfig(
         r=lora.rank,
@@ -121,8 +131,9 @@ def with_adapters(model: Any, parts: Sequence[str], lora: Lora, *, seed: int) ->
         return get_peft_model(model, config)
 
 
-def merge_adapters(base: Any, adapter: Path) -> Any:
+def merge_adapters(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged: PreTrainedModel = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    return merged

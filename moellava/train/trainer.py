@@ -1,7 +1,7 @@
-"""transformers' `Trainer` with what training a mixture on medical data needs: logs of the routers, answers to held-out
-questions, checkpoints that are whole or not there, and a stop at the first number that is none.
+"""transformers' `Trainer` with what training a mixture on medical data needs: `MoeLlavaTrainer`.
 
-Public name: `MoeLlavaTrainer`.
+Logs of the routers, answers to held-out questions, checkpoints that are whole or not there, and a
+stop at the first non-finite loss or gradient.
 """
 
 import logging
@@ -17,6 +17,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback
 
 from moellava.data.collate import ChatCollator
+from moellava.data.rows import Row
 from moellava.model.loaded_model import LoadedModel
 from moellava.train import sharding
 from moellava.train.answers import answer_rows, share_exact
@@ -33,6 +34,7 @@ from moellava.train.log.router_load import load_by_name
 from moellava.train.log.step_log import StepLog
 from moellava.train.nonfinite import first_nonfinite_module, nonfinite_tensors
 from moellava.train.order import EpochSampler
+from moellava.train.stage import LogEntry
 
 logger = logging.getLogger(__name__)
 
@@ -58,13 +60,13 @@ class MoeLlavaTrainer(Trainer):
         *,
         loaded: LoadedModel,
         collator: ChatCollator,
-        train_rows: Any,
-        evaluation_rows: Any = None,
+        train_rows: Sequence[Row],
+        evaluation_rows: Sequence[Row] | None = None,
         lengths: Sequence[int] | None = None,
         keep_checkpoints: int = 2,
         num_answers: int = 0,
         max_new_tokens: int = 32,
-    ):
+    ) -> None:
         super().__init__(
             model=model,
             args=arguments,
@@ -73,8 +75,8 @@ class MoeLlavaTrainer(Trainer):
             eval_dataset=evaluation_rows,
         )
         self.is_sharded = sharding.is_sharded(loaded.model)
-        # Leaves placing and gradients to FSDP2, as for a model that transformers has split. Set behind the Trainer's
-        # own checks, which refuse to save such a model; here it is saved whole.
+        # Leaves placing and gradients to FSDP2, as for a model that transformers has split. Set
+        # after the Trainer's own checks, which refuse to save such a model; here it is saved whole.
         self.is_distributed_loading_by_transformers = self.is_sharded
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = [
@@ -82,6 +84,7 @@ class MoeLlavaTrainer(Trainer):
             ]
         self.run = Path(str(arguments.output_dir))
         self.loaded, self.collator = loaded, collator
+        self.held_out_rows = evaluation_rows or ()
         self.keep_checkpoints = keep_checkpoints
         self.num_answers, self.max_new_tokens = num_answers, max_new_tokens
         tower = loaded.model.model.vision_tower
@@ -97,7 +100,7 @@ class MoeLlavaTrainer(Trainer):
             * arguments.gradient_accumulation_steps
             * arguments.world_size,
         )
-        self._row_ids: list[Any] = []  # of the optimizer step at hand
+        self._row_ids: list[object] = []  # of the optimizer step at hand
         self._output_dir = self.run
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -106,14 +109,13 @@ class MoeLlavaTrainer(Trainer):
 
     # Data
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+    def _get_train_sampler(self, train_dataset: object = None) -> EpochSampler:
         return self.sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        self.sampler.epoch = kwargs[
-            "epoch"
-        ]  # accelerate's loaders do not reach it through all of their wrappers
-        super()._run_epoch(*args, **kwargs)
+        # accelerate's loaders do not reach the sampler through all of their wrappers.
+        self.sampler.epoch = kwargs["epoch"]
+        super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     # One step
 
@@ -133,7 +135,8 @@ class MoeLlavaTrainer(Trainer):
         if model.training:
             self._row_ids += row_ids
         if self.frozen_tower is not None:
-            self.frozen_tower.eval()  # running statistics and dropout of a frozen tower stay as they are
+            # Running statistics and dropout of a frozen tower stay as they are.
+            self.frozen_tower.train(False)
         inputs["use_cache"] = False
         if self.step_log.is_mixture:
             inputs["output_router_logits"] = True
@@ -149,7 +152,7 @@ class MoeLlavaTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not bool(torch.as_tensor(norm).isfinite()):
             self._stop("gradient", self._row_ids, self._bad_weights() or self._bad_gradients())
         return norm
@@ -164,33 +167,32 @@ class MoeLlavaTrainer(Trainer):
         )
         return f"The gradients of {', '.join(names) or 'some weights'} are not finite"
 
-    def _where_it_began(self, inputs: Mapping[str, Any]) -> str:
+    def _where_it_began(self, inputs: Mapping[str, object]) -> str:
         if self.is_sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return "Where it began cannot be searched in a sharded model"
+            return "Where it began cannot be found in a sharded model"
         inputs = {name: value for name, value in inputs.items() if name != "num_items_in_batch"}
         first = first_nonfinite_module(self.loaded.model, inputs)
-        return (
-            f"The first output that is not finite is that of {first}"
-            if first
-            else "The outputs are finite"
-        )
+        if first is None:
+            return "The outputs are finite"
+        return f"The first output that is not finite is that of {first}"
 
-    def _stop(self, what: str, row_ids: Sequence[Any], where: str) -> None:
+    def _stop(self, what: str, row_ids: Sequence[object], where: str) -> None:
         """Raise before a weight or a checkpoint is spoilt."""
         good = newest_checkpoint(self.run)
         raise FloatingPointError(
-            f"The {what} of step {self.state.global_step + 1} is no finite number. {where}. Rows of the batch: "
-            f"{row_ids}. The last good checkpoint is {good.name if good else 'none'}; nothing was written "
-            "after it. Look at these rows, or lower optim.learning_rate, and start the recipe again."
+            f"The {what} of step {self.state.global_step + 1} is not finite. {where}. Rows of the "
+            f"batch: {row_ids}. The last good checkpoint is {good.name if good else 'none'}; "
+            "nothing was written after it. Look at these rows, or lower optim.learning_rate, and "
+            "start the recipe again."
         )
 
     # Logs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As the Trainer's; a step's entry also has `aux_loss`, `tokens_per_second`, `memory_mib` and `load`.
+        """As the Trainer's; a step's entry also has what `StepLog` counts.
 
-        In the log history, `load` is what `RouterLoad.flush` gives; TensorBoard and its kin get one number for each
-        expert.
+        In the log history, `load` is what `RouterLoad.flush` gives; TensorBoard and its like get
+        one number for each expert.
         """
         if "loss" not in logs:
             super().log(logs, start_time)
@@ -198,10 +200,10 @@ class MoeLlavaTrainer(Trainer):
         numbers, load = self.step_log.flush(self.args.device, self._sum)
         flat = load_by_name(load)
         super().log({**logs, **numbers, **flat}, start_time)
-        entry: dict[str, Any] = self.state.log_history[-1]
+        entry: LogEntry = self.state.log_history[-1]
         for name in flat:
             del entry[name]
-        if load:
+        if load is not None:
             entry["load"] = load
 
     def _sum(self, tensor: Tensor) -> Tensor:
@@ -211,7 +213,10 @@ class MoeLlavaTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, and the answers to the first held-out questions. Random numbers stay as they were."""
+        """As the Trainer's, and the answers to the first held-out questions.
+
+        Random numbers stay as they were.
+        """
         began = time.perf_counter()
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
@@ -221,7 +226,7 @@ class MoeLlavaTrainer(Trainer):
         return metrics
 
     def _log_answers(self) -> float:
-        rows: Any = self.eval_dataset
+        rows = self.held_out_rows
         answers = answer_rows(
             self.loaded,
             [rows[index] for index in range(min(self.num_answers, len(rows)))],
@@ -231,16 +236,16 @@ class MoeLlavaTrainer(Trainer):
         )
         exact = share_exact(answers)
         self.log({"eval_answers_exact": exact})
-        entry: dict[str, Any] = self.state.log_history[-1]
+        entry: LogEntry = self.state.log_history[-1]
         entry["answers"] = answers
         return exact
 
     # Checkpoints
 
-    def _get_output_dir(self, trial: Any) -> str:
+    def _get_output_dir(self, trial: object) -> str:
         return str(self._output_dir)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         """Written in a folder of its own, then moved to its place in one step."""
         began = time.perf_counter()
         if where := self._bad_weights():
@@ -262,7 +267,12 @@ class MoeLlavaTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self.step_log.leave_out(time.perf_counter() - began)
 
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Load the weights of a checkpoint, and nothing else."""
+        self._load_from_checkpoint(str(checkpoint))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's, with whole weights if the model is sharded."""
         if self.is_sharded:
             sharding.save_model(
                 self.model,
@@ -277,6 +287,8 @@ class MoeLlavaTrainer(Trainer):
         if not self.is_sharded:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        assert self.model is not None
+        assert self.optimizer is not None  # made before the first step
         state = sharding.full_optimizer_state(self.model, self.optimizer)
         if self.args.should_save:
             scheduler: Any = self.lr_scheduler
@@ -289,9 +301,13 @@ class MoeLlavaTrainer(Trainer):
             return
         scheduler: Any = self.lr_scheduler
         state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", weights_only=True)
+        assert self.model is not None
+        assert self.optimizer is not None
         sharding.load_optimizer_state(self.model, self.optimizer, state)
         scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
         if not self.is_sharded:  # a sharded one was loaded before it was split
             super()._load_from_checkpoint(resume_from_checkpoint, model)

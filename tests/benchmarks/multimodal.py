@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.multimodal {build,answer,llava,prefill} [--batch 8] [--dtype float32]
 
-BiomedCLIP's ViT-B/16 and a 22-layer TinyLlama with 11 layers of 4 experts; random weights, bfloat16. `build` needs
+BiomedCLIP's ViT-B/16 and a 22-layer TinyLlama with 11 layers of 4 experts; random weights,
+bfloat16. `build` needs
 12 GB of disk and 8 GB of memory, the others 5 GB (10 GB in float32) and no disk. Times are medians of rounds in which
 the rivals take turns.
 """
@@ -46,7 +47,8 @@ from tests.benchmarks.language_model import TINYLLAMA
 NEW_TOKENS = 32
 QUESTION = "What modality is this? Answer the question."
 
-# --- building, saving, reopening: each measurement in a process of its own, memory above the bare imports -----------
+# --- building, saving, reopening: each measurement in a process of its own, memory above the bare
+# imports -----------
 
 MEASURED = """
 import json, resource, sys, time
@@ -170,7 +172,8 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# --- answering ------------------------------------------------------------------------------------------------------
+# --- answering ------------------------------------------------------------------------------------
+# ------------------
 
 
 def random_model(
@@ -235,7 +238,9 @@ def prompt(loaded: LoadedModel, images: list[Image.Image]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """`answer`, from the picture to the text, against encoder and language model run one after the other by hand."""
+    """`answer`, from the picture to the text, against encoder and language model run one after the
+    other by hand.
+    """
     model = random_model(
         BiomedClipVisionConfig(), LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001}), dtype
     )
@@ -288,7 +293,9 @@ def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
 
 @torch.inference_mode()
 def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """`generate` against that of transformers' LLaVA, the very same weights: CLIP ViT-B/16, a dense TinyLlama."""
+    """`generate` against that of transformers' LLaVA, the very same weights: CLIP ViT-B/16, a dense
+    TinyLlama.
+    """
     vision = CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
@@ -336,7 +343,9 @@ def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
 
 @torch.inference_mode()
 def bench_prefill(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """From the pixels to the first token: 49 image tokens by `pixel_shuffle` against the 196 of `mlp2x_gelu`."""
+    """From the pixels to the first token: 49 image tokens by `pixel_shuffle` against the 196 of
+    `mlp2x_gelu`.
+    """
     text = LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001})
     full = random_model(BiomedClipVisionConfig(), text, dtype)
     with torch.device("meta"):

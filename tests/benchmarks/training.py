@@ -1,4 +1,4 @@
-"""What `moellava train` adds to a bare training step, and what cached features save, as ratios within one run.
+"""What `moellava train` adds to a bare training step, and what cached features save, as ratios.
 
     python -m tests.benchmarks.training [step features]
 
@@ -24,14 +24,10 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.testing.datasets import picture
 from moellava.train import load_recipe, train
-from moellava.train.run import (
-    build_collator,
-    build_trainer,
-    read_data,
-    row_lengths,
-    training_arguments,
-)
-from moellava.train.stages import prepare_model
+from moellava.train.arguments import training_arguments
+from moellava.train.batches import build_collator, read_data, row_lengths
+from moellava.train.gradient_steps import build_trainer
+from moellava.train.prepare import prepare_model
 
 SIZES = {
     "hidden_size": 2048,
@@ -58,7 +54,7 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def write_parts(folder: Path, *, num_hidden_layers: int, sizes: dict[str, int]) -> dict[str, str]:
-    """BiomedCLIP's ViT-B/16 and a Llama; the vocabulary is small, since its size is no business of the trainer."""
+    """BiomedCLIP's ViT-B/16 and a Llama; its vocabulary is small, which the trainer does not see."""
     model = write_tinyllama(
         folder / "llama",
         num_hidden_layers=num_hidden_layers,
@@ -79,11 +75,14 @@ def recipe_of(folder: Path, rows: Path, *, steps: int, batch_size: int, **settin
             "data": {"train": str(rows), "images": str(rows.parent / "images"), "num_workers": 1}
             | settings.pop("data", {}),
             "optim": {
-                "batch_size": batch_size, "per_device_batch_size": batch_size, "max_steps": steps, "precision": "fp32",
+                "batch_size": batch_size,
+                "per_device_batch_size": batch_size,
+                "max_steps": steps,
+                "precision": "fp32",
             },
             **settings,
         }
-    )  # fmt: skip
+    )
 
 
 class Turns(TrainerCallback):
@@ -108,7 +107,7 @@ class Turns(TrainerCallback):
 
 
 def step(folder: Path, steps: int = 12) -> None:
-    """Stage 3: one cycle of the trainer (batch, step, clipping, counts of the routers, log) against the bare step."""
+    """Stage 3: a cycle of the trainer (batch, step, clipping, router counts, log) and a bare step."""
     rows = write_rows(folder, 2 * steps)
     loaded = load_pretrained_model(
         write_parts(folder, num_hidden_layers=2, sizes=SIZES), moe_config=False
@@ -138,16 +137,16 @@ def step(folder: Path, steps: int = 12) -> None:
         f"{learning / 1e6:.0f} M weights learn; batch of {tuple(batch['input_ids'].shape)} tokens"
     )
     print("| trainer, s a step | bare, s a step | ratio, asked <= 1.1 |\n|---|---|---|")
-    print(
-        f"| {spread(ours)} | {spread(bare)} | {statistics.median(ours) / statistics.median(bare):.3f} |"
-    )
+    ratio = statistics.median(ours) / statistics.median(bare)
+    print(f"| {spread(ours)} | {spread(bare)} | {ratio:.3f} |")
 
 
 def features(folder: Path, steps: int = 6, batch_size: int = 8) -> None:
-    """Stage 1, every step on the same rows: patch tokens read from the file against the tower run each time."""
+    """Stage 1, every step on the same rows: patch tokens of the file against running the tower."""
     rows = write_rows(folder, steps * batch_size)
     print(
-        "| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 | largest difference of losses |"
+        "| language model | cached, steps/s | encoding, steps/s | ratio, asked >= 3 "
+        "| largest difference of losses |"
     )
     print("|---|---|---|---|---|")
     for name, num_hidden_layers, sizes in (
@@ -179,10 +178,8 @@ def features(folder: Path, steps: int = 6, batch_size: int = 8) -> None:
             for a, b in zip(logs["cached"], logs["encoding"], strict=True)
         )
         ratio = median["cached"] / median["encoding"]
-        print(
-            f"| {name} | {median['cached']:.2f} | {median['encoding']:.2f} | {ratio:.2f} | {apart:.1e} |",
-            flush=True,
-        )
+        rates = f"{median['cached']:.2f} | {median['encoding']:.2f}"
+        print(f"| {name} | {rates} | {ratio:.2f} | {apart:.1e} |", flush=True)
 
 
 def num_tokens_of_a_row(recipe) -> int:

@@ -83,7 +83,9 @@ def test_dicom_is_asked_through_the_window_given(checkpoint):
 
 
 class TestErrors:
-    """What a shell user sees: one line on stderr, no traceback; status 2 for a wrong command line, else 1."""
+    """What a shell user sees: one line on stderr, no traceback; status 2 for a wrong command line,
+    else 1.
+    """
 
     def run(self, capsys, monkeypatch, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["moellava", "ask", *arguments])

@@ -54,8 +54,8 @@ def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
     code, text = run("encoders", "show", "openai/clip-not-here")
     assert code == 0
     assert (
-        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
-        in text
+        "fetch hf download openai/clip-not-here config.json preprocessor_config.json "
+        "model.safetensors" in text
     )
     code, text = run("encoders", "show", tmp_path / "nowhere")
     assert code == 1
@@ -86,7 +86,7 @@ def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip
     assert torch.allclose(load_file(out)["patch_tokens"], expected, atol=1e-5)
     code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip)
     assert code == 1
-    assert "is there already" in text
+    assert "already exists" in text
 
 
 def test_encode_says_what_is_wrong_with_a_folder(folder, small_biomedclip, tmp_path):
@@ -152,7 +152,7 @@ def test_encode_takes_dicom_and_nifti_through_a_window(medical_folder, small_bio
 
 
 def test_encode_of_a_path_is_encode_of_its_picture(medical_folder, small_biomedclip):
-    from moellava.data.images import load_image
+    from moellava.images import load_image
 
     tower = create_encoder("biomedclip", small_biomedclip)
     for name in ("a.dcm", "v.nii.gz"):

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from moellava.data import read_rows
-from moellava.data.convert import convert_rows
-from moellava.data.fingerprints import exact_hash
-from moellava.data.images import load_image
+from moellava.data.convert import ImageStore, convert_rows
+from moellava.images import exact_hash, load_image
 from moellava.testing import write_medmnist, write_slake, write_vqa_rad_authors
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -122,3 +121,16 @@ def test_errors(sources, tmp_path):
         ValueError, match=r"out\.csv: which kind of file\? .* \.json, \.jsonl, \.parquet"
     ):
         convert_rows(sources["llava"], tmp_path / "out.csv")
+
+
+def test_two_pictures_of_the_same_numbers_are_two_files(tmp_path):
+    """A grey image and one whose palette inverts it, as a format of one's own may give them."""
+    indices = np.resize(np.arange(256, dtype=np.uint8), (40, 40))
+    inverted = Image.fromarray(indices, mode="P")
+    inverted.putpalette(np.arange(255, -1, -1, dtype=np.uint8).repeat(3).tobytes())
+    pictures = [Image.fromarray(indices), inverted]
+    store = ImageStore(tmp_path, tmp_path / "images", copy=False)
+    names = [store.name(picture) for picture in pictures]
+    for picture, name in zip(pictures, names, strict=True):
+        written = load_image(tmp_path / "images" / name)
+        assert np.array_equal(np.asarray(written), np.asarray(picture.convert("RGB")))

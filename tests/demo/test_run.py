@@ -1,10 +1,19 @@
-"""The first proof that image information reaches the language model, in a short setting; and its counter-proof."""
+"""Image information reaches the language model, in a short setting, and the counter-proof."""
+
+import importlib.util
+import json
 
 import pytest
-from PIL import Image
 
-from moellava.demo.questions import Example
-from moellava.demo.run import DemoResult, exchange_images, majority_answers, run_demo, share_correct
+from moellava.data import Row, Turn
+from moellava.demo.run import (
+    DemoResult,
+    HeldOutAnswer,
+    exchange_images,
+    majority_answers,
+    run_demo,
+    share_right,
+)
 
 NUM_STEPS = 160  # `moellava demo` trains for 400
 MARGIN = 0.15  # over both baselines
@@ -18,6 +27,10 @@ def beats_both_baselines(result: DemoResult) -> bool:
 def test_the_demo_beats_blank_images_and_the_majority_answer(tmp_path, no_network):
     result = run_demo(tmp_path, num_steps=NUM_STEPS, seed=0, show_progress=False)
     assert beats_both_baselines(result), result
+    lines = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert len(lines) == len(result.answers) == 6 * 12 * 3
+    assert sum(line["is_right"] for line in lines) / len(lines) == result.accuracy
+    assert {line["modality"] for line in lines} >= {"CT", "ultrasound"}
 
 
 @pytest.mark.slow
@@ -28,9 +41,13 @@ def test_a_model_trained_on_exchanged_images_does_not(tmp_path, no_network):
     assert not beats_both_baselines(result), result
 
 
-def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
-    import importlib.util
+@pytest.mark.slow
+def test_a_seed_gives_the_same_answers_again_in_the_same_folder(tmp_path, no_network):
+    first, again = (run_demo(tmp_path, num_steps=3, seed=1, show_progress=False) for _ in range(2))
+    assert [item.answer for item in first.answers] == [item.answer for item in again.answers]
 
+
+def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "nilearn" else find_spec(name)
@@ -39,24 +56,28 @@ def test_a_missing_package_is_named_before_the_training(tmp_path, monkeypatch):
         run_demo(tmp_path, num_steps=1, seed=0)
 
 
-def example(question: str, answer: str) -> Example:
-    return Example(Image.new("RGB", (4, 4)), "s", "CT", question, answer)
+def row(question: str, answer: str, image: str = "a.png") -> Row:
+    turns = (Turn("user", f"<image>\n{question}"), Turn("assistant", answer))
+    return Row(id="r", images=(image,), turns=turns)
 
 
 def test_the_majority_answer_is_counted_per_question():
-    train = [example("a", "yes"), example("a", "yes"), example("a", "no"), example("b", "no")]
-    held_out = [example("a", "no"), example("b", "no"), example("c", "yes")]
+    train = [row("a", "yes"), row("a", "yes"), row("a", "no"), row("b", "no")]
+    held_out = [row("a", "no"), row("b", "no"), row("c", "yes")]
     assert majority_answers(train, held_out) == ["yes", "no", "yes"]
 
 
 def test_an_answer_must_be_the_whole_word():
-    examples = [example("a", "no"), example("b", "CT"), example("c", "MR")]
-    assert share_correct(examples, ["normal", "ct.", "MR image"]) == pytest.approx(1 / 3)
+    assert share_right([("normal", "no"), ("ct.", "CT"), ("MR image", "MR")]) == pytest.approx(
+        1 / 3
+    )
+    assert HeldOutAnswer(row("a", "CT"), "ct.", "", "").is_right
+    assert not HeldOutAnswer(row("a", "no"), "normal", "", "").is_right
 
 
 def test_exchanging_moves_images_and_nothing_else():
-    examples = [example(str(index), "yes") for index in range(20)]
-    exchanged = exchange_images(examples, seed=0)
-    assert [e.question for e in exchanged] == [e.question for e in examples]
-    assert {id(e.image) for e in exchanged} == {id(e.image) for e in examples}
-    assert sum(a.image is not b.image for a, b in zip(examples, exchanged, strict=True)) > 15
+    rows = [{"id": str(index), "image": f"{index}.png", "modality": "CT"} for index in range(20)]
+    exchanged = exchange_images(rows, seed=0)
+    assert [{**item, "image": ""} for item in exchanged] == [{**item, "image": ""} for item in rows]
+    assert {item["image"] for item in exchanged} == {item["image"] for item in rows}
+    assert sum(a["image"] != b["image"] for a, b in zip(rows, exchanged, strict=True)) > 15

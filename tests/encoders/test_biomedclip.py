@@ -14,14 +14,21 @@ from transformers import AutoConfig, AutoModel, BertConfig, PreTrainedModel
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
 from moellava.encoders import BiomedClipEncoder, BiomedClipVisionConfig
-from moellava.testing import BIOMEDBERT, BIOMEDCLIP, REVISION, fill_hub_cache, write_biomedclip
+from moellava.testing import (
+    BIOMEDBERT,
+    BIOMEDCLIP,
+    REVISION,
+    fill_hub_cache,
+    in_fresh_memory,
+    write_biomedclip,
+)
 from tests.encoders.architectures import timm_trunk
 from tests.encoders.conftest import open_clip_model
 
 
 @pytest.fixture(autouse=True)
 def no_gradients(request):
-    """Inference, as the oracles: torch's attention takes another path when gradients are recorded."""
+    """Inference, as the oracles: torch's attention differs when gradients are recorded."""
     with torch.set_grad_enabled("gradient" in request.node.name):
         yield
 
@@ -33,7 +40,7 @@ def random_pixels(encoder, batch: int = 2) -> torch.Tensor:
 
 
 def blocks_of(visual) -> list:
-    """The modules whose outputs are the hidden states, named by hand: the oracle's own knowledge."""
+    """The modules whose outputs are the hidden states, named by hand: what the oracle knows."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
         if hasattr(visual, "transformer"):
@@ -328,7 +335,7 @@ def test_wrong_settings_list_the_right_ones(field, value, message):
 
 
 def test_misspelt_setting_suggests_the_right_one(architecture):
-    with pytest.raises(TypeError, match=r"no field 'select_layr'\. Did you mean 'select_layer'\?"):
+    with pytest.raises(TypeError, match=r"no option 'select_layr'\. Did you mean 'select_layer'\?"):
         BiomedClipEncoder.from_pretrained(architecture("vit"), select_layr=-1)
 
 
@@ -445,7 +452,8 @@ def test_saved_encoder_of_another_size_reloads_bit_for_bit(architecture, name, t
     again = BiomedClipEncoder.from_pretrained(tmp_path)
     pixels = random_pixels(encoder)
     assert pixels.shape[-1] == size
-    assert torch.equal(again(pixels).patch_tokens, encoder(pixels).patch_tokens)
+    expected = in_fresh_memory(encoder)(pixels).patch_tokens
+    assert torch.equal(in_fresh_memory(again)(pixels).patch_tokens, expected)
     resized = BiomedClipEncoder.from_pretrained(tmp_path, image_size=2 * size)
     assert resized.num_patches == 4 * encoder.num_patches
 
@@ -465,7 +473,7 @@ def test_incomplete_saved_encoder_is_refused_with_the_missing_names(architecture
     del state["visual.trunk.cls_token"]
     encoder.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(
-        ValueError, match=r"does not fit its config; missing_keys: visual\.trunk\.cls_token"
+        ValueError, match=r"do not fit its configuration\. missing keys: visual\.trunk\.cls_token"
     ):
         BiomedClipEncoder.from_pretrained(tmp_path)
 
@@ -494,7 +502,8 @@ def test_nested_in_a_parent_it_reloads_bit_for_bit(repo, tmp_path):
     parent.save_pretrained(tmp_path)
     again = Parent.from_pretrained(tmp_path, experts_implementation="eager").eval()
     pixels = random_pixels(encoder)
-    assert torch.equal(again.vision_tower(pixels).patch_tokens, encoder(pixels).patch_tokens)
+    expected = in_fresh_memory(encoder)(pixels).patch_tokens
+    assert torch.equal(in_fresh_memory(again.vision_tower)(pixels).patch_tokens, expected)
     assert again.config.vision_config.num_patches == encoder.num_patches
 
 
@@ -582,7 +591,10 @@ def test_safetensors_and_pickles_give_the_same_tower(architecture, tmp_path):
 
 
 def test_importing_the_package_loads_neither_open_clip_nor_timm():
-    code = "import sys, moellava.encoders as e; print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, moellava.encoders as e; "
+        "print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -10,24 +10,25 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
+from moellava import plugins
 from moellava.encoders import (
     BiomedClipEncoder,
     ClipEncoder,
     create_encoder,
     detect_encoder_type,
+    encoder_options,
     factory,
     register_encoder,
 )
-from moellava.testing import BIOMEDCLIP, OPENAI_CLIP
+from moellava.testing import BIOMEDCLIP, OPENAI_CLIP, in_fresh_memory
 
-EXAMPLE = Path(__file__).parents[2] / "docs" / "encoders.md"
+EXAMPLE = Path(__file__).parents[2] / "docs" / "add_an_encoder.md"
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """A copy of the table, so that a test's encoder is gone afterwards."""
     monkeypatch.setattr(factory, "ENCODERS", list(factory.ENCODERS))
-    monkeypatch.setattr(factory, "_entry_points_loaded", True)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,34 @@ def test_biomedclip_options_are_refused_for_other_towers(hub_cache):
             create_encoder("clip", OPENAI_CLIP, **{option: True})
 
 
+def test_unknown_and_foreign_options_are_refused_with_the_known_ones(hub_cache):
+    with pytest.raises(TypeError, match=r"no option 'select_layr'\. Did you mean 'select_layer'\?"):
+        create_encoder("clip", OPENAI_CLIP, select_layr=-1)
+    # A field of the config that says what was loaded is not for a user to choose.
+    with pytest.raises(TypeError, match=r"no option 'tower'.*Known: image_size, patch_tokens"):
+        create_encoder("clip", OPENAI_CLIP, tower="mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("select_layer", "x", r"select_layer is 'x'; expected int \| list"),
+        ("image_size", True, "image_size is True; expected int"),
+        ("image_size", -16, "image_size is -16; give a positive side"),
+        ("final_norm", "yes", "final_norm is 'yes'; expected bool"),
+        ("select_feature", 3, "select_feature is 3; expected str"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(hub_cache, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        create_encoder("clip", OPENAI_CLIP, **{name: value})
+
+
+def test_none_keeps_the_towers_own(small_biomedclip):
+    given = dict.fromkeys(encoder_options())
+    assert create_encoder("biomedclip", small_biomedclip, **given).config.select_layer == -2
+
+
 def test_path_unlike_biomedclip_is_warned_about_and_tried(architecture, tmp_path, caplog):
     folder = tmp_path / "plain_name"
     shutil.copytree(architecture("vit"), folder)
@@ -113,7 +142,7 @@ def test_path_unlike_biomedclip_is_warned_about_and_tried(architecture, tmp_path
         assert caplog.text == ""
         with pytest.raises(OSError, match="cannot get open_clip_config"):
             create_encoder("biomedclip", "someone/plain-name")
-    assert "someone/plain-name does not look like a BiomedCLIP checkpoint" in caplog.text
+    assert "someone/plain-name does not look like a biomedclip checkpoint" in caplog.text
 
 
 def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, caplog, no_network):
@@ -132,9 +161,9 @@ def test_fallback_is_loud_recorded_and_only_when_allowed(hub_cache, tmp_path, ca
 
 
 def example_code() -> str:
-    """The Python block of docs/encoders.md that defines and registers an encoder."""
+    """The Python block of the guide that defines an encoder which only pools."""
     blocks = re.findall(r"```python\n(.*?)```", EXAMPLE.read_text(), flags=re.DOTALL)
-    return next(block for block in blocks if "register_encoder(" in block)
+    return next(block for block in blocks if "PooledResNet" in block)
 
 
 def test_documented_custom_encoder_gets_synthesized_tokens(registry, tmp_path, caplog):
@@ -156,7 +185,8 @@ def test_documented_custom_encoder_gets_synthesized_tokens(registry, tmp_path, c
             AutoModel.from_pretrained(tmp_path / "my-resnet50"),
         ):
             assert type(again) is scope["PooledResNetEncoder"]
-            assert torch.equal(again(pixels).patch_tokens, output.patch_tokens)
+            found = in_fresh_memory(again)(pixels).patch_tokens
+            assert torch.equal(found, output.patch_tokens)
     assert encoder.encode(torch.rand(3, 90, 80)).shape == (1, 49, 2048)
     with pytest.raises(
         ValueError, match=r"'real', but PooledResNetEncoder .* only gives one pooled vector"
@@ -175,10 +205,11 @@ def test_entry_point_registers_an_encoder(registry, monkeypatch):
         assert group == "moellava.encoders"
         return [Entry("mine", "package:register", group)]
 
-    monkeypatch.setattr(factory, "entry_points", entry_points)
-    monkeypatch.setattr(factory, "_entry_points_loaded", False)
+    monkeypatch.setattr(plugins, "entry_points", entry_points)
+    plugins.load_plugins.cache_clear()
     factory.encoder_kinds()
     factory.encoder_kinds()
+    plugins.load_plugins.cache_clear()
     assert calls == ["mine"]
 
 

@@ -1,4 +1,6 @@
-"""The one call with an empty cache and a hub that answers: a server on this machine that speaks the hub's HTTP."""
+"""The one call with an empty cache and a hub that answers: a server on this machine that speaks the
+hub's HTTP.
+"""
 
 import hashlib
 import os
@@ -26,7 +28,9 @@ print(loaded.model.config.vision_config.tower, loaded.model.config.vision_config
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the snapshots of a Hugging Face cache under their repo ids, and remembers what was asked for."""
+    """Serves the snapshots of a Hugging Face cache under their repo ids, and remembers what was
+    asked for.
+    """
 
     def __init__(self, snapshots: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -219,7 +219,9 @@ class TestGenerationOptions:
         assert conversation.ask("Why?", use_cache=False, **NEW) == kept.ask("Why?", **NEW)
 
     def test_an_unknown_option_is_refused(self, loaded):
-        with pytest.raises(ValueError, match="max_new_token"):
+        with pytest.raises(
+            TypeError, match=r"no option 'max_new_token'\. Did you mean 'max_new_tok"
+        ):
             loaded.chat([user("Hello?")], max_new_token=3)
 
 

@@ -1,4 +1,5 @@
-"""transformers' own ModelTesterMixin on our classes. It is in the source package and not in the wheel, so by hand:
+"""transformers' own ModelTesterMixin on our classes. It is in the source package and not in the
+wheel, so by hand:
 
     pip download transformers==5.24.0 --no-deps --no-binary transformers && tar xzf transformers-5.24.0.tar.gz
     pip install parameterized
@@ -27,7 +28,9 @@ if SOURCE is None:
 
 
 def _mixin():
-    """The mixin, from a package of its own name; two modules that it imports are in no source package."""
+    """The mixin, from a package of its own name; two modules that it imports are in no source
+    package.
+    """
     package = types.ModuleType("transformers_tests")
     package.__path__ = [os.path.join(SOURCE, "tests")]
     sys.modules["transformers_tests"] = package
@@ -74,7 +77,8 @@ class Inputs:
             image_size=28,
             patch_size=14,
         )
-        # By default the last block and norm are left out, and get no gradient: here every weight must have one.
+        # By default the last block and norm are left out, and get no gradient: here every weight
+        # must have one.
         vision = ClipVisionConfig(tower_config=tower.to_dict(), select_layer=-1, final_norm=True)
         return MoeLlavaConfig(
             vision_config=vision, text_config=self.text_config, image_token_id=self.image_token_id

@@ -1,12 +1,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
-from tests.train.tiny import write_tiny
+from moellava.train import train
+from tests.train.tiny import parts_of, tiny_recipe, write_tiny
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,14 +20,56 @@ def tiny(tmp_path_factory):
     return write_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="module")
-def quick_runs():
-    """Runs draw no picture and do not wait for the disk, which is most of a tiny run's time."""
+@contextmanager
+def _quick() -> Iterator[None]:
     with (
-        mock.patch("moellava.train.run.save_picture"),
+        mock.patch("moellava.train.gradient_steps.save_picture"),
         mock.patch("moellava.train.checkpoints.os.fsync"),
     ):
         yield
+
+
+@pytest.fixture(scope="module")
+def quick_runs():
+    """Runs draw no picture and do not wait for the disk, which is most of a tiny run's time."""
+    with _quick():
+        yield
+
+
+@pytest.fixture(scope="session")
+def dense(tiny, tmp_path_factory):
+    """A dense model, one step old, to start from."""
+    run = tmp_path_factory.mktemp("dense") / "run"
+    with _quick():
+        train(tiny_recipe(tiny, "tune", run, "optim.max_steps=1"), show_progress=False)
+    return run
+
+
+@pytest.fixture(scope="session")
+def chain(tiny, tmp_path_factory):
+    """The three stages, a few steps each, every one from the folder of the one before."""
+    root = tmp_path_factory.mktemp("chain")
+    rows = str(tiny / "rows.json")
+    more = {
+        "data": {
+            "train": rows,
+            "images": str(tiny / "images"),
+            "num_workers": 0,
+            "evaluation": rows,
+        },
+        "evaluation": {"every": 2, "num_rows": 6, "num_answers": 2},
+    }
+    moe = {"config": {"num_experts": 4, "moe_layers": [1], "router_aux_loss_coef": 0.1}}
+    starts = {
+        "align": {"after": None, "model": parts_of(tiny), "start_from": None},
+        "tune": {"start_from": str(root / "align")},
+        "experts": {"start_from": str(root / "tune"), "moe": moe},
+    }
+    with _quick():
+        for stage, start in starts.items():
+            recipe = tiny_recipe(tiny, stage, root / stage, "optim.max_steps=4", **start, **more)
+            train(recipe, show_progress=False)
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -33,8 +78,11 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder)],
-        capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},  # threads do not outlive a fork
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # Threads do not outlive a fork.
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return folder

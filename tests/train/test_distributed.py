@@ -1,4 +1,4 @@
-"""Two gloo processes give the losses and the model of one: DDP through accelerate, FSDP2 through torch."""
+"""Two gloo processes give the losses and model of one: accelerate's DDP, torch's FSDP2."""
 
 import json
 import os
@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from moellava.train import train
 from moellava.train.arguments import training_arguments
-from moellava.train.recipe import FOLDER, load_recipe, recipe_to_dict
+from moellava.train.options import recipe_to_dict
+from moellava.train.recipe import FOLDER, load_recipe
 from tests.train.results import losses_of, said_by, status_of, weights_of
 from tests.train.tiny import tiny_recipe
 
@@ -78,7 +79,7 @@ def test_two_processes_log_the_routers_load_over_both(runs):
 
 @pytest.mark.slow
 def test_adapters_of_a_sharded_run_are_peft_s_own_and_make_the_saved_model(runs):
-    """PEFT reads the adapter folder on the dense start, and gives the weights that were saved as `model`."""
+    """PEFT reads the adapter folder on the dense start, and gives the weights saved as `model`."""
     from peft import PeftModel
 
     from moellava.model.builder_enhanced import load_pretrained_model
@@ -106,7 +107,7 @@ def test_adapters_of_a_sharded_run_are_peft_s_own_and_make_the_saved_model(runs)
 def test_nan_on_one_of_two_sharded_processes_stops_both_and_names_its_rows(runs):
     assert status_of(runs, "NaN on the second process")["killed"] == 1
     said = (runs / "NaN on the second process.1.txt").read_text()
-    assert "FloatingPointError: The loss of step 3 is no finite number" in said
+    assert "FloatingPointError: The loss of step 3 is not finite" in said
     assert "Rows of the batch: ['row" in said
     assert "The last good checkpoint is none" in said
 
@@ -141,10 +142,17 @@ def test_the_documented_commands_run_on_two_processes(launcher, tiny, tmp_path):
     )
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(f"{LAUNCHERS[launcher]} {options}"), str(tmp_path / "recipe.yaml")],
-        capture_output=True, text=True, timeout=200,
+        [
+            sys.executable,
+            "-m",
+            *shlex.split(f"{LAUNCHERS[launcher]} {options}"),
+            str(tmp_path / "recipe.yaml"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count(f"Model: {out / 'model'}") == 1
     assert load_file(out / "model" / "model.safetensors")
@@ -177,12 +185,16 @@ def test_fsdp2_in_one_process_is_refused(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("environment", "settings", "error", "message"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, [], ImportError, "DeepSpeed, which is not installed"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, ["parallel=fsdp2"], ValueError, "parallel=fsdp2 shards by itself"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, ["lora.rank=2"], ValueError,
-         "ZeRO-3 could not be merged whole"),
+        ({}, [], ImportError, "DeepSpeed, which is not installed"),
+        ({}, ["parallel=fsdp2"], ValueError, "parallel=fsdp2 shards by itself"),
+        (
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            ["lora.rank=2"],
+            ValueError,
+            "ZeRO-3 could not be merged whole",
+        ),
     ],
-)  # fmt: skip
+)
 def test_engines_that_cannot_keep_the_promise_are_refused(
     environment, settings, error, message, tiny, tmp_path
 ):
@@ -191,6 +203,7 @@ def test_engines_that_cannot_keep_the_promise_are_refused(
     available = mock.patch(
         "moellava.train.arguments.is_deepspeed_available", return_value=error is not ImportError
     )
+    environment |= {"ACCELERATE_USE_DEEPSPEED": "true"}
     with mock.patch.dict(os.environ, environment), available, pytest.raises(error, match=message):
         training_arguments(tiny_recipe(tiny, "tune", tmp_path / "out", *settings))
 
@@ -216,12 +229,12 @@ def test_the_accelerate_configs_are_read_by_accelerate():
 
 @pytest.mark.parametrize("stage", ["tune", "experts"])
 def test_accelerates_fsdp_would_wrap_each_decoder_layer(stage, tiny, tmp_path):
-    """Its own policy, which no config can name the layers for: a dense model's and a mixture's are of other classes."""
+    """Its own policy: no config can name the layers, which in a mixture are of another class."""
     from accelerate import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 
+    from moellava.train.prepare import prepare_model
     from moellava.train.sharding import decoder_layer_class
-    from moellava.train.stages import prepare_model
 
     moe = {"moe": {"config": {"num_experts": 2}}} if stage == "experts" else {}
     model, _ = prepare_model(tiny_recipe(tiny, stage, tmp_path, **moe), on_meta=True)

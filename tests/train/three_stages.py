@@ -21,21 +21,27 @@ from moellava.train import load_recipe, train
 from moellava.train.answers import answer_rows, share_exact
 from moellava.train.batches import build_collator
 
-# Recipe, optimizer steps, learning rate: toys are small, and take larger rates than the papers' models.
+# Recipe, optimizer steps, learning rate: small models take larger rates than the papers'.
 STAGES = (("stage1_align", 60, 2e-3), ("stage2_tune", 40, 3e-4), ("stage3_experts", 150, 1.5e-3))
 COMMON = (
-    "optim.batch_size=16", "optim.per_device_batch_size=16", "optim.precision=fp32",
-    "optim.activation_checkpointing=false", "data.num_workers=0", "logging.report_to=[]", "evaluation.every=1000",
-    "evaluation.num_answers=1000", "evaluation.max_new_tokens=8",
+    "optim.batch_size=16",
+    "optim.per_device_batch_size=16",
+    "optim.precision=fp32",
+    "optim.activation_checkpointing=false",
+    "data.num_workers=0",
+    "logging.report_to=[]",
+    "evaluation.every=1000",
+    "evaluation.num_answers=1000",
+    "evaluation.max_new_tokens=8",
     "data.chat_template=null",  # the toy language model has only read chats
-    "data.group_by_length=false",  # answers of one or two words: like lengths would be like answers
-)  # fmt: skip
+    "data.group_by_length=false",  # answers of one or two words: equal lengths are equal answers
+)
 MIXTURE = "moe.config.moe_layers=dense"  # the toy has four layers
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of one seed, in the order untrained, stage 1, 2, 3; accuracies are shares of the held-out questions."""
+    """Of one seed, in the order untrained, stage 1, 2, 3; accuracies are shares, 0..1."""
 
     accuracies: list[float]
     losses: list[float]
@@ -44,7 +50,7 @@ class Seen:
 
 
 def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 24) -> Seen:
-    """Stage 1 on captions, stage 2 on the conversations about a quarter of the images, stage 3 on all of them."""
+    """Stage 1 on captions, 2 on conversations about a quarter of the images, 3 on all of them."""
     files = write_dataset(
         folder / "data", num_train_crops=96, num_held_out_crops=num_held_out_crops, seed=seed
     )
@@ -63,12 +69,19 @@ def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 2
         recipe = load_recipe(
             name,
             [
-                *COMMON, *start, f"seed={seed}", f"output_dir={folder / name}", f"data.train={data}",
-                f"data.images={folder / 'data' / 'images'}", f"data.evaluation={files['held_out']}",
-                f"data.features={folder / 'features' / name}", f"optim.max_steps={steps}",
-                f"optim.learning_rate={rate}", *([MIXTURE] if name == "stage3_experts" else []),
+                *COMMON,
+                *start,
+                f"seed={seed}",
+                f"output_dir={folder / name}",
+                f"data.train={data}",
+                f"data.images={folder / 'data' / 'images'}",
+                f"data.evaluation={files['held_out']}",
+                f"data.features={folder / 'features' / name}",
+                f"optim.max_steps={steps}",
+                f"optim.learning_rate={rate}",
+                *([MIXTURE] if name == "stage3_experts" else []),
             ],
-        )  # fmt: skip
+        )
         log = train(recipe, show_progress=False).log
         seconds.append(time.perf_counter() - began)
         for key, kept in (("eval_answers_exact", accuracies), ("eval_loss", losses)):

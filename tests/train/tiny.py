@@ -1,4 +1,7 @@
-"""A model and data so small that a stage takes a second; for the tests and the processes that they start."""
+"""A model and data so small that a stage takes a second.
+
+For the tests and the processes that they start.
+"""
 
 import json
 from pathlib import Path
@@ -6,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe
 
@@ -14,9 +18,13 @@ def write_tiny(folder: Path, num_rows: int = 20) -> Path:
     """Parts, images and rows in `folder`; every fourth row has no image, lengths vary."""
     write_biomedclip(folder / "biomedclip_tiny", vision="test_vit", image_size=32)
     write_tinyllama(
-        folder / "tinyllama_tiny", hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        folder / "tinyllama_tiny",
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
         vocab_size=420,
-    )  # fmt: skip
+    )
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     rows = []
@@ -45,18 +53,40 @@ def parts_of(tiny: Path) -> dict[str, str]:
 
 
 def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):
-    """A recipe on the tiny data; from the parts, whatever the stage, unless `start_from` is given."""
+    """A recipe on the tiny data; from the parts, whatever the stage, unless it has a start."""
     settings = {
         "stage": stage,
         "output_dir": str(out),
-        "data": {"train": str(tiny / "rows.json"), "images": str(tiny / "images"), "num_workers": 0},
+        "data": {
+            "train": str(tiny / "rows.json"),
+            "images": str(tiny / "images"),
+            "num_workers": 0,
+        },
         "optim": {
-            "learning_rate": 1e-2, "batch_size": 4, "per_device_batch_size": 4, "max_steps": 8, "precision": "fp32",
+            "learning_rate": 1e-2,
+            "batch_size": 4,
+            "per_device_batch_size": 4,
+            "max_steps": 8,
+            "precision": "fp32",
         },
         "logging": {"report_to": []},
         "saving": {"every": 2},
         **more,
-    }  # fmt: skip
+    }
     if "start_from" not in more:
         settings |= {"after": "any", "model": more.get("model", parts_of(tiny))}
     return load_recipe(settings, overrides)
+
+
+def experts_recipe(tiny: Path, dense: Path, out: Path, *overrides: str, **more):
+    """Stage `experts` from the run of the fixture `dense`."""
+    settings = {"start_from": str(dense), "moe": {"config": {"num_experts": 4}}, **more}
+    return tiny_recipe(tiny, "experts", out, *overrides, **settings)
+
+
+def losses(result):
+    return [entry["loss"] for entry in result.log if "loss" in entry]
+
+
+def model_weights(result):
+    return load_pretrained_model(result.model_folder).model.state_dict()

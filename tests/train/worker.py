@@ -1,8 +1,8 @@
-"""Trains tiny models in forked children: alone, two by two, killed in the middle and gone on with.
+"""Trains tiny models in forked children: alone, two by two, killed in the middle and resumed.
 
-python worker.py FOLDER [RUN ...]: writes FOLDER/<run>/ for each run, or for those named, FOLDER/statuses.json and
-FOLDER/seconds.json. Started once by conftest.py: a fork has what takes seconds to import, and its parent has no threads
-that a fork would lose.
+python worker.py FOLDER [RUN ...]: writes FOLDER/<run>/ for each run, or for those named,
+FOLDER/statuses.json and FOLDER/seconds.json. Started once by conftest.py: a fork has what takes
+seconds to import, and its parent has no threads that a fork would lose.
 """
 
 import gc
@@ -21,7 +21,7 @@ from unittest import mock
 import peft  # noqa: F401  what every child would import
 import torch
 
-from moellava.train import checkpoints, run
+from moellava.train import checkpoints, gradient_steps, train
 from moellava.train.trainer import MoeLlavaTrainer
 from tests.train.tiny import tiny_recipe, write_tiny
 
@@ -83,8 +83,8 @@ MOMENTS = {
     "before a checkpoint is moved": lambda: at_call(checkpoints.os, "rename", 2),
     "after a checkpoint is moved": lambda: at_call(checkpoints.os, "rename", 2, after=True),
     "while an old checkpoint is deleted": half_deleted,
-    "while the model is written": lambda: at_call(run, "write_history", 1),
-    "before the model is moved": lambda: at_call(run, "save_picture", 1, after=True),
+    "while the model is written": lambda: at_call(gradient_steps, "write_history", 1),
+    "before the model is moved": lambda: at_call(gradient_steps, "save_picture", 1, after=True),
 }
 
 
@@ -118,7 +118,10 @@ def record_rows(file):
 
 
 def launch(recipe, num_processes=1, moment=None):
-    """Train in forked processes; as torchrun does, all end when one has ended badly. Exit status, -9 if killed."""
+    """Train in forked processes; as torchrun does, all end when one has ended badly.
+
+    Exit status, -9 if killed.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,13 +155,15 @@ def child(recipe, rank, num_processes, port, moment):
     try:
         with ExitStack() as stack:
             stack.enter_context(record_rows(Path(f"{out}.{rank}.rows")))
-            stack.enter_context(mock.patch.object(run, "save_picture"))  # half of a tiny run's time
+            stack.enter_context(
+                mock.patch.object(gradient_steps, "save_picture")
+            )  # half of a tiny run's time
             stack.enter_context(
                 mock.patch.object(checkpoints.os, "fsync")
             )  # for power cuts; a kill loses nothing
             if moment is not None:
                 stack.enter_context((MOMENTS | {SPOILT: spoil_second_process})[moment]())
-            run.train(recipe, show_progress=False)
+            train(recipe, show_progress=False)
         return 0
     except BaseException:
         traceback.print_exc()
@@ -183,7 +188,7 @@ class Runs:
         self.tiny = write_tiny(folder / "tiny", num_rows=NUM_ROWS)
 
     def __call__(self, name, stage="tune", *overrides, num_processes=1, killed=None, **more):
-        """Train `name`; with `killed`, once until that moment and, if that ended it by a signal, once more."""
+        """Train `name`; with `killed`, until that moment and, if a signal ended it, once more."""
         if self.chosen and name not in self.chosen:
             return
         began = time.perf_counter()

@@ -4,9 +4,10 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 
-from moellava.encoders.base import VisionEncoderConfig
+from moellava.encoders.configuration import VisionEncoderConfig, image_height_width
 
-# microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224, as its open_clip_config.json says.
+# The tower that is loaded if none is named, and what its open_clip_config.json says.
+DEFAULT_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
 BIOMEDCLIP_VISION_CFG = {
     "timm_model_name": "vit_base_patch16_224",
     "timm_model_pretrained": False,
@@ -18,15 +19,14 @@ BIOMEDCLIP_VISION_CFG = {
 
 @strict
 class BiomedClipVisionConfig(VisionEncoderConfig):
-    """An open_clip image tower: `vision_cfg`, `embed_dim`, `quick_gelu`, `preprocess_cfg` as it has them.
+    """An open_clip image tower, its settings under open_clip's own names.
 
-    The default is BiomedCLIP. `vision_cfg["image_size"]` is the size the tower was trained at; `image_size`
-    the size it takes now.
+    The default is BiomedCLIP. `vision_cfg["image_size"]` is the size the tower was trained at;
+    `image_size` the size it takes now.
     """
 
     model_type = "biomedclip_vision"
 
-    image_size: int | list[int] | tuple[int, int] | None = None  # type: ignore[assignment]  # None: as trained
     vision_cfg: dict[str, Any] | None = None
     embed_dim: int = 512
     quick_gelu: bool = False
@@ -38,13 +38,16 @@ class BiomedClipVisionConfig(VisionEncoderConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.vision_cfg is None:
             self.vision_cfg = dict(BIOMEDCLIP_VISION_CFG)
-        if self.image_size is None:
-            self.image_size = self.vision_cfg.get("image_size", 224)
         self.preprocess_cfg = dict(self.preprocess_cfg or {})
         super().__post_init__(**kwargs)
 
     @property
+    def trained_image_size(self) -> int | list[int]:
+        """Pixels, one side or [height, width]."""
+        trained: int | list[int] = (self.vision_cfg or {}).get("image_size", 224)
+        return trained
+
+    @property
     def trained_hw(self) -> tuple[int, int]:
         """(height, width) that the weights were trained at."""
-        trained = (self.vision_cfg or {}).get("image_size", 224)
-        return (trained, trained) if isinstance(trained, int) else tuple(trained)
+        return image_height_width(self.trained_image_size)

@@ -1,4 +1,4 @@
-"""The files of an open_clip checkpoint: its config, its weights, and which of them would be read."""
+"""The files of an open_clip checkpoint: its config, its weights, and which would be read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +56,8 @@ class Resolved:
 def resolve(source: Source, *, download: bool = False) -> Resolved:
     """Find the config and the weights of an open_clip tower, without loading them.
 
-    With `download`, files that only the hub has are fetched; without, they are named and left there.
+    With `download`, files that only the hub has are fetched; without, they are named and left
+    there.
     """
     if source.folder is not None:
         return _resolve_folder(source, source.folder)

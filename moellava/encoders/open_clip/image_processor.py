@@ -32,7 +32,8 @@ INTERPOLATIONS = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageRes
 class BiomedClipImageProcessorKwargs(ImagesKwargs, total=False):
     """open_clip's two settings that transformers has no word for.
 
-    resize_mode: "shortest" (shorter side to size, then crop), "longest" (longer side, then pad), "squash".
+    resize_mode: "shortest" (shorter side to size, then crop), "longest" (longer side, then pad),
+    "squash".
     fill_color: grey level 0..255 of the padding.
     """
 
@@ -41,13 +42,14 @@ class BiomedClipImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class BiomedClipImageProcessor(CLIPImageProcessorPil):
-    """open_clip's inference transform as a Hugging Face image processor, bit-equal for 8-bit images.
+    """open_clip's inference transform as a Hugging Face image processor, with equal bits.
 
     Images of a batch are resized in parallel threads (Pillow releases the lock), one per core.
     """
 
-    # transformers' CLIP processor floors the crop's margin where torchvision rounds it, and open_clip resizes
-    # in the image's own mode before it converts to RGB: hence the whole path is ours, on PIL images.
+    # transformers' CLIP processor floors the crop's margin where torchvision rounds it, and
+    # open_clip resizes in the image's own mode before it converts to RGB: hence the whole path is
+    # ours, on PIL images.
     valid_kwargs = BiomedClipImageProcessorKwargs
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
@@ -65,14 +67,15 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
     def from_open_clip(
         cls, preprocess_cfg: dict[str, Any], image_size: int | Sequence[int]
     ) -> "BiomedClipImageProcessor":
-        """The processor that open_clip's `preprocess_cfg` describes, for another image size where asked."""
+        """The processor that open_clip's `preprocess_cfg` describes, for an image size."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         interpolation = preprocess_cfg.get("interpolation") or "bicubic"
         if interpolation == "random":  # open_clip's word for training; it evaluates with bicubic
             interpolation = "bicubic"
         if interpolation not in INTERPOLATIONS:
             raise ValueError(
-                f"preprocess_cfg has interpolation {interpolation!r}; known: {sorted(INTERPOLATIONS)}."
+                f"preprocess_cfg has interpolation {interpolation!r}; known: "
+                f"{', '.join(sorted(INTERPOLATIONS))}."
             )
         resize_mode = preprocess_cfg.get("resize_mode") or "shortest"
         square_crop = height == width and resize_mode == "shortest"
@@ -130,14 +133,15 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
             return BatchFeature(data={"pixel_values": values}, tensor_type=return_tensors)
         if return_tensors is not None:
             raise ValueError(
-                f"Images of the sizes {[s[:2] for s in shapes]} cannot be stacked; leave cropping on."
+                f"Images of the sizes {[shape[:2] for shape in shapes]} cannot be stacked; leave "
+                "cropping on."
             )
         values = [_normalised(np.stack([array]), settings)[0].numpy() for array in arrays]
         return BatchFeature(data={"pixel_values": values})
 
 
 def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, by the operations of torchvision's ToTensor, Normalize."""
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, as torchvision's ToTensor and Normalize do."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     pixels = pixels.to(settings.get("device"), torch.float32, memory_format=torch.contiguous_format)
     if settings["do_rescale"]:
@@ -155,7 +159,7 @@ def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
 
 
 def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
-    """transformers' common settings that this transform has no place for are refused, not ignored."""
+    """Refuse transformers' common settings that open_clip's transform does not have."""
     if not settings["do_convert_rgb"]:
         raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")
     for name, allowed in (
@@ -174,7 +178,7 @@ def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
 
 
 def center_crop(image: Image.Image, height: int, width: int, fill: int = 0) -> Image.Image:
-    """Crop the middle, or pad where the image is smaller; margins are rounded as torchvision does."""
+    """Crop the middle, or pad a smaller image; margins are rounded as torchvision does."""
     if image.width < width or image.height < height:
         canvas = Image.new("RGB", (max(width, image.width), max(height, image.height)), (fill,) * 3)
         rgb = image if image.mode == "RGB" else image.convert("RGB")

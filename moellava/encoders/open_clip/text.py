@@ -1,6 +1,9 @@
 """The text side of an open_clip checkpoint: words in, unit vectors of the joint space out.
 
-`ClipText` (tower, scale and bias of the logits), `load_text` (its weights, config and tokenizer from files).
+ClipText            the tower, and scale and bias of the logits
+load_text           its weights from a checkpoint
+text_settings       its config from a checkpoint
+load_tokenizer      its tokenizer
 """
 
 import logging
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
+from moellava.encoders.open_clip.files import CONFIG_FILE
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, find_file, parse_source, read_json
 from moellava.storage.weights import read_weights, require_fit
 
@@ -24,6 +29,11 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "vocab.txt",
     "special_tokens_map.json",
+)
+# What `tokenizer_kwargs` may set: open_clip's own settings.
+TOKENIZER_OPTIONS = (
+    *("clean", "strip_sep_token", "language"),
+    *("additional_special_tokens", "reduction_mask"),
 )
 # A config of the text model that lies beside the weights, for machines that see no hub.
 TEXT_CONFIG_FILE = "text_config.json"
@@ -52,7 +62,7 @@ class ClipText(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
     def probabilities(self, image_vectors: Tensor, text_vectors: Tensor) -> Tensor:
-        """(B, L): softmax over the labels; a sigmoid per label for models trained with a logit bias."""
+        """(B, L): softmax over the labels, or a sigmoid per label if there is a logit bias."""
         logits = self.logit_scale.exp() * image_vectors @ text_vectors.T
         return (
             logits.softmax(-1) if self.logit_bias is None else (logits + self.logit_bias).sigmoid()
@@ -60,7 +70,7 @@ class ClipText(nn.Module):
 
 
 def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path) -> dict[str, Any]:
-    """The config fields of the text side: open_clip's `text_cfg`, and a Hugging Face text model's config.
+    """The config fields of the text side: open_clip's `text_cfg`, and its text model's config.
 
     Raises:
         OSError: that config is on no disk here; the text has the command that fetches it.
@@ -73,14 +83,15 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     state = read_weights(weights_file, ("text.", "logit_bias"))
     settings = {"text_cfg": text_cfg, "has_logit_bias": "logit_bias" in state}
     if text_cfg.get("hf_model_name"):
-        settings["text_model_config"] = _text_model_config(text_cfg["hf_model_name"], source, state)
+        settings["text_model_config"] = text_model_config(text_cfg["hf_model_name"], source, state)
     return settings
 
 
 def without_local_paths(text_cfg: dict[str, Any]) -> dict[str, Any]:
     """`text_cfg` as it may be saved: a folder of this machine is called by its own name only.
 
-    A saved encoder carries the text model's config and tokenizer, so that nothing is looked for under these names.
+    A saved encoder carries the text model's config and tokenizer, so that nothing is looked for
+    under these names.
     """
     names = ("hf_model_name", "hf_tokenizer_name")
     local = {
@@ -115,25 +126,45 @@ def load_text(config: BiomedClipVisionConfig, weights_file: Path) -> ClipText:
 
 
 def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Any:
-    """open_clip's tokenizer for the text tower, from the checkpoint's own files where it has them."""
+    """open_clip's tokenizer for the text tower, from the checkpoint's own files if it has any."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text_cfg = config.text_cfg or {}
     context_length = text_cfg.get("context_length", 77)
-    options = text_cfg.get("tokenizer_kwargs") or {}
+    options = _tokenizer_options(text_cfg)
     name = text_cfg.get("hf_tokenizer_name")
     if not name:
         return SimpleTokenizer(context_length=context_length, **options)
     files = [find_file(source, file, download=True, required=False) for file in TOKENIZER_FILES]
     found = next((file for file in files if file is not None), None)
     location = str(found.parent) if found is not None else name
-    return HFTokenizer(
-        location,
-        context_length=context_length,
-        tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **({} if found is not None else {"local_files_only": source.hub.local_files_only}),
-        **options,
-    )
+    hub = {} if found is not None else {"local_files_only": source.hub.local_files_only}
+    with reading(location, "a tokenizer"):
+        return HFTokenizer(
+            location,
+            context_length=context_length,
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **hub,
+            **options,
+        )
+
+
+def _tokenizer_options(text_cfg: dict[str, Any]) -> dict[str, Any]:
+    """`tokenizer_kwargs` of an open_clip config, of which a file may set only some.
+
+    They go on to transformers, where others read files of any name or run code.
+    """
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"tokenizer_kwargs is {options!r}; expected a mapping.")
+    for name in options:
+        if name not in TOKENIZER_OPTIONS:
+            raise ValueError(
+                f"tokenizer_kwargs of {CONFIG_FILE} sets {name!r}; known: "
+                f"{', '.join(TOKENIZER_OPTIONS)}. Remove it from the file."
+            )
+    return options
 
 
 def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
@@ -143,7 +174,10 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     text_cfg = dict(config.text_cfg or {})
     if not text_cfg.get("hf_model_name"):
         return _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
-    model_config = AutoConfig.for_model(**(config.text_model_config or {}))
+    settings = dict(config.text_model_config or {})
+    settings.pop("auto_map", None)  # names code that is not ours to run
+    with reading(config.tower or "the text tower", "a text model's config"):
+        model_config = AutoConfig.for_model(**settings)
     if model_config.is_encoder_decoder:
         raise ValueError(
             f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."
@@ -161,7 +195,7 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     return tower
 
 
-def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
+def text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
     """The Hugging Face config of the text model, without a network where that can be."""
     if os.path.isdir(name):
         return read_json(Path(name) / "config.json")
@@ -182,8 +216,8 @@ def _text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> d
     except OSError as error:
         where = f"{source.folder}/{TEXT_CONFIG_FILE}" if source.folder else "the cache"
         raise OSError(
-            f"The text tower of {source.name} is a {name}, whose config.json is not on this machine. {error} "
-            f"Only that one file is needed; it may also be put at {where}."
+            f"The text tower of {source.name} is a {name}, whose config.json is not on this "
+            f"machine. {error} Only that one file is needed; it may also be put at {where}."
         ) from error
     assert path is not None
     return read_json(path)

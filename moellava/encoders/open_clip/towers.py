@@ -1,6 +1,7 @@
-"""open_clip's image towers: building one from its config, and its position embedding at another size."""
+"""open_clip's image towers, built from their config, and their positions at another size."""
 
 import copy
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from moellava.storage.weights import read_weights
 
 
 class _NoInitOnMeta(TorchFunctionMode):
-    """Leaves out in-place operations on tensors without storage: most of a tower's building is initialisation."""
+    """Skips in-place operations on tensors without storage: building is mostly initialisation."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
@@ -36,24 +37,32 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
         from open_clip.model import _build_vision_tower
     except ImportError as error:
         raise ImportError(
-            "A BiomedCLIP tower is open_clip's: pip install open_clip_torch (3.3 or newer; it brings timm)."
+            "A BiomedCLIP tower is open_clip's: pip install open_clip_torch (3.3 or newer; it "
+            "brings timm)."
         ) from error
     assert config.vision_cfg is not None
     vision_cfg = copy.deepcopy(config.vision_cfg) | {
         "timm_model_pretrained": False
     }  # never a download
-    is_timm = bool(vision_cfg.get("timm_model_name"))
+    name = vision_cfg.get("timm_model_name")
+    if name and re.search(r"[:/\\]", str(name)):  # timm would ask the hub, or read any folder
+        raise ValueError(
+            f"timm_model_name is {name!r}; expected the name of an architecture, such as "
+            "'vit_base_patch16_224'."
+        )
+    is_timm = bool(name)
     height, width = config.image_hw
     if not is_timm:
         vision_cfg["image_size"] = height if height == width else (height, width)
     if isinstance(vision_cfg.get("layers"), (list, tuple)) and height != width:
         raise ValueError(
-            f"image_size is {config.image_size}, but a ModifiedResNet's attention pool only takes squares."
+            f"image_size is {config.image_size}, but a ModifiedResNet's attention pool only takes "
+            "squares."
         )
     try:
         with _NoInitOnMeta():
             visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever the architecture's own code makes of these settings
         raise ValueError(
             f"open_clip cannot build the image tower {config.vision_cfg}: {error}"
         ) from error
@@ -63,7 +72,7 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
 
 
 def interpolate_positions(visual: Any, config: BiomedClipVisionConfig) -> None:
-    """Resize the position embedding of open_clip's own towers, in place, with open_clip's own function."""
+    """Resize the positions of open_clip's own towers, in place, with open_clip's own function."""
     from open_clip.model import resize_pos_embed
 
     with torch.device("meta"):
@@ -84,7 +93,7 @@ def interpolate_positions(visual: Any, config: BiomedClipVisionConfig) -> None:
 
 
 def fill_computed_buffers(module: nn.Module) -> bool:
-    """Compute the buffers that no checkpoint holds (Swin's indices, EVA's rotary tables) of a meta module.
+    """Compute the buffers of a meta module that no checkpoint holds (Swin's indices, EVA's tables).
 
     Weights have to be in place. False if timm offers no way to compute one of them.
     """
@@ -111,7 +120,7 @@ def read_tower(path: Path, prefix: str) -> dict[str, Tensor]:
     if not state:
         others = sorted({key.split(".")[0] for key in read_weights(path)})
         raise ValueError(
-            f"{path} has no tensor of an image tower (names that start with {prefix!r}). Its names start "
-            f"with {first_names(others)}: a text-only checkpoint, or not an open_clip one."
+            f"{path} has no tensor of an image tower (names that start with {prefix!r}). Its names "
+            f"start with {first_names(others)}: a text-only checkpoint, or not an open_clip one."
         )
     return {key.removeprefix(prefix): value for key, value in state.items()}

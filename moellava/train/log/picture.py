@@ -1,19 +1,22 @@
-"""A run's log → one PNG: losses, speed, and the load of each expert.
-
-Public name: `save_picture`.
-"""
+"""A run's log → one PNG: losses, speed, and the load of each expert: `save_picture`."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from moellava.train.log.router_load import KINDS
+from moellava.train.stage import LogEntry
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
-def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> None:
-    """Draw the log history of a run; mixtures also get their experts' load, for image and text tokens.
+def save_picture(log: Sequence[LogEntry], path: Path, *, title: str) -> None:
+    """Draw the log history of a run; mixtures also get the load of their experts.
 
     Args:
         log: transformers' log history, as `log.json` holds it.
@@ -42,8 +45,8 @@ def save_picture(log: Sequence[dict[str, Any]], path: Path, *, title: str) -> No
     figure.savefig(path, dpi=80)
 
 
-def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[str, Any]]) -> None:
-    lines: tuple[tuple[Sequence[dict[str, Any]], str, str, dict[str, Any]], ...] = (
+def _draw_losses(axis: "Axes", log: Sequence[LogEntry], steps: Sequence[LogEntry]) -> None:
+    lines: tuple[tuple[Sequence[LogEntry], str, str, dict[str, str]], ...] = (
         (steps, "loss", "training loss", {}),
         (log, "eval_loss", "held-out loss", {"marker": "o"}),
         (
@@ -57,12 +60,12 @@ def _draw_losses(axis: Any, log: Sequence[dict[str, Any]], steps: Sequence[dict[
     for entries, key, label, style in lines:
         points = [(entry["step"], entry[key]) for entry in entries if key in entry]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, **style)
+            axis.plot(*zip(*points, strict=True), label=label, **style)  # type: ignore[arg-type]
     axis.set(xlabel="optimizer step", ylim=(0, None))
     axis.legend()
 
 
-def _draw_speed(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
+def _draw_speed(axis: "Axes", steps: Sequence[LogEntry]) -> None:
     axis.plot(
         [entry["step"] for entry in steps],
         [entry.get("tokens_per_second", np.nan) for entry in steps],
@@ -73,7 +76,7 @@ def _draw_speed(axis: Any, steps: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw_last_load(
-    figure: Any, axis: Any, shares: np.ndarray, layers: Sequence[int], kind: str
+    figure: "Figure", axis: "Axes", shares: NDArray[np.float64], layers: Sequence[int], kind: str
 ) -> None:
     """Mean over the last tenth of the steps."""
     last = shares[-max(1, len(shares) // 10) :].mean(0)
@@ -100,7 +103,9 @@ def _draw_last_load(
     figure.colorbar(image, ax=axis)
 
 
-def _draw_extremes(axis: Any, steps: Sequence[int], shares: np.ndarray, kind: str) -> None:
+def _draw_extremes(
+    axis: "Axes", steps: Sequence[int], shares: NDArray[np.float64], kind: str
+) -> None:
     axis.fill_between(
         steps,
         shares.min((1, 2)),

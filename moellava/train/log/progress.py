@@ -1,8 +1,6 @@
 """The bar of a run: `ProgressBar`."""
 
-from typing import Any
-
-from transformers import ProgressCallback
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 SHOWN = (
     "loss",
@@ -16,9 +14,17 @@ SHOWN = (
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' bar; of each log entry it shows what a person reads, not a number per expert."""
+    """transformers' bar; of each log entry it shows what people read, not a number per expert."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        logs = logs or {}
         shown = {name: f"{logs[name]:.4g}" for name in SHOWN if name in logs}
         if shown and state.is_world_process_zero and self.training_bar is not None:
             words = "  ".join(f"{name} {value}" for name, value in shown.items())

@@ -2,16 +2,25 @@
 
 L sparse layers, E experts, N tokens of a batch.
 
-Public names: `RouterLoad`, `load_by_name`.
+`RouterLoad` counts; `load_by_name` names each share for TensorBoard and its like.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-KINDS = ("image", "text")
+
+class Load(TypedDict):
+    """The shares of experts since the last log entry."""
+
+    layers: list[int]  # indices of the L sparse layers
+    image: list[list[float]]  # L lists of E shares that sum to 1; zeros without such a token
+    text: list[list[float]]
+
+
+KINDS: tuple[Literal["image"], Literal["text"]] = ("image", "text")
 
 
 class RouterLoad:
@@ -22,7 +31,7 @@ class RouterLoad:
         layers: indices of the L sparse layers in the model.
     """
 
-    def __init__(self, top_k: int, layers: Sequence[int]):
+    def __init__(self, top_k: int, layers: Sequence[int]) -> None:
         self.top_k, self.layers = top_k, list(layers)
         self._counts: Tensor | None = None
 
@@ -48,33 +57,33 @@ class RouterLoad:
         counts = torch.einsum("kn,lne->kle", kinds, chosen)
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def flush(self, reduce: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    def flush(self, reduce: Callable[[Tensor], Tensor]) -> Load | None:
         """The share of the assignments that each expert received, and begin anew.
 
         Args:
             reduce: sums a tensor over the processes.
 
         Returns:
-            `layers`, and for `image` and `text` L lists of E shares that sum to 1; zeros where there was no such
-            token. Empty if nothing was counted.
+            None if nothing was counted.
         """
         if self._counts is None:
-            return {}
+            return None
         counts = reduce(self._counts)
         self._counts = None
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
-        rounded = {
-            kind: [[round(share, 4) for share in layer] for layer in layers]
-            for kind, layers in zip(KINDS, shares.tolist(), strict=True)
-        }
-        return {"layers": self.layers, **rounded}
+        image, text = (
+            [[round(share, 4) for share in layer] for layer in layers] for layers in shares.tolist()
+        )
+        return {"layers": self.layers, "image": image, "text": text}
 
 
-def load_by_name(load: Mapping[str, Any]) -> dict[str, float]:
-    """`flush`'s shares as one number for each expert, named as TensorBoard and its kin group them."""
+def load_by_name(load: Load | None) -> dict[str, float]:
+    """The shares as one number for each expert, named as TensorBoard and its like group them."""
+    if load is None:
+        return {}
     return {
         f"load_{kind}/layer{layer}_expert{expert}": share
-        for kind in (KINDS if load else ())
+        for kind in KINDS
         for layer, shares in zip(load["layers"], load[kind], strict=True)
         for expert, share in enumerate(shares)
     }

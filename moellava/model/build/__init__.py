@@ -1,1 +1,0 @@
-"""A request for a new model → its parts → one model."""

@@ -1,0 +1,192 @@
+"""The stages that train by gradient steps: rows, model and trainer of a recipe, run to the end.
+
+| name | what it does |
+|---|---|
+| `train_by_gradient` | runs such a stage in its folder |
+| `build_trainer` | the trainer of a stage, ready to run |
+"""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from moellava.model.loaded_model import LoadedModel
+from moellava.train import sharding
+from moellava.train.arguments import training_arguments
+from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
+from moellava.train.checkpoints import (
+    clear_staging,
+    newest_checkpoint,
+    publish,
+    staging_folder,
+    writing,
+)
+from moellava.train.features import ImageFeatures, encode_rows
+from moellava.train.log.history import write_history
+from moellava.train.log.picture import save_picture
+from moellava.train.options import Recipe
+from moellava.train.prepare import build_model, prepare_model
+from moellava.train.run_folder import (
+    ADAPTER_FOLDER,
+    MODEL_FOLDER,
+    PICTURE_FILE,
+    begin_run,
+    write_log,
+)
+from moellava.train.stage import TrainResult
+from moellava.train.start import find_start
+from moellava.train.trainable import merge_adapters
+from moellava.train.trainer import MoeLlavaTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+logger = logging.getLogger(__name__)
+
+TRAINING_ARGUMENTS_FILE = "training_args.bin"  # the Trainer's: a pickle, with paths of this machine
+
+
+def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
+    """Train a stage's model, from the newest checkpoint if there is one."""
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is not None:
+        logger.info("resuming from %s", checkpoint)
+    arguments = training_arguments(
+        recipe, show_progress=show_progress, resumes=checkpoint is not None
+    )
+    data = read_data(recipe)
+    model, loaded = prepare_model(recipe)
+    if recipe.parallel == "fsdp2":
+        if checkpoint is not None:
+            sharding.load_checkpoint(model, checkpoint)
+        sharding.shard(loaded.model, arguments.device)
+    trainer = build_trainer(recipe, arguments, data, model, loaded)
+    if trainer.accelerator.is_main_process:
+        begin_run(recipe, run)
+    trainer.accelerator.wait_for_everyone()
+    _train_or_load(trainer, checkpoint)
+    _finish(recipe, trainer, run)
+    return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
+
+
+def build_trainer(
+    recipe: Recipe,
+    arguments: TrainingArguments,
+    data: TrainData,
+    model: nn.Module,
+    loaded: LoadedModel,
+) -> MoeLlavaTrainer:
+    """The trainer of a stage, ready to run.
+
+    Args:
+        arguments: of `training_arguments`.
+        data: of `read_data`.
+        model, loaded: of `prepare_model`.
+    """
+    collator = build_collator(recipe, loaded.processor)
+    lengths = row_lengths(data.train, collator) if recipe.data.group_by_length else None
+    if recipe.data.features is not None:
+        features = Path(recipe.data.features).expanduser()
+        collator.patch_tokens = _features(recipe, features, arguments, data, loaded)
+    return MoeLlavaTrainer(
+        model,
+        arguments,
+        loaded=loaded,
+        collator=collator,
+        train_rows=data.train,
+        evaluation_rows=data.evaluation,
+        lengths=lengths,
+        keep_checkpoints=recipe.saving.keep,
+        num_answers=recipe.evaluation.num_answers if data.evaluation is not None else 0,
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+    )
+
+
+def _features(
+    recipe: Recipe,
+    file: Path,
+    arguments: TrainingArguments,
+    data: TrainData,
+    loaded: LoadedModel,
+) -> ImageFeatures:
+    """What the frozen tower makes of every image.
+
+    The first process encodes, while the others wait for the file.
+    """
+    tower = loaded.model.model.vision_tower
+    if any(weight.requires_grad for weight in tower.parameters()):
+        raise ValueError(
+            "data.features keeps what a frozen tower gives, but trainable names 'vision_tower'."
+        )
+    return encode_rows(
+        tower.to(arguments.device),
+        [*data.train, *(data.evaluation or ())],
+        file,
+        dtype=torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16,
+        autocast=recipe.optim.precision == "bf16",
+        progress=not arguments.disable_tqdm,
+        encodes=arguments.process_index == 0,
+    )
+
+
+def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:
+    """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        if state.global_step >= state.max_steps:
+            trainer.load_checkpoint(checkpoint)
+            trainer.state = state
+            return
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
+    """Write the model, last and in one step: a folder `model` means that the stage has finished."""
+    with writing(run, MODEL_FOLDER) as folder:
+        if recipe.lora is None:
+            trainer.save_model(str(folder))
+        else:
+            _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
+        trainer.accelerator.wait_for_everyone()
+        if trainer.accelerator.is_main_process:
+            _complete(recipe, trainer, run, folder)
+    if trainer.accelerator.is_main_process:
+        clear_staging(run)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _complete(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path) -> None:
+    """What stands beside the weights, and the move of the folder to its place."""
+    log = trainer.state.log_history
+    (folder / TRAINING_ARGUMENTS_FILE).unlink(missing_ok=True)
+    trainer.loaded.processor.save_pretrained(folder)
+    numbers = {
+        "steps": trainer.state.global_step,
+        "rows": len(trainer.sampler),
+        "seed": recipe.seed,
+    }
+    write_history(folder, find_start(recipe), stage=recipe.stage, **numbers)
+    write_log(log, run)
+    save_picture(log, run / PICTURE_FILE, title=f"stage {recipe.stage}")
+    if recipe.lora is not None:
+        publish(staging_folder(run) / ADAPTER_FOLDER, run / ADAPTER_FOLDER)
+    publish(folder, run / MODEL_FOLDER)
+
+
+def _save_merged(recipe: Recipe, trainer: MoeLlavaTrainer, adapter: Path, folder: Path) -> None:
+    """The adapters as PEFT saves them, and the ordinary model that they make of the start."""
+    trainer.save_model(str(adapter))
+    if not trainer.accelerator.is_main_process:
+        return
+    (adapter / TRAINING_ARGUMENTS_FILE).unlink(missing_ok=True)
+    if trainer.is_sharded:  # no process has the whole model, so it is built again
+        merged = merge_adapters(build_model(recipe).model, adapter)
+    else:
+        adapted = cast("PeftModel", trainer.model)
+        merged = adapted.merge_and_unload()
+    merged.save_pretrained(folder)

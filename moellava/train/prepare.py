@@ -1,0 +1,125 @@
+"""The model that a stage trains, built of what it starts from.
+
+| name | what it gives |
+|---|---|
+| `prepare_model` | the model with `requires_grad` set, adapters included |
+| `build_model`, `outline_model` | the same before that, with weights or on the meta device |
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from moellava.model.builder.assembly import configure
+from moellava.model.builder.request import read_build_request
+from moellava.model.builder.upcycle import upcycle_loaded, upcycled_config
+from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.checkpoint.configs import load_model_config
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.language_model.configuration_llama_moe import is_mixture_config
+from moellava.model.loaded_model import LoadedModel
+from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.train.options import Recipe
+from moellava.train.run_folder import MODEL_FOLDER, ROUTER_FILE
+from moellava.train.stage import STAGES, stage_of
+from moellava.train.start import find_start
+from moellava.train.trainable import set_trainable, with_adapters
+
+
+def prepare_model(recipe: Recipe, *, on_meta: bool = False) -> tuple[nn.Module, LoadedModel]:
+    """The model that a stage trains, with `requires_grad` set.
+
+    Args:
+        on_meta: without weights, on torch's meta device, to count and not to compute.
+
+    Returns:
+        The model to train, a PEFT model if the recipe has `lora`; and the `LoadedModel` inside.
+
+    Raises:
+        OSError: if there is nothing to start from.
+        ValueError: if the start is not what the stage needs; the message says what is missing.
+    """
+    loaded = outline_model(recipe) if on_meta else build_model(recipe)
+    parts = recipe.trainable or stage_of(recipe).trainable
+    set_trainable(loaded.model, parts)
+    if recipe.lora is None:
+        return loaded.model, loaded
+    return with_adapters(loaded.model, parts, recipe.lora, seed=recipe.seed), loaded
+
+
+def build_model(recipe: Recipe) -> LoadedModel:
+    """As `prepare_model`, before anything is chosen to be trained."""
+    start = find_start(recipe)
+    if start is None:
+        loaded = load_pretrained_model(
+            recipe.model, moe_config=False, dtype=_dtype(recipe), seed=recipe.seed
+        )
+    else:
+        loaded = load_pretrained_model(start, dtype=_dtype(recipe))
+    if not _becomes_mixture(recipe, loaded.model.config):
+        return loaded
+    moe = recipe.moe
+    return upcycle_loaded(
+        loaded,
+        moe.config,
+        seed=recipe.seed,
+        noise=moe.noise,
+        keep_function=moe.keep_function,
+        router=None if moe.router is None else _router_file(moe.router),
+    )
+
+
+def outline_model(recipe: Recipe) -> LoadedModel:
+    """As `build_model`, on the meta device: only a separate tower's weights are read."""
+    start = find_start(recipe)
+    config: PreTrainedConfig
+    if start is None:
+        config, processor = configure(
+            read_build_request(recipe.model), moe_config=False, dtype=_dtype(recipe)
+        )
+    else:
+        config = load_model_config(start)
+        if not isinstance(config, MoeLlavaConfig):  # a LLaVA: its sizes are known once it is read
+            return build_model(recipe)
+        processor = MoeLlavaProcessor.from_pretrained(start)
+    if _becomes_mixture(recipe, config):
+        config = upcycled_config(config, recipe.moe.config)
+    with torch.device("meta"):
+        model = MoeLlavaForConditionalGeneration(config)
+    nn.Module.to(model, _dtype(recipe))  # transformers' own `to` has no types
+    return LoadedModel(model, processor)
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return torch.bfloat16 if recipe.optim.precision == "bf16_weights" else torch.float32
+
+
+def _becomes_mixture(recipe: Recipe, config: MoeLlavaConfig) -> bool:
+    """Whether the stage makes a mixture of its start, rather than train one further."""
+    if not stage_of(recipe).makes_mixture:
+        return False
+    is_mixture = is_mixture_config(config.text_config)
+    if is_mixture and recipe.moe.config:
+        raise ValueError(
+            f"{recipe.start_from} is a mixture of experts already, so moe.config cannot choose its "
+            "experts. Start from the dense model of stage 'tune', or set moe.config={} to train "
+            "this mixture further."
+        )
+    return not is_mixture
+
+
+def _router_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    for candidate in (path / MODEL_FOLDER / ROUTER_FILE, path / ROUTER_FILE):
+        if candidate.is_file():
+            return candidate
+    if path.is_dir():
+        raise FileNotFoundError(
+            f"moe.router is {source!r}, a folder without {ROUTER_FILE}. Give the output_dir of a "
+            f"finished stage 'router' (moellava train {STAGES['router'].recipe}), or a file with "
+            "one router's weights."
+        )
+    return path  # a file; its reader says what is wrong with it

@@ -1,0 +1,42 @@
+"""Features of a frozen tower are kept, and refused if they are of another."""
+
+import pytest
+
+from moellava.train import train
+from tests.train.tiny import losses, parts_of, tiny_recipe
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+def test_kept_features_give_the_losses_of_encoding_each_time(tiny, tmp_path):
+    recipes = [
+        tiny_recipe(tiny, "align", tmp_path / name, *more)
+        for name, more in (("each", ()), ("kept", (f"data.features={tmp_path / 'f.safetensors'}",)))
+    ]
+    each, kept = (train(recipe, show_progress=False) for recipe in recipes)
+    assert losses(kept) == pytest.approx(losses(each), rel=1e-5)
+    # A second run reads the file; with another tower, the file is refused.
+    again = tiny_recipe(
+        tiny, "align", tmp_path / "again", f"data.features={tmp_path / 'f.safetensors'}"
+    )
+    assert losses(train(again, show_progress=False)) == losses(kept)
+    other = {**parts_of(tiny), "vision_feature_layer": -1}
+    recipe = tiny_recipe(
+        tiny,
+        "align",
+        tmp_path / "other",
+        f"data.features={tmp_path / 'f.safetensors'}",
+        model=other,
+    )
+    with pytest.raises(ValueError, match="holds features of select_layer=-2, but the model has -1"):
+        train(recipe, show_progress=False)
+    tuned = tiny_recipe(
+        tiny, "tune", tmp_path / "tower", "optim.max_steps=2", trainable=["vision_tower"]
+    )
+    train(tuned, show_progress=False)
+    settings = (f"data.features={tmp_path / 'f.safetensors'}", "after=any")
+    recipe = tiny_recipe(
+        tiny, "align", tmp_path / "other", *settings, start_from=str(tmp_path / "tower")
+    )
+    with pytest.raises(ValueError, match="features of a tower with other weights than the model's"):
+        train(recipe, show_progress=False)
