@@ -300,7 +300,7 @@ def require_generation_options(given: Mapping[str, object]) -> None:
     """Raise `TypeError` for a name that `generate` does not know; the nearest one is suggested."""
     known = {
         *inspect.signature(GenerationMixin.generate).parameters,
-        *GenerationConfig().to_dict(),  # type: ignore[no-untyped-call]
+        *GenerationConfig().to_dict(),
     }
     for name in given:
         if name not in known:
