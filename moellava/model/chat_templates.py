@@ -114,7 +114,7 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, own: str | None) -> str
         return own  # of a model with images: it reads content items itself
     candidates = list(TEMPLATES.values())
     if "endgeneration" not in own:
-        end = _end_of_turn(tokenizer, flattened)
+        end = end_of_turn(tokenizer, flattened)
         candidates += [with_marks(own, end, text) for text in ("text", "(text | trim)")]
     for candidate in candidates:
         if _render_alike(tokenizer, flattened, candidate):
@@ -193,7 +193,7 @@ def jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """What a template writes after an assistant's text: `</s>`, `<|im_end|>`, ...
 
     White space before it belongs to it: the model has to write that too, to reach the end.

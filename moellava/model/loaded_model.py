@@ -1,14 +1,15 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import IOBase
-from typing import Any
+from typing import Any, Literal, overload
 
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from moellava.images import ImageLike, ViewOptions, to_pil
+from moellava.model.conversation import Message, generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -124,7 +125,33 @@ class LoadedModel:
         ).to(self.model.device)
 
         self._require_room(inputs, generation.get("max_new_tokens") or 64)
-        return generate_texts(self.model, self.tokenizer, inputs, **generation)
+        options = generation_options(self, generation)
+        return generate_texts(self.model, self.tokenizer, inputs, **options)
+
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[False] = False, **generation: Any
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[True], **generation: Any
+    ) -> Iterator[str]: ...
+    def chat(
+        self, messages: Iterable[Message], stream: bool = False, **generation: Any
+    ) -> str | Iterator[str]:
+        """The answer to the last of several messages, whole or, with `stream=True`, in pieces.
+
+        Args:
+            messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+        """
+        pieces = self.stream(messages, **generation)
+        return pieces if stream else "".join(pieces)
+
+    def stream(self, messages: Iterable[Message], **generation: Any) -> Iterator[str]:
+        """The pieces of the answer to the last message; `Conversation` is for many turns."""
+        return stream_chat(self, messages, **generation)
 
     def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""
