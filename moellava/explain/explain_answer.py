@@ -13,13 +13,21 @@ from moellava.explain.frames import measure_frame
 from moellava.explain.grids import TokenGrid, find_token_grid
 from moellava.explain.recording import Recording, record
 from moellava.explain.routing import Routing, phases_of
-from moellava.images import ImageLike, as_image_list, to_eight_bit, to_pil
+from moellava.images import (
+    ImageLike,
+    Images,
+    ViewOptions,
+    as_image_list,
+    to_eight_bit,
+    to_pil,
+)
+from moellava.model.generation import require_generation_options
 from moellava.model.loaded_model import LoadedModel
 
 
 def explain(
     loaded: LoadedModel,
-    images: ImageLike | Sequence[ImageLike],
+    images: Images,
     question: str,
     *,
     answer: str | None = None,
@@ -30,6 +38,7 @@ def explain(
     batch_size: int = 8,
     progress: bool = False,
     max_bytes: int = 2**30,
+    view: ViewOptions | None = None,
     **generation: object,
 ) -> Explanation:
     """Answer a question about images and record what happened inside.
@@ -48,13 +57,15 @@ def explain(
             patches, so 7x7 of 14x14.
         progress: a progress bar for the ablation.
         max_bytes: memory that recording may take; a longer answer is refused before it starts.
+        view: `window`, `frame`, `plane`, `volume`, `max_pixels`, as `moellava.images.load_image`.
         **generation: passed to `generate`; by default greedy, at most 64 new tokens.
 
     Raises:
         ValueError: for no image, an empty question or answer, a prompt that is longer than the
             context, or a recording that would take more than `max_bytes`.
     """
-    pictures = _as_pictures(images)
+    require_generation_options(generation)
+    pictures = [to_pil(image, **(view or {})) for image in _require_images(images)]
     if not question.strip():
         raise ValueError("The question is empty. Ask something about the image.")
     input_ids, pixel_values, num_prompt_tokens = _with_answer(
@@ -102,11 +113,11 @@ def explain(
     )
 
 
-def _as_pictures(images: ImageLike | Sequence[ImageLike]) -> list[Image.Image]:
-    items = as_image_list(images)
+def _require_images(images: Images) -> list[ImageLike]:
+    items: list[ImageLike] = as_image_list(images)
     if not items:
         raise ValueError("There is no image to explain. Give an image, or a list of them.")
-    return [to_pil(item) for item in items]
+    return items
 
 
 def _with_answer(
