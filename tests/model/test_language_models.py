@@ -301,7 +301,8 @@ class TestSmolLM2:
         )
         text = loaded.tokenizer.decode(inputs["input_ids"][0]).replace("<image>" * 196, "<image>")
         assert text == (
-            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+            "Hugging Face<|im_end|>\n"
             "<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
         )
 
