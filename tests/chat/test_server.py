@@ -135,17 +135,6 @@ class TestAnswers:
         expected = Conversation(loaded).ask("What?", image, max_new_tokens=6)
         assert reply.choices[0].message.content == expected
 
-    def test_nifti_is_seen_slice_by_slice(self, client, loaded, tmp_path):
-        nibabel = pytest.importorskip("nibabel")
-        values = (torch.rand(20, 24, 6) * 255).numpy().astype("uint8")
-        path = tmp_path / "volume.nii.gz"
-        nibabel.save(nibabel.Nifti1Image(values, torch.eye(4).numpy()), path)
-        url = data_uri(path.read_bytes(), "application/gzip")
-        reply = ask(client, question("What?", url, frame=2, plane="axial"))
-        image = {"image": path, "frame": 2}
-        expected = Conversation(loaded).ask("What?", image, max_new_tokens=6)
-        assert reply.choices[0].message.content == expected
-
     def test_logprobs_are_those_of_the_logits(self, client, loaded):
         reply = ask(client, question("Hello?"), logprobs=True, top_logprobs=3, max_tokens=5)
         content = reply.choices[0].logprobs.content
