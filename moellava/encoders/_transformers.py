@@ -230,7 +230,7 @@ class TransformersVisionEncoder(VisionEncoder):
         # Unexpected keys are the text tower's.
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
         with reading(str(name), "an image processor"):
-            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)  # type: ignore[no-untyped-call]
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
         config_file = find_file(source, CONFIG_FILE, download=True)
         chosen: JsonObject = dict(options)
         config = cls.config_class(
