@@ -49,7 +49,7 @@ class TestPatients:
             warnings.simplefilter("always")
             try:
                 load_image(bytes(data))
-            except ValueError as error:  # noqa: PERF203
+            except ValueError as error:
                 said = f"{error} {error.__cause__}"
         said += caplog.text + " ".join(str(warning.message) for warning in caught)
         assert "MARKED" not in said
