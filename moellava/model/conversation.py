@@ -145,7 +145,7 @@ class Conversation:
         other._turns = self._turns
         return other
 
-    def ask(self, text: str, images: object = (), **generation: Any) -> str:
+    def ask(self, text: str, images: object = (), **generation: object) -> str:
         """The answer to a question about new or earlier images.
 
         Args:
@@ -160,13 +160,13 @@ class Conversation:
         """
         return "".join(self.stream(text, images, **generation))
 
-    def stream(self, text: str, images: object = (), **generation: Any) -> Iterator[str]:
+    def stream(self, text: str, images: object = (), **generation: object) -> Iterator[str]:
         """As `ask`, in pieces. Leaving the loop early stops the answer, and keeps what came."""
         items = [*(_image_item(image) for image in _as_list(images)), _text_item(text)]
         turn = read_message(self._loaded.processor, {"role": "user", "content": items})
         return self._start((*self._turns, turn), generation)
 
-    def answer(self, **generation: Any) -> Iterator[str]:
+    def answer(self, **generation: object) -> Iterator[str]:
         """The answer to the messages as they are, the last of which is the user's, in pieces."""
         return self._start(self._turns, generation)
 
@@ -174,7 +174,7 @@ class Conversation:
         if self._is_answering:
             raise ValueError("This conversation is being answered. Read or close the stream first.")
 
-    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, Any]) -> Iterator[str]:
+    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, object]) -> Iterator[str]:
         self._require_idle()
         require_question(turns)
         require_generation_options(generation)
@@ -247,12 +247,14 @@ class Conversation:
         self._cache, self._cached = None, []
 
 
-def chat(loaded: ChatModel, messages: Iterable[Message], **generation: Any) -> str:
+def chat(loaded: ChatModel, messages: Iterable[Message], **generation: object) -> str:
     """The answer to the last message; see `stream_chat`."""
     return "".join(stream_chat(loaded, messages, **generation))
 
 
-def stream_chat(loaded: ChatModel, messages: Iterable[Message], **generation: Any) -> Iterator[str]:
+def stream_chat(
+    loaded: ChatModel, messages: Iterable[Message], **generation: object
+) -> Iterator[str]:
     """The answer to the last message, in pieces of text.
 
     Args:
@@ -275,7 +277,7 @@ def answer_batch(
     answers: Sequence[GrowingAnswer],
     *,
     top_logprobs: int | None = None,
-    **generation: Any,
+    **generation: object,
 ) -> None:
     """Let each conversation's answer grow, all in one left-padded batch.
 
@@ -299,7 +301,7 @@ def answer_batch(
 
 
 def start_answer(
-    loaded: ChatModel, turns: Sequence[Turn], **generation: Any
+    loaded: ChatModel, turns: Sequence[Turn], **generation: object
 ) -> tuple[GrowingAnswer, int]:
     """An empty answer for `answer_batch`, and the tokens of its prompt.
 
@@ -319,14 +321,14 @@ def count_tokens(loaded: ChatModel, turns: Sequence[Turn]) -> int:
     return len(write_prompt(loaded.processor, turns).ids)
 
 
-def generation_options(loaded: ChatModel, generation: Mapping[str, Any]) -> dict[str, Any]:
+def generation_options(loaded: ChatModel, generation: Mapping[str, object]) -> dict[str, Any]:
     """The options for `generate`, with what ends a turn of the chat template."""
     template = loaded.processor.chat_template
     if isinstance(template, dict):
         template = template.get("default")
     ends = turn_end_options(loaded.model, loaded.tokenizer, template) if template else {}
-    own = generation.get("stop_strings") or []
-    own = [own] if isinstance(own, str) else list(own)
+    given = generation.get("stop_strings") or []
+    own = [given] if isinstance(given, str) else list(cast(Iterable[str], given))
     options = {**ends, **generation}
     if own or "stop_strings" in ends:
         options["stop_strings"] = [*own, *ends.get("stop_strings", [])]
@@ -480,7 +482,7 @@ def _image_inputs(pictures: Sequence[Picture]) -> dict[str, Any]:
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeds)}}
 
 
-def _has_own_cache(options: Mapping[str, Any]) -> bool:
+def _has_own_cache(options: Mapping[str, object]) -> bool:
     """Whether `generate` is asked for a cache of another kind, or of several rows."""
     is_plain = options.get("num_beams", 1) == 1 and options.get("use_cache", True)
     return not is_plain or options.get("cache_implementation") is not None
