@@ -1,6 +1,6 @@
 """Evaluation: answers beside the truth, and what they score under named rules.
 
-The public names stand in `__init__.pyi` and load their modules on first use: scoring needs no torch.
+The public names stand in `__init__.pyi` and load on first use: scoring needs no torch.
 """
 
 import lazy_loader
