@@ -66,7 +66,7 @@ def ask(
     # Read before the model is loaded: an unreadable file should not cost a minute.
     pictures = [to_pil(image, **view) for image in images]
     loaded = load_pretrained_model(
-        checkpoint, device=device or _default_device(), progress=sys.stderr.isatty()
+        checkpoint, device=device or default_device(), progress=sys.stderr.isatty()
     )
     rows = []
     for image, picture in zip(images, pictures, strict=True):
@@ -93,7 +93,8 @@ def _is_file_name(item: str) -> bool:
     )
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """A GPU if there is one, else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)

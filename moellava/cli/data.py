@@ -130,6 +130,10 @@ def convert(
     copy_images: Annotated[
         bool, typer.Option("--copy-images", help="Copy images that are files there, too.")
     ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Put in images from outside the image folder, too."),
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave broken rows out, and list them.")
     ] = False,
@@ -153,7 +157,9 @@ def convert(
         derive_answer_type=derive_answer_type,
         skip_bad=skip_bad,
     )
-    count = convert_rows(rows, out, images=images_out, copy_images=copy_images)
+    count = convert_rows(
+        rows, out, images=images_out, copy_images=copy_images, allow_outside=allow_outside
+    )
     typer.echo(f"{out}: {count:,} rows")
     for bad in rows.bad:
         typer.echo(f"left out: row {bad.index} (id {bad.id!r}): {bad.kind}: {bad.reason}")

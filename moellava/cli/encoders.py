@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.messages import first_names
 
 if TYPE_CHECKING:
     from moellava.encoders import OptionValue
@@ -85,15 +86,16 @@ def encode(
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
 ) -> None:
-    """Write the patch tokens of a folder of images to one safetensors file; a killed run resumes."""
+    """Write the patch tokens of a folder of images to a safetensors file; a killed run resumes."""
     from moellava.encoders import create_encoder
     from moellava.encoders.feature_file import encode_files
-    from moellava.images import image_suffixes, is_image_file
+    from moellava.images import image_suffixes
+    from moellava.images.folder import find_images
 
     view = view_options(window, frame, plane)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
-    paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
+    paths, without_pixels = find_images(folder)
     if not paths:
         raise ValueError(
             f"{folder} holds no image; looked for {', '.join(image_suffixes())}, "
@@ -110,6 +112,9 @@ def encode(
         local_files_only=local_files_only,
         **options,  # type: ignore[arg-type]  # mypy takes them for any of the other keywords
     )
+    if without_pixels:
+        skipped = first_names([str(path.relative_to(folder)) for path in without_pixels])
+        typer.echo(f"{len(without_pixels)} DICOM files without pixels are skipped: {skipped}")
     names = [path.relative_to(folder).as_posix() for path in paths]
     done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
     typer.echo(

@@ -146,8 +146,14 @@ def score(
     scorer: Scorer = None,
     group_by: GroupBy = None,
     resamples: Resamples = 1000,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="An OpenAI-compatible server (.../v1) that also judges open answers."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name there.")] = None,
 ) -> None:
     """Score the predictions of any model, without a model and without torch."""
+    from moellava.eval.judge import Judge
     from moellava.eval.score_file import score_file, write_scores
     from moellava.eval.scores import summarize
     from moellava.eval.statistics import Resamples
@@ -155,6 +161,11 @@ def score(
 
     asked = None if data is None else _questions(data, split, images, language, group_by)
     named = None if keys is None else _pairs(keys)
+    judge = None
+    if judge_url is not None:
+        if judge_model is None or out is None:
+            raise typer.BadParameter("--judge-url also needs --judge-model and --out")
+        judge = Judge(url=judge_url, model=judge_model)
     if out is not None:
         scores = write_scores(
             predictions,
@@ -164,6 +175,7 @@ def score(
             scorers=scorer or (),
             group_by=group_by,
             num_resamples=resamples,
+            judge=judge,
         )
     else:
         table, join = score_file(
@@ -241,6 +253,9 @@ def _questions(
 
 def _say_counts(scores: Any) -> None:
     """What the table does not show: a reader must not take part of the rows for all."""
+    judge = scores.get("judge") or {"metrics": {}}
+    for metric, found in judge["metrics"].items():
+        typer.echo(f"judge {judge['model']}: {metric} {100 * found['value']:.1f}, n {found['n']}")
     join = scores.get("join") or {}
     counts = {
         "answers were cut at the most new tokens": scores["cut_answers"] or 0,

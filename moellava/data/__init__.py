@@ -1,5 +1,6 @@
 """Datasets in, rows and batches out."""
 
+from moellava.data.check import check_rows
 from moellava.data.formats import FORMATS, Format, register_format
 from moellava.data.layouts import Context
 from moellava.data.readers import BadRow, Rows, read_rows
@@ -15,6 +16,7 @@ __all__ = [
     "RowError",
     "Rows",
     "Turn",
+    "check_rows",
     "read_rows",
     "register_format",
 ]

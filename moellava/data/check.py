@@ -90,6 +90,7 @@ class SeenRow:
     id: str
     images: tuple[str, ...]
     text: bytes
+    has_answer: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,11 @@ def check_rows(
 
     side, problems = look_at(rows, visit=count, progress=progress)
     report.problems += problems
+    report.problems += [
+        Problem("no answer", row.where, "no turn of the assistant to learn from")
+        for row in side.rows
+        if not row.has_answer
+    ]
     report.num_images = len(side.prints)
     report.problems += find_duplicates(side)
     if against is not None:
@@ -188,7 +194,7 @@ def look_at(
             named = f" (id {row.id!r})" if rows.has_ids else ""
             where = f"{prefix}row {rows.number(index)}{named}"
             keys = tuple(image_key(image) for image in row.images)
-            seen.append(SeenRow(where, row.id, keys, _text_hash(row)))
+            seen.append(SeenRow(where, row.id, keys, _text_hash(row), row.answer is not None))
             for key, image in zip(keys, row.images, strict=True):
                 if key not in known:
                     known.add(key)

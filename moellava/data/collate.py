@@ -157,7 +157,7 @@ class ChatCollator:
         return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
     def _pack(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
-        flatten = DataCollatorWithFlattening()  # type: ignore[no-untyped-call]
+        flatten = DataCollatorWithFlattening()
         packed: dict[str, Any] = flatten(features, return_tensors="pt")
         # With a cache, transformers would not look for the rows' beginnings.
         return {**packed, "use_cache": False}

@@ -13,16 +13,23 @@ from PIL import Image
 from moellava.data.layouts import EXTRA_COLUMN
 from moellava.data.readers import Rows
 from moellava.data.rows import Row
-from moellava.images import ImageLike, exact_hash
+from moellava.images import ImageLike, exact_hash, load_image
 from moellava.images.kinds import HEADER_BYTES, kind_of_bytes
 from moellava.storage.writing import replacing
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+_OUR_KEYS = {"id", "image", "images", "conversations", "conversatons", "choices", "source", "split"}
+_OUR_KEYS |= {"answer_type", EXTRA_COLUMN}
 _PARQUET_ROWS = 256  # in memory at a time
 
 
 def convert_rows(
-    rows: Rows, out: str | Path, *, images: str | Path | None = None, copy_images: bool = False
+    rows: Rows,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    copy_images: bool = False,
+    allow_outside: bool = False,
 ) -> int:
     """Write rows to `out`, by its suffix: `.json` (a LLaVA list), `.jsonl`, or `.parquet`.
 
@@ -34,6 +41,8 @@ def convert_rows(
             `out`.
         copy_images: copy images that do have files there, too; else their paths, relative to the
             source's image folder, stay as they are. Parquet always holds the images themselves.
+
+        allow_outside: also put in images whose paths leave the source's image folder.
 
     Returns:
         How many rows were written.
@@ -55,7 +64,12 @@ def convert_rows(
         raise FileExistsError(f"{out} is there already; give another name or delete it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(images).expanduser() if images else out.parent / "images"
-    store = ImageStore(rows.image_root, folder, copy_images and out.suffix != ".parquet")
+    store = ImageStore(
+        rows.image_root,
+        folder,
+        copy=copy_images and out.suffix != ".parquet",
+        allow_outside=allow_outside,
+    )
     with replacing(out) as part:
         writers[out.suffix](rows, part, out.suffix == ".json", store)
     return len(rows)
@@ -75,7 +89,11 @@ def to_llava(row: Row, images: Sequence[str]) -> dict[str, object]:
         "source": row.source,
         "choices": list(row.choices),
     }
-    return record | {key: value for key, value in named.items() if value} | dict(row.extra)
+    record |= {key: value for key, value in named.items() if value}
+    # A field of the source may have the name of one of ours, which must not replace it.
+    apart = {key: value for key, value in row.extra.items() if key in _OUR_KEYS}
+    beside = {key: value for key, value in row.extra.items() if key not in _OUR_KEYS}
+    return record | beside | ({EXTRA_COLUMN: json.dumps(apart)} if apart else {})
 
 
 class ImageStore:
@@ -85,10 +103,19 @@ class ImageStore:
         root: the folder that the rows' own paths start from.
         folder: where images are written; made when the first one is.
         copy: whether files are copied there, too.
+        allow_outside: whether files outside `root` may be put in.
     """
 
-    def __init__(self, root: Path, folder: Path, copy: bool) -> None:
+    def __init__(
+        self, root: Path, folder: Path, copy: bool, *, allow_outside: bool = False
+    ) -> None:
         self.root, self.folder, self.copy = root, folder, copy
+        self.allow_outside = allow_outside
+        if copy and folder.resolve() == root.resolve():
+            raise ValueError(
+                f"Copies of images would land in {root}, the folder of the originals. "
+                "Give another folder with --images-out."
+            )
 
     def name(self, image: ImageLike) -> str:
         """The name for the JSON: relative to `root` for files, to `folder` for what was written."""
@@ -98,19 +125,36 @@ class ImageStore:
             if not self.copy:
                 return Path(relative).as_posix() if is_inside else str(Path(image).absolute())
             name = relative if is_inside else f"{exact_hash(image)[:16]}{Path(image).suffix}"
-            self._write(name, Path(image).read_bytes)
-            return Path(name).as_posix()
+            return self._write(Path(name).as_posix(), self.content(image)[0])
         data, suffix = encoded(image)
-        name = f"{exact_hash(image)[:16]}{suffix}"
-        self._write(name, lambda: data)
-        return name
+        return self._write(f"{exact_hash(image)[:16]}{suffix}", data)
 
-    def _write(self, name: str, read: Callable[[], bytes]) -> None:
+    def content(self, image: ImageLike) -> tuple[bytes, str]:
+        """The bytes of an image that may be published, and their suffix.
+
+        Raises:
+            ValueError: a file outside the image folder, or one that is not an image.
+        """
+        if isinstance(image, str | os.PathLike):
+            path, root = Path(image).resolve(), self.root.resolve()
+            if not self.allow_outside and not path.is_relative_to(root):
+                raise ValueError(
+                    f"{image} lies outside the image folder {self.root}. If it is meant to be put "
+                    "into the set, give --allow-outside."
+                )
+            load_image(image)  # what is not an image must not be published under the name of one
+        return encoded(image)
+
+    def _write(self, name: str, data: bytes) -> str:
         target = self.folder / name
+        if target.exists() and target.read_bytes() != data:  # of another set, or edited
+            name = f"{exact_hash(data)[:16]}-{Path(name).name}"
+            target = self.folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as part:
-                part.write_bytes(read())
+                part.write_bytes(data)
+        return name
 
 
 def encoded(image: ImageLike) -> tuple[bytes, str]:
@@ -183,7 +227,7 @@ def _write_parquet(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> 
                     )
                 known["images"] = [
                     {
-                        "bytes": encoded(image)[0],
+                        "bytes": store.content(image)[0],
                         "path": store.name(image) if isinstance(image, str) else None,
                     }
                     for image in row.images

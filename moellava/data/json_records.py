@@ -10,6 +10,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, overload
 
@@ -18,6 +19,7 @@ from moellava.data.rows import RowError
 _CHUNK = 1 << 20  # bytes per read
 # Characters of one record; a broken quote must not pull the whole file into memory.
 _LONGEST = 1 << 26
+_FIRST = 1000  # records that tell which columns a file has
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODE = json.JSONDecoder().raw_decode
 
@@ -80,8 +82,9 @@ class JsonRecords(Sequence[object]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The keys of the first record that has any."""
-        return tuple(next((record for record in self.scan() if isinstance(record, dict)), {}))
+        """The keys of the first records, in the order in which they occur."""
+        first = islice((record for record in self.scan() if isinstance(record, dict)), _FIRST)
+        return tuple(dict.fromkeys(key for record in first for key in record))
 
     def _refuse_a_spread_object(self) -> None:
         """One object over many lines would else read as many broken rows."""
@@ -120,6 +123,8 @@ def _list_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
                 window.peek()
             yield window.skip_value()
             count += 1
+        window.take("]")
+        window.expect_end()
     except (ValueError, EOFError) as error:
         raise ValueError(
             f"{path} is broken JSON at byte {window.place}, after {count} complete rows: {error}"
@@ -150,6 +155,13 @@ class _Window:
         if self.peek() != character:
             raise ValueError(f"expected {character!r}, found {self._text[self._at]!r}")
         self._advance(self._at + 1)
+
+    def expect_end(self) -> None:
+        try:
+            character = self.peek()
+        except EOFError:
+            return
+        raise ValueError(f"{character!r} follows the closing bracket of the list")
 
     def skip_value(self) -> tuple[int, int]:
         start = self.place

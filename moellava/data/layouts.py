@@ -88,7 +88,7 @@ def messages(record: Record, index: int, context: Context) -> Row:
         index,
         context,
         source="messages",
-        images=images_of(images, context),
+        images=images_of(images, context) or images_of(_images_in(turns), context),
         turns=[_turn(turn, number, "role", "content") for number, turn in enumerate(turns)],
     )
 
@@ -355,7 +355,39 @@ def _turn(turn: object, number: int, role_key: str, text_key: str) -> Turn:
     role = turn[role_key]
     if role not in ROLES:
         raise RowError(f"turn {number} is from {role!r}; expected one of {', '.join(ROLES)}")
-    return Turn(ROLES[role], text_of(turn[text_key], f"{text_key!r} of turn {number}"))
+    return Turn(ROLES[role], _content_of(turn[text_key], f"{text_key!r} of turn {number}"))
+
+
+def _content_of(content: object, name: str) -> str:
+    """Text, or a chat template's list of texts and images, whose images become marks."""
+    if not isinstance(content, list | tuple):
+        return text_of(content, name)
+    parts = []
+    for item in content:
+        kind = item.get("type") if isinstance(item, Mapping) else None
+        if kind == "image":
+            parts.append(f"{IMAGE_TOKEN}\n")
+        elif kind == "text" and isinstance(item, Mapping):
+            parts.append(text_of(item.get("text"), f"a text in {name}"))
+        else:
+            raise RowError(f"{name} has an item that is not of the type text or image")
+    return "".join(parts)
+
+
+def _images_in(turns: object) -> list[object]:
+    """What the image items of content lists hold, if they hold it."""
+    contents = (
+        [turn.get("content") for turn in turns if isinstance(turn, Mapping)]
+        if (isinstance(turns, list))
+        else []
+    )
+    items = [item for content in contents if isinstance(content, list) for item in content]
+    found = [
+        item.get("image") or item.get("path")
+        for item in items
+        if isinstance(item, Mapping) and item.get("type") == "image"
+    ]
+    return [image for image in found if image is not None]
 
 
 def _kind(value: object) -> str:

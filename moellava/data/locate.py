@@ -1,18 +1,19 @@
 """Where a dataset lies, here or on the hub: the files of one split, the folder of its images."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moellava.data.formats import Format
-from moellava.data.layouts import Record
 from moellava.data.records import KINDS
 from moellava.messages import unknown_name
 
+_FIRST = 64  # images that are looked for to find their folder
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -93,12 +94,12 @@ def locate(
 
 
 def find_image_root(
-    where: Location, form: Format, first: Record, images: str | Path | None
+    where: Location, form: Format, records: Iterable[object], images: str | Path | None
 ) -> Path:
     """The folder that relative paths start from.
 
-    It is the one given, or the first beside the file that has the first image. An archive of the
-    layout (`imgs.zip`) beside the file, or in its repo, is unpacked into the cache of `datasets`.
+    It is the one given, or the one beside the file that has the most of the first images. An
+    archive of the layout (`imgs.zip`) beside the file, or in its repo, is unpacked.
     """
     if images is not None:
         root = Path(images).expanduser()
@@ -106,19 +107,24 @@ def find_image_root(
             raise FileNotFoundError(f"The image folder {images} does not exist.")
         return root
     folder = where.files[0].parent
-    name = _first_image_name(first, form)
-    if name is None:
+    names = list(islice(_image_names(records, form), _FIRST))
+    if not names:
         return folder
     candidates = [folder, *(folder / sub for sub in form.image_folders)]
-    found = next((root for root in candidates if (root / name).is_file()), None)
+    found = _root_of_most(candidates, names)
     if found is None and (unpacked := _unpack(where, form)) is not None:
         candidates = [
             root
             for base in unpacked
             for root in (base, *(base / sub for sub in form.image_folders))
         ]
-        found = next((root for root in candidates if (root / name).is_file()), None)
+        found = _root_of_most(candidates, names)
     return found or folder
+
+
+def _root_of_most(candidates: Sequence[Path], names: Sequence[str]) -> Path | None:
+    counts = [sum((root / name).is_file() for name in names) for root in candidates]
+    return candidates[counts.index(max(counts))] if any(counts) else None
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
@@ -137,13 +143,15 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def _first_image_name(record: Record, form: Format) -> str | None:
-    for key in form.image_keys:
-        value = record.get(key)
-        value = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(value, str):
-            return value
-    return None
+def _image_names(records: Iterable[object], form: Format) -> Iterator[str]:
+    for record in records:
+        if not isinstance(record, Mapping):
+            continue
+        for key in form.image_keys:
+            value = record.get(key)
+            for name in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(name, str) and name:
+                    yield name
 
 
 def _unpack(where: Location, form: Format) -> list[Path] | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import overload
 
 from moellava.data.formats import Format, find_format
-from moellava.data.layouts import Context, Record
+from moellava.data.layouts import Context
 from moellava.data.locate import Location, find_image_root, locate
 from moellava.data.records import Records, open_records
 from moellava.data.rows import Row, RowError, checked
@@ -155,10 +155,9 @@ def read_rows(
     )
     records = open_records(where.files, where.split, str(cache_dir) if cache_dir else None)
     form = find_format(format, frozenset(records.columns), where.name)
-    first: Record = next((record for record in records.scan() if isinstance(record, dict)), {})
     names = tuple(class_names or ()) or getattr(records, "class_names", ())
     context = Context(
-        image_root=find_image_root(where, form, first, images),
+        image_root=find_image_root(where, form, records.scan(), images),
         split=where.split,
         only_split=split if where.split_in_rows else None,
         language=language,

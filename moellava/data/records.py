@@ -2,6 +2,8 @@
 
 import csv
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moellava.data.json_records import JsonRecords
+from moellava.storage.errors import reading
+from moellava.storage.limits import require_within
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -112,16 +116,26 @@ def open_records(files: Sequence[Path], split: str | None, cache_dir: str | None
     """
     path, kind = files[0], files[0].suffix.lower()
     if kind in (".json", ".jsonl"):
-        return JsonRecords(path)
+        with reading(path, "JSON"):
+            return JsonRecords(path)
     if kind == ".npz":
-        return NpzRecords(path, _npz_split(path, split))
+        with reading(path, "arrays of NumPy"):
+            _refuse_bomb(path)
+            return NpzRecords(path, _npz_split(path, split))
     if kind in (".csv", ".parquet"):
-        return TableRecords(_dataset(files, kind, cache_dir))
+        with reading(path, "a table"):
+            return TableRecords(_dataset(files, kind, cache_dir))
     if kind in (".pkl", ".pickle"):
         raise ValueError(
             f"{path} is a pickle, which can run code when read. Use the set's parquet or JSON form."
         )
     raise ValueError(f"{path} is a {kind or 'nameless'} file; expected one of {', '.join(KINDS)}.")
+
+
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    require_within("expansion", unpacked // max(1, path.stat().st_size), path)
 
 
 def npz_splits(path: Path) -> list[str]:
@@ -155,12 +169,18 @@ def _dataset(files: Sequence[Path], kind: str, cache_dir: str | None) -> "Datase
     names = [str(file) for file in files]
     if kind == ".parquet":
         return load_dataset("parquet", data_files=names, split="train", cache_dir=cache_dir)
-    with files[0].open(newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file), [])
+    with reading(files[0], "CSV"), files[0].open(newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        delimiter = max(",;\t", key=header.count)
+        columns = next(csv.reader([header], delimiter=delimiter), [])
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise ValueError(f"{files[0]} has two columns {twice[0]!r}. Give each its own name.")
     # All text: pandas would turn the answer "None" into a missing value and the id "007" into 7.
     features = Features({column: Value("string") for column in columns})
     return load_dataset(
         "csv",
+        sep=delimiter,
         data_files=names,
         split="train",
         cache_dir=cache_dir,

@@ -311,7 +311,7 @@ class VisionEncoder(PreTrainedModel):
 
     def post_init(self) -> None:
         """Finish construction: Hugging Face's own part, then the measured shapes in the config."""
-        super().post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
         is_on_meta = self.device.type == "meta"
         self._record_shapes(self._run_on_meta() if is_on_meta else measure(type(self), self.config))
 
@@ -330,7 +330,8 @@ class VisionEncoder(PreTrainedModel):
         if self.layers_are_alike:
             indices = [0] * len(indices)
         training = self.training
-        self.eval()  # batch norm refuses a single image while training
+        # Batch norm refuses a single image while training.
+        self.eval()  # type: ignore[no-untyped-call]
         try:
             with torch.no_grad():
                 trunk = self.run_trunk(

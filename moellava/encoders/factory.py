@@ -33,6 +33,7 @@ from moellava.plugins import load_plugins
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
+    JsonObject,
     Source,
     find_file,
     parse_source,
@@ -264,7 +265,7 @@ def create_encoder(
     chosen = {key: value for key, value in options.items() if value is not None}
     check_options(encoder_class.config_class, chosen, encoder_options(encoder_class.config_class))
     loading = {"device": device, "dtype": dtype, "load_text": load_text or None}
-    keywords: dict[str, Any] = {
+    keywords: JsonObject = {
         key: value for key, value in {**chosen, **loading}.items() if value is not None
     }
     if kind.config_files:
@@ -286,7 +287,7 @@ def create_encoder(
 
 
 def _loaded(
-    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: dict[str, Any]
+    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: JsonObject
 ) -> VisionEncoder:
     encoder: VisionEncoder = encoder_class.from_pretrained(name, **hub.keywords, **keywords)
     return encoder

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -161,7 +161,7 @@ def encode_files(
     return done
 
 
-def _as_written_today(setting: Any) -> Any:
+def _as_written_today(setting: object) -> object:
     return "patch" if setting == "default" else setting  # before one word stood for both
 
 

@@ -235,7 +235,7 @@ def _messages(question: Asked) -> Messages:
     messages: Messages = []
     for message in row.messages():
         content = message["content"]
-        if not isinstance(content, str):
+        if isinstance(content, list):
             content = [{"type": "image"} if item["type"] == "image" else item for item in content]
         messages.append({"role": message["role"], "content": content})
     return messages

@@ -7,7 +7,7 @@ from moellava.data.check import MAX_DISTANCE
 from moellava.data.fingerprints import Fingerprint, fingerprint, near_pairs
 from moellava.data.rows import Row
 from moellava.eval.questions import Question, image_name
-from moellava.images.threads import map_in_threads
+from moellava.images import ImageLike, map_in_threads
 
 _AT_ONCE = 64  # images in memory
 
@@ -44,7 +44,7 @@ def leaked_questions(
 def _prints(rows: Sequence[Row], root: Path | None) -> dict[str, Fingerprint]:
     """Each distinct image of the rows, by its name, read once and a few at a time."""
     found: dict[str, Fingerprint] = {}
-    waiting: dict[str, object] = {}
+    waiting: dict[str, ImageLike] = {}
 
     def read_waiting() -> None:
         found.update(zip(waiting, map_in_threads(fingerprint, waiting.values()), strict=True))

@@ -7,7 +7,8 @@ import numpy as np
 from PIL import Image
 
 from moellava.eval.compare import pair, paired_differences
-from moellava.eval.predictions import read_predictions
+from moellava.eval.judge import Judge, describe, judge_answers
+from moellava.eval.predictions import Prediction, read_predictions
 from moellava.eval.probabilities import probability_scores
 from moellava.eval.report import write_report
 from moellava.eval.score_table import ScoreTable, score_predictions
@@ -30,6 +31,7 @@ def write_results(
     leaked: Sequence[str] | None = None,
     facts: Mapping[str, object] | None = None,
     load_image: Callable[[str], Image.Image] | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, object]:
     """Score the predictions of a model and of its baselines.
 
@@ -40,6 +42,7 @@ def write_results(
         leaked: ids of questions about images of the training set; None if nobody looked.
         facts: of how the answers were made, kept as they are.
         load_image: the picture of a name in the predictions, for the report; None leaves them out.
+        judge: who also judges open answers, if anybody; its verdicts lie in `out/judge.jsonl`.
 
     Returns:
         The content of `scores.json`.
@@ -62,6 +65,8 @@ def write_results(
         name: {"scorers": _difference(table, other, num_resamples)}
         for name, other in others.items()
     }
+    if judge is not None:
+        scores["judge"] = _judged(table, resamples, listed, judge, out / "judge.jsonl")
     if leaked is not None:
         scores["leaks"] = _without_leaks(table, resamples, leaked)
     out.mkdir(parents=True, exist_ok=True)
@@ -86,3 +91,22 @@ def _without_leaks(
     found_here = [row_id for row_id in table.ids if row_id in found]
     kept = metric_dicts(table, resamples.intervals(table.values, rows)) if len(rows) else None
     return {"num_leaked": len(found_here), "leaked": found_here, "without_leaked": kept}
+
+
+def _judged(
+    table: ScoreTable,
+    resamples: Resamples,
+    predictions: Sequence[Prediction],
+    judge: Judge,
+    path: Path,
+) -> dict[str, object]:
+    """The share of open answers that the judge calls right; an unreadable verdict is none."""
+    verdicts = {one.id: one for one in judge_answers(predictions, judge, path)}
+    column = np.full((len(table.ids), 1), np.nan)
+    for row, row_id in enumerate(table.ids):
+        if row_id in verdicts:
+            column[row, 0] = float(verdicts[row_id].is_right is True)
+    [interval] = resamples.intervals(column)
+    unread = [one.id for one in verdicts.values() if one.is_right is None]
+    found = {"open_accuracy": interval.as_dict()} if interval.n else {}
+    return {**describe(judge), "metrics": found, "unread": unread}

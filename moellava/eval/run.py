@@ -12,7 +12,6 @@ import transformers
 from PIL import Image
 
 import moellava
-from moellava.data.images import load_image
 from moellava.data.readers import Rows, read_rows
 from moellava.data.rows import Row, Turn
 from moellava.eval.answer_file import AnswerFile
@@ -25,9 +24,10 @@ from moellava.eval.prompts import Prompt, find_prompt
 from moellava.eval.questions import Question, known_groups, questions_of
 from moellava.eval.results import write_results
 from moellava.eval.settings import EvaluationSettings
+from moellava.images import load_image
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
 from moellava.model.loaded_model import LoadedModel
+from moellava.storage.weights import weights_fingerprint
 
 DataSource = str | Path | Sequence[Row]
 
@@ -74,16 +74,9 @@ def evaluate(
     if leaks is not None:
         training_rows = _rows(leaks, images=images)
         leaked = leaked_questions(asked.questions, asked.rows, training_rows, root=asked.root)
-
     run = _Run(_load(checkpoint, settings), asked, Path(out), settings)
     main = run.answer("predictions.jsonl", None)
-    baselines = {
-        name: run.answer(f"baselines/{name}.jsonl", name)
-        for name in settings.baselines
-        if name in BASELINES
-    }
-    if MOST_FREQUENT in settings.baselines:
-        baselines[MOST_FREQUENT] = run.count_most_frequent(main, counted)
+    baselines = run.answer_baselines(main, counted)
     facts: dict[str, object] = {
         "checkpoint": "a loaded model" if isinstance(checkpoint, LoadedModel) else str(checkpoint),
         "data": asked.name,
@@ -178,6 +171,18 @@ class _Run:
             )
         file.finish(list(questions))
         return file.path
+
+    def answer_baselines(self, main: Path, counted: Iterable[Question]) -> dict[str, Path]:
+        """The files of predictions of the baselines that the settings name."""
+        wanted = self.settings.baselines
+        found = {
+            name: self.answer(f"baselines/{name}.jsonl", name)
+            for name in wanted
+            if name in BASELINES
+        }
+        if MOST_FREQUENT in wanted:
+            found[MOST_FREQUENT] = self.count_most_frequent(main, counted)
+        return found
 
     def count_most_frequent(self, main: Path, counted: Iterable[Question]) -> Path:
         """Write the predictions of the baseline that asks nobody."""

@@ -3,14 +3,18 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from moellava.eval.judge import Judge
 from moellava.eval.predictions import Prediction, read_answers
-from moellava.eval.questions import Question
 from moellava.eval.results import write_results
 from moellava.eval.score_table import ScoreTable, score_predictions
 from moellava.eval.scorers import find_scorers
 from moellava.eval.statistics import NUM_RESAMPLES
 from moellava.storage.writing import replacing
+
+if TYPE_CHECKING:  # the data's modules load torch; a file with truths needs none of them
+    from moellava.eval.questions import Question
 
 
 @dataclass
@@ -32,7 +36,7 @@ class Join:
 def score_file(
     path: str | Path,
     *,
-    questions: Iterable[Question] | None = None,
+    questions: "Iterable[Question] | None" = None,
     keys: Mapping[str, str] | None = None,
     scorers: Sequence[str] = (),
     group_by: Sequence[str] | None = None,
@@ -62,11 +66,12 @@ def write_scores(
     path: str | Path,
     out: Path,
     *,
-    questions: Iterable[Question] | None = None,
+    questions: "Iterable[Question] | None" = None,
     keys: Mapping[str, str] | None = None,
     scorers: Sequence[str] = (),
     group_by: Sequence[str] | None = None,
     num_resamples: int = NUM_RESAMPLES,
+    judge: Judge | None = None,
 ) -> dict[str, object]:
     """As `score_file`, and write `predictions.jsonl` (our layout), `scores.json`, `report.html`.
 
@@ -86,12 +91,13 @@ def write_scores(
         group_by=group_by,
         num_resamples=num_resamples,
         facts={"predictions": str(path), "join": join.as_dict()},
+        judge=judge,
     )
 
 
 def join_predictions(
     path: str | Path,
-    questions: Iterable[Question] | None,
+    questions: "Iterable[Question] | None",
     keys: Mapping[str, str] | None,
     join: Join,
 ) -> Iterator[Prediction]:
@@ -110,7 +116,7 @@ def join_predictions(
     join.without_prediction += [row_id for row_id in known if row_id not in answered]
 
 
-def _known(question: Question) -> dict[str, object]:
+def _known(question: "Question") -> dict[str, object]:
     """What the data says about a question; its images only by name."""
     return {
         "truth": question.truth,

@@ -12,16 +12,8 @@ from moellava.eval.scorers.registry import AnswerType, Scorer
 from moellava.eval.statistics import Floats, Ints, cluster_numbers
 from moellava.messages import first_names, unknown_name
 
-
-class _Column:
-    """One metric of one scorer; `nan` for predictions that it does not apply to."""
-
-    def __init__(self, num_before: int):
-        self.values = array("d", [np.nan]) * num_before
-
-    def put(self, row: int, value: float) -> None:
-        self.values.extend([np.nan] * (row - len(self.values)))
-        self.values.append(value)
+# Answer, truth, answer type and options: all that a score depends on.
+_Pair = tuple[str, str, AnswerType, tuple[str, ...]]
 
 
 @dataclass
@@ -86,7 +78,10 @@ class _Filler:
         self.scorers = scorers
         self.ids: dict[str, None] = {}
         self.answer_types: list[AnswerType] = []
-        self.columns: dict[tuple[str, str], _Column] = {}
+        # Short answers repeat: each distinct one is scored once.
+        self.distinct: dict[_Pair, int] = {}
+        self.pairs = array("q")
+        self.scored: list[dict[tuple[str, str], float]] = []
         self.images: list[tuple[int, ...]] = []
         self.image_numbers: dict[str, int] = {}
         self.groups: dict[str, list[str | None]] = {}
@@ -121,18 +116,21 @@ class _Filler:
             known = self.groups.setdefault(name, [])
             known.extend([None] * (row - len(known)))
             known.append(value)
-        for scorer in self.scorers:
-            scored = scorer.score(
-                prediction.answer,
-                prediction.truth,
-                answer_type=prediction.answer_type,
-                options=prediction.options,
-            )
-            for metric, share in scored.items():
-                key = (scorer.name, metric)
-                if key not in self.columns:
-                    self.columns[key] = _Column(row)
-                self.columns[key].put(row, share)
+        pair = (prediction.answer, prediction.truth, prediction.answer_type, prediction.options)
+        if pair not in self.distinct:
+            self.distinct[pair] = len(self.scored)
+            self.scored.append(self._score(pair))
+        self.pairs.append(self.distinct[pair])
+
+    def _score(self, pair: _Pair) -> dict[tuple[str, str], float]:
+        answer, truth, answer_type, options = pair
+        return {
+            (scorer.name, metric): value
+            for scorer in self.scorers
+            for metric, value in scorer.score(
+                answer, truth, answer_type=answer_type, options=options
+            ).items()
+        }
 
     def _count(self, name: str, value: int | bool | None) -> None:
         if value is not None:
@@ -148,9 +146,12 @@ class _Filler:
             without = f" ({len(self.empty_truth)} have an empty truth)" if self.empty_truth else ""
             raise ValueError(f"There is no prediction to score{without}.")
         num_rows = len(self.ids)
-        values = np.full((num_rows, len(self.columns)), np.nan)
-        for m, column in enumerate(self.columns.values()):
-            values[: len(column.values), m] = column.values
+        metrics = _in_order(self.scored, self.scorers)
+        places = {metric: m for m, metric in enumerate(metrics)}
+        distinct = np.full((len(self.scored), len(metrics)), np.nan)
+        for row, scored in enumerate(self.scored):
+            for metric, value in scored.items():
+                distinct[row, places[metric]] = value
         for known in self.groups.values():
             known.extend([None] * (num_rows - len(known)))
         for name in group_by or ():
@@ -160,8 +161,8 @@ class _Filler:
         return ScoreTable(
             ids=list(self.ids),
             answer_types=self.answer_types,
-            metrics=list(self.columns),
-            values=values,
+            metrics=metrics,
+            values=distinct[np.frombuffer(self.pairs, dtype=np.int64)],
             clusters=cluster_numbers(self.images),
             groups=wanted,
             answer_type_from=self.answer_type_from,
@@ -173,3 +174,12 @@ class _Filler:
             num_tokens=self.counts["tokens"],
             empty_truth=self.empty_truth,
         )
+
+
+def _in_order(
+    scored: Iterable[dict[tuple[str, str], float]], scorers: Sequence[Scorer]
+) -> list[tuple[str, str]]:
+    """The metrics that occur, those of one scorer together."""
+    order = {scorer.name: number for number, scorer in enumerate(scorers)}
+    found = {metric: None for scores in scored for metric in scores}
+    return sorted(found, key=lambda metric: order[metric[0]])

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from moellava.images.dicom_error import DicomError, reason_without_values, silent_pydicom
 from moellava.images.dicom_file import (
     GREY,
-    DicomError,
     DicomFile,
-    one_line,
     pydicom_module,
     read_dicom,
 )
@@ -35,33 +34,43 @@ def decode_dicom(source: Path | bytes | DicomDataset, view: View, name: str) -> 
     """
     pydicom_module(name)
     try:
-        file = read_dicom(source, name)
-        width, height = int(file.header.Columns), int(file.header.Rows)
-        view.check_size(width, height, name)
-        frames = view.frames(file.num_frames, name)
-        rows, columns = grid_shape(len(frames))
-        view.check_size(columns * width, rows * height, name)
-        return Image.fromarray(montage([_shown(file, frame, view) for frame in frames]))
+        with silent_pydicom():
+            return Image.fromarray(_decode(source, view, name))
     except (DicomError, MemoryError):
         raise
-    except ValueError as error:
-        text = str(error)
-        raise DicomError(text if text.startswith(name) else f"{name}: {one_line(error)}") from error
-    # pydicom's parser and the decoders raise whatever a broken file leads them to.
+    # pydicom's parser and the decoders raise whatever a broken file leads them to, with values of
+    # its elements in the text: neither text nor cause is shown.
     except Exception as error:
-        raise DicomError(f"{name} cannot be read as DICOM: {one_line(error)}") from error
+        text = str(error)
+        if isinstance(error, ValueError) and text.startswith(name):  # of the view
+            raise DicomError(text) from None
+        reason = reason_without_values(error)
+        raise DicomError(f"{name} cannot be read as DICOM: it is broken ({reason}).") from None
+
+
+def _decode(source: Path | bytes | DicomDataset, view: View, name: str) -> np.ndarray:
+    file = read_dicom(source, name)
+    width, height = int(file.header.Columns), int(file.header.Rows)
+    view.refuse_plane(name)
+    view.check_size(width, height, name)
+    frames = view.frames(file.num_frames, name)
+    rows, columns = grid_shape(len(frames))
+    view.check_size(columns * width, rows * height, name)
+    return montage([_shown(file, frame, view) for frame in frames])
 
 
 def _shown(file: DicomFile, frame: int, view: View) -> np.ndarray:
     """(H, W) or (H, W, 3) uint8 of one frame."""
     stored, header = file.values(frame), file.header
-    kind = str(header.PhotometricInterpretation)
+    kind = str(header.get("PhotometricInterpretation") or "").strip()
+    if not kind:
+        raise DicomError(f"{file.name} has no Photometric Interpretation.")
     if kind in GREY:
-        tags = shown_in(grey_tags(header, frame), view)
-        return grey_picture(stored, tags, full=view.window == "full")
+        tags = shown_in(grey_tags(header, frame), view, file.name)
+        return grey_picture(stored, tags, file.name, full=view.window == "full")
     if view.limits() is not None or isinstance(view.window, int):
         raise DicomError(
-            f"{file.name} is in colour ({kind}); a window is for grey images. Leave window out."
+            f"{file.name} is in colour; a window is for grey images. Leave window out."
         )
     if kind == "PALETTE COLOR":
         colours = pydicom_module().pixels.apply_color_lut(stored, header)[..., :3]
@@ -69,7 +78,7 @@ def _shown(file: DicomFile, frame: int, view: View) -> np.ndarray:
         return np.asarray(colours if colours.dtype == np.uint8 else (colours >> 8).astype(np.uint8))
     if kind not in _COLOUR or stored.ndim != 3:
         raise DicomError(
-            f"{file.name} has the photometric interpretation {kind!r}; "
+            f"{file.name} has an unknown Photometric Interpretation; "
             f"expected {', '.join(GREY + _COLOUR)}."
         )
     bits = int(header.BitsStored)

@@ -6,15 +6,18 @@ never looked at.
 
 import functools
 import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+from moellava.images.dicom_error import DicomError, reason_without_values
 from moellava.images.dicom_grey import GREY_ELEMENTS
 from moellava.images.image_like import DicomDataset
 from moellava.images.optional import load_optional
+from moellava.storage.limits import require_within
 
 _COLOURS = ("Red", "Green", "Blue")
 # Fewer names also mean less time: pydicom converts each of them per file.
@@ -39,6 +42,8 @@ _KEPT = (
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
 )
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
+_META_BYTES = 4096  # of the file, in which its transfer syntax stands
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
 READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
 GREY = ("MONOCHROME1", "MONOCHROME2")
 
@@ -56,10 +61,6 @@ _DECODERS = {
     "1.2.840.10008.1.2.4.202": _OPENJPEG,
     "1.2.840.10008.1.2.4.203": _OPENJPEG,
 }
-
-
-class DicomError(ValueError):
-    """Why a DICOM file gives no picture; the file is named, what it says of a patient never."""
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,13 @@ class DicomFile:
             package = _DECODERS.get(str(syntax))
             hint = f" Type: pip install {package}" if package else ""
             raise DicomError(
-                f"{self.name}: no installed decoder reads its pixels ({syntax.name}).{hint} "
-                f"({one_line(error)})"
-            ) from error
+                f"{self.name}: no installed decoder reads its pixels "
+                f"({_uid_name(syntax) or 'an unknown transfer syntax'}).{hint} "
+                f"({reason_without_values(error)})"
+            ) from None
         except AttributeError as error:
             if "pixel data" in str(error).lower():
-                raise DicomError(f"{self.name} is a DICOM file without pixel data.") from error
+                raise DicomError(f"{self.name} is a DICOM file without pixel data.") from None
             raise
         return values
 
@@ -171,6 +173,8 @@ def read_dicom(source: Path | bytes | DicomDataset, name: str) -> DicomFile:
     pydicom = pydicom_module(name)
     pixels_at = None
     header: DicomDataset
+    if isinstance(source, Path | bytes):
+        _refuse_deflated_bomb(source, name)
     if not isinstance(source, Path | bytes):
         header = source
     elif isinstance(source, bytes) or source.stat().st_size <= READ_WHOLE:
@@ -191,8 +195,20 @@ def pydicom_module(name: str = "This") -> ModuleType:
     return load_optional("pydicom", f"{name} is a DICOM file", extra="dicom")
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _refuse_deflated_bomb(source: Path | bytes, name: str) -> None:
+    """pydicom inflates a deflated file whole, so that its size is counted first."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        start = file.read(_META_BYTES)
+        if _DEFLATED not in start or start[128:136] != b"DICM\x02\0\0\0":
+            return
+        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        inflate, total = zlib.decompressobj(wbits=-15), 0
+        try:
+            while chunk := inflate.unconsumed_tail or file.read(1 << 16):
+                total += len(inflate.decompress(chunk, 1 << 20))
+                require_within("unpacked", total, name)
+        except zlib.error:
+            return  # broken: pydicom says so
 
 
 @functools.cache
@@ -225,10 +241,17 @@ def _refuse_without_picture(header: DicomDataset, name: str) -> None:
                 f"{name} is a DICOMDIR, the index of a disc. "
                 "Give one of the image files that it lists."
             )
-        what = f" of the class {kind.name!r}" if kind else ""
+        known = _uid_name(kind)
+        what = f" of the class {known!r}" if known else ""
         raise DicomError(
             f"{name} is a DICOM file{what} without a picture: it has no rows and columns."
         )
     frames = header.get("NumberOfFrames", None)
     if frames is not None and not str(frames or "1").isdigit():
-        raise DicomError(f"{name} has a broken Number of Frames, {frames!r}.")
+        raise DicomError(f"{name} has a broken Number of Frames; expected a whole number.")
+
+
+def _uid_name(uid: object) -> str:
+    """The name of a UID of the standard; empty for any other, which may be an identifier."""
+    names = pydicom_module().uid.UID_dictionary
+    return str(names[str(uid)][0]) if str(uid) in names else ""

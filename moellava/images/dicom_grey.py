@@ -5,13 +5,14 @@ own, `grey_picture` computes what is shown.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from moellava.images.dicom_error import DicomError, modality_name
 from moellava.images.image_like import DicomDataset
 from moellava.images.optional import load_optional
 from moellava.images.view import View, percentile_to_eight_bit, say_once
@@ -110,7 +111,7 @@ def grey_tags(header: DicomDataset, frame: int) -> GreyTags:
     slope, intercept = found.get("RescaleSlope"), found.get("RescaleIntercept")
     centers, widths = (_as_list(found.get(name)) for name in ("WindowCenter", "WindowWidth"))
     modality_luts, voi_luts = (
-        tuple(_lookup_table(item, is_little) for item in _as_list(found.get(name)))
+        tuple(_lookup_tables(_as_list(found.get(name)), is_little))
         for name in ("ModalityLUTSequence", "VOILUTSequence")
     )
     shape, padding = found.get("PresentationLUTShape"), found.get("PixelPaddingValue")
@@ -134,7 +135,7 @@ def grey_tags(header: DicomDataset, frame: int) -> GreyTags:
     )
 
 
-def shown_in(tags: GreyTags, view: View) -> GreyTags:
+def shown_in(tags: GreyTags, view: View, name: str) -> GreyTags:
     """The tags with the window asked for in the place of the file's own.
 
     Raises:
@@ -143,11 +144,11 @@ def shown_in(tags: GreyTags, view: View) -> GreyTags:
     if view.window == "full":
         return tags.without_window()
     if isinstance(view.window, int):
-        return _own_window(tags, view.window)
+        return _own_window(tags, view.window, name)
     if isinstance(view.window, str) and not tags.is_ct:
-        raise ValueError(
-            f"the window {view.window!r} is in Hounsfield units, and this is "
-            f"{tags.modality or 'no modality'}, not CT. Give (center, width), or leave window out."
+        raise DicomError(
+            f"{name}: the window {view.window!r} is in Hounsfield units, and this is "
+            f"{modality_name(tags.modality)}, not CT. Give (center, width), or leave window out."
         )
     limits = view.limits()
     if limits is None and not tags.has_window and tags.is_ct and tags.rescale is not None:
@@ -159,12 +160,13 @@ def shown_in(tags: GreyTags, view: View) -> GreyTags:
     return tags if limits is None else replace(tags.without_window(), windows=(limits,))
 
 
-def grey_picture(stored: np.ndarray, tags: GreyTags, *, full: bool) -> np.ndarray:
+def grey_picture(stored: np.ndarray, tags: GreyTags, name: str, *, full: bool) -> np.ndarray:
     """(H, W) uint8 of the stored values (H, W).
 
     Args:
         full: whether the range of the stored bits is shown, for an image without a window.
     """
+    _refuse_broken_window(tags, name)
     is_integer = stored.dtype.kind in "ui"
     is_narrow = is_integer and tags.bits_stored <= 8
     if not tags.has_window and not full and not is_narrow:
@@ -266,14 +268,6 @@ def _windowed(values: np.ndarray, center: float, width: float, function: str) ->
     PS3.3 C.11.2.1.2 and C.11.2.1.3; pydicom's function writes the same into a range of the
     dataset's.
     """
-    if function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
-        raise ValueError(
-            "its VOI LUT Function is unknown; expected LINEAR, LINEAR_EXACT or SIGMOID. "
-            "Give window=(center, width)."
-        )
-    if width < 1 and (function == "LINEAR" or width <= 0):
-        least = "at least 1" if function == "LINEAR" else "more than 0"
-        raise ValueError(f"its Window Width is less than allowed; expected {least}.")
     if function == "SIGMOID":
         return np.asarray(1 / (1 + np.exp(-4 * (values - center) / width)))
     if function == "LINEAR":
@@ -283,10 +277,26 @@ def _windowed(values: np.ndarray, center: float, width: float, function: str) ->
     return (values - center) / width + 0.5
 
 
-def _own_window(tags: GreyTags, index: int) -> GreyTags:
+def _refuse_broken_window(tags: GreyTags, name: str) -> None:
+    if tags.voi_luts or not tags.windows:
+        return
+    hint = "Give window=(center, width)."
+    if tags.function not in ("LINEAR", "LINEAR_EXACT", "SIGMOID"):
+        raise DicomError(
+            f"{name} has an unknown VOI LUT Function; expected LINEAR, LINEAR_EXACT or SIGMOID. "
+            f"{hint}"
+        )
+    center, width = tags.windows[0]
+    least = 1 if tags.function == "LINEAR" else 0
+    if not (np.isfinite(center) and np.isfinite(width) and width >= least and width > 0):
+        expected = "at least 1" if least else "more than 0"
+        raise DicomError(f"{name} has a Window Width that is not {expected}. {hint}")
+
+
+def _own_window(tags: GreyTags, index: int, name: str) -> GreyTags:
     count = len(tags.voi_luts) or len(tags.windows)
     if not 0 <= index < count:
-        raise ValueError(f"it has no window {index}: it has {count} of its own.")
+        raise DicomError(f"{name} has no window {index}: it has {count} of its own.")
     if tags.voi_luts:
         return replace(tags, voi_luts=(tags.voi_luts[index],))
     return replace(tags, windows=(tags.windows[index],))
@@ -317,9 +327,14 @@ def _grey_numbers() -> dict[str, int]:
     return {keyword: pydicom.tag.Tag(keyword) for keyword in GREY_ELEMENTS}
 
 
-def _lookup_table(item: DicomDataset, is_little_endian: bool) -> LookupTable:
-    count, first, bits = (int(number) for number in item.LUTDescriptor)
-    return LookupTable((count, first, bits), item.LUTData, is_little_endian)
+def _lookup_tables(items: list[Any], is_little_endian: bool) -> Iterator[LookupTable]:
+    """The tables of a sequence; an item without descriptor or data counts as absent."""
+    for item in items:
+        descriptor, data = item.get("LUTDescriptor"), item.get("LUTData")
+        if descriptor in (None, "") or data in (None, "", b"") or len(data) == 0:
+            continue
+        count, first, bits = (int(number) for number in descriptor)
+        yield LookupTable((count, first, bits), data, is_little_endian)
 
 
 def _as_list(value: Any) -> list[Any]:

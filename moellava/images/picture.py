@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from moellava.images.eight_bit import to_eight_bit
 from moellava.images.view import View, grid_shape, window_to_eight_bit
@@ -28,12 +28,16 @@ def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
             f"{name} is larger than Pillow's limit: {error} "
             "Give it smaller, or set PIL.Image.MAX_IMAGE_PIXELS."
         ) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"{name} cannot be read as an image: {error}") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} cannot be read as an image: its format is unknown.") from error
 
 
 def seen(image: Image.Image, view: View, name: str) -> Image.Image:
-    """The frame asked for of an animation or TIFF, or the first, seen through the window."""
+    """The frame asked for of an animation or TIFF, or the first, seen through the window.
+
+    The picture is turned as its EXIF orientation says.
+    """
+    view.refuse_plane(name)
     view.check_size(*image.size, name)
     if view.frame is not None:
         count = getattr(image, "n_frames", 1)
@@ -59,7 +63,20 @@ def windowed(values: np.ndarray, view: View, name: str) -> np.ndarray:
     return window_to_eight_bit(values, *limits)
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF orientation says, if there is one that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        is_turned = isinstance(orientation, int) and 2 <= orientation <= 8
+        return ImageOps.exif_transpose(image) if is_turned else image
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # whatever a broken block of EXIF leads Pillow to; the picture may be sound
+        return image
+
+
 def _through_window(image: Image.Image, view: View, name: str) -> Image.Image:
+    image = _upright(image)
     if view.window is None:
         return image
     return Image.fromarray(windowed(np.asarray(image), view, name))
@@ -67,13 +84,14 @@ def _through_window(image: Image.Image, view: View, name: str) -> Image.Image:
 
 def _grid(image: Image.Image, frames: Sequence[int], view: View, name: str) -> Image.Image:
     """The frames side by side, in cells as large as the largest: those of a TIFF may differ."""
+    rows, columns = grid_shape(len(frames))
+    view.check_size(columns * image.width, rows * image.height, name)  # before any is decoded
     pictures = []
     for frame in frames:
         image.seek(frame)
         pictures.append(to_eight_bit(_through_window(image, view, name)).convert("RGB"))
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
-    rows, columns = grid_shape(len(pictures))
     view.check_size(columns * width, rows * height, name)
     grid = Image.new("RGB", (columns * width, rows * height))
     for index, picture in enumerate(pictures):

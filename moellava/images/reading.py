@@ -21,6 +21,7 @@ from moellava.images.eight_bit import array_to_pil, to_eight_bit
 from moellava.images.image_like import ImageLike
 from moellava.images.kinds import (
     HEADER_BYTES,
+    Decode,
     image_suffixes,
     kind_of_bytes,
     kind_of_file,
@@ -28,6 +29,7 @@ from moellava.images.kinds import (
 )
 from moellava.images.picture import decode_picture, seen, windowed
 from moellava.images.view import Frame, View, Window
+from moellava.storage.errors import reason_of, refuse_stand_in
 
 
 class ViewOptions(TypedDict, total=False):
@@ -35,7 +37,7 @@ class ViewOptions(TypedDict, total=False):
 
     window: Window | None
     frame: Frame | None
-    plane: str
+    plane: str | None
     volume: int
     max_pixels: int
 
@@ -76,7 +78,7 @@ def to_pil(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
         stored = image["path"] if image["bytes"] is None else image["bytes"]
         return to_pil(stored, **view)  # type: ignore[arg-type]  # a TypeError if it is not an image
     if (kind := kind_of_object(image)) is not None:
-        return kind.decode(image, options, f"The {kind.name} object")
+        return _decoded(kind.decode, image, options, f"The {kind.name} object")
     if isinstance(image, Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
@@ -103,6 +105,8 @@ def is_image_file(path: Path) -> bool:
 
 def _from_file(path: Path, view: View) -> Image.Image:
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file, and cannot be read as an image.")
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
     except FileNotFoundError as error:
@@ -110,17 +114,34 @@ def _from_file(path: Path, view: View) -> Image.Image:
     except OSError as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
     kind = kind_of_file(path, start)
-    decode = decode_picture if kind is None else kind.decode
-    return decode(path, view, str(path))
+    refuse_stand_in(path)
+    return _decoded(decode_picture if kind is None else kind.decode, path, view, str(path))
 
 
 def _from_bytes(data: bytes, view: View) -> Image.Image:
     kind = kind_of_bytes(data[:HEADER_BYTES])
     decode = decode_picture if kind is None else kind.decode
-    return decode(data, view, "The encoded image")
+    return _decoded(decode, data, view, "The encoded image")
+
+
+def _decoded(decode: Decode, source: object, view: View, name: str) -> Image.Image:
+    """What a decoder gives; whatever it raises becomes a `ValueError` that begins with the name."""
+    try:
+        return decode(source, view, name)
+    except (ImportError, MemoryError):
+        raise
+    except BaseException as error:
+        # Panics of Rust libraries are not Exceptions to Python.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        reason = f"{name} cannot be read as an image: {reason_of(error)}"
+        raise ValueError(reason) from error
 
 
 def _from_array(array: np.ndarray, view: View) -> Image.Image:
+    view.refuse_plane("The array")
     if view.window is not None and array.ndim == 2:
         return Image.fromarray(windowed(array, view, "The array"))
     return seen(array_to_pil(array), view, "The array")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moellava.messages import unknown_name
+from moellava.storage.limits import require_within
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +47,19 @@ class View:
             from the end; "grid": up to 16 of them, evenly spaced, in one picture, "grid:9" up to 9.
             None is the middle one of a DICOM file or a volume (with a warning, once), and the first
             of an animation or TIFF.
-        plane: of a volume's slices: "axial", "coronal" or "sagittal".
+        plane: of a volume's slices: "axial" (as None), "coronal" or "sagittal".
         volume: of a 4-D NIfTI file (time, contrast), from 0.
         max_pixels: larger pictures are refused before they are decoded.
     """
 
     window: Window | None = None
     frame: Frame | None = None
-    plane: str = "axial"
+    plane: str | None = None
     volume: int = 0
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
-        if self.plane not in PLANES:
+        if self.plane is not None and self.plane not in PLANES:
             raise unknown_name("plane", self.plane, PLANES)
         window = self.window
         if isinstance(window, str) and window not in WINDOWS and window != "full":
@@ -116,10 +117,19 @@ class View:
             raise ValueError(f"{name} has no frame {self.frame}: it has {count}, 0 to {count - 1}.")
         return [self.frame % count]
 
+    def refuse_plane(self, name: str) -> None:
+        """Raise `ValueError` if a plane or a volume was asked for, of an image that has none."""
+        if self.plane is not None or self.volume:
+            raise ValueError(
+                f"{name} is not a volume, which plane= and volume= are for. Leave them out."
+            )
+
     def check_size(self, width: int, height: int, name: str) -> None:
         """Refuse a picture beyond the limit, or without pixels."""
         if width < 1 or height < 1:
             raise ValueError(f"{name} is {width}x{height} pixels; expected at least 1x1.")
+        # Towers scale the shorter side to a fixed length, and the longer one with it.
+        require_within("aspect", max(width, height) // min(width, height), name)
         if width * height > self.max_pixels:
             raise ValueError(
                 f"{name} is {width}x{height} pixels, beyond the limit of {self.max_pixels:,}. "

@@ -11,7 +11,7 @@ AutoModel.register(MoeLlavaConfig, MoeLlavaModel, exist_ok=True)
 AutoModelForImageTextToText.register(
     MoeLlavaConfig, MoeLlavaForConditionalGeneration, exist_ok=True
 )
-AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)  # type: ignore[no-untyped-call]
+AutoProcessor.register(MoeLlavaConfig, MoeLlavaProcessor, exist_ok=True)
 
 __all__ = [
     "MoeLlavaConfig",

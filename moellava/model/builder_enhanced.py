@@ -242,9 +242,9 @@ def progress_bars(shown: bool) -> Iterator[None]:
 
 def _switch(shown: bool, downloads_shown: bool) -> None:
     if shown:
-        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.enable_progress_bar()
     else:
-        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()
     if downloads_shown:
         enable_progress_bars()
     else:

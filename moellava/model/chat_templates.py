@@ -1,7 +1,7 @@
 """Chat templates for messages of text and images, with the marks that training masks need."""
 
 import re
-from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, own: str | None) -> str
         return own  # of a model with images: it reads content items itself
     candidates = list(TEMPLATES.values())
     if "endgeneration" not in own:
-        end = _end_of_turn(tokenizer, flattened)
+        end = end_of_turn(tokenizer, flattened)
         candidates += [with_marks(own, end, text) for text in ("text", "(text | trim)")]
     for candidate in candidates:
         if _render_alike(tokenizer, flattened, candidate):
@@ -193,7 +193,7 @@ def jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """What a template writes after an assistant's text: `</s>`, `<|im_end|>`, ...
 
     White space before it belongs to it: the model has to write that too, to reach the end.
@@ -216,12 +216,15 @@ def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -
 def _render(
     tokenizer: PreTrainedTokenizerBase,
     template: str,
-    messages: Sequence[Mapping[str, object]],
+    messages: list[dict[str, Any]],
     prompt: bool,
 ) -> str | None:
     try:
         written = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+            list(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except jinja2.TemplateError:  # a template may refuse a system turn
         return None

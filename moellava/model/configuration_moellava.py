@@ -14,7 +14,7 @@ from moellava.model.projector import ProjectorShape, num_projected_tokens
 
 
 @strict
-class MoeLlavaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
+class MoeLlavaConfig(PreTrainedConfig):
     """Configuration of `MoeLlavaForConditionalGeneration`.
 
     Args:
@@ -71,7 +71,7 @@ class MoeLlavaConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]
         vision = self.vision_config
         if vision.hidden_size is None:  # not yet built: encoders measure themselves
             with torch.device("meta"):
-                AutoModel.from_config(vision)  # type: ignore[no-untyped-call]
+                AutoModel.from_config(vision)
         return ProjectorShape(
             vision_width=vision.hidden_size,
             text_width=self.text_config.hidden_size,

@@ -17,9 +17,7 @@ DeviceMap: TypeAlias = str | int | torch.device | dict[str, int | str | torch.de
 class LoadOptions:
     """What `load_pretrained_model` was told about the weights."""
 
-    dtype: torch.dtype | None = (
-        None  # of all but the routers; None: the language model's, as stored
-    )
+    dtype: torch.dtype | None = None  # of all but the routers; None: as stored
     attn_implementation: str | None = None  # None: transformers chooses
     quantization_config: QuantizationConfigMixin | None = None
     device_map: DeviceMap | None = None

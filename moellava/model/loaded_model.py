@@ -1,14 +1,15 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import IOBase
-from typing import Any
+from typing import Any, Literal, overload
 
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 from moellava.images import ImageLike, ViewOptions, to_pil
+from moellava.model.conversation import Message, generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -43,7 +44,7 @@ class LoadedModel:
         length: int = self.model.config.get_text_config().max_position_embeddings
         return length
 
-    def _four(self) -> tuple[Any, ...]:
+    def _four(self) -> tuple[object, ...]:
         return self.model, self.image_processor, self.tokenizer, self.context_len
 
     def __iter__(self) -> Iterator[Any]:
@@ -124,7 +125,33 @@ class LoadedModel:
         ).to(self.model.device)
 
         self._require_room(inputs, generation.get("max_new_tokens") or 64)
-        return generate_texts(self.model, self.tokenizer, inputs, **generation)
+        options = generation_options(self, generation)
+        return generate_texts(self.model, self.tokenizer, inputs, **options)
+
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[False] = False, **generation: Any
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[True], **generation: Any
+    ) -> Iterator[str]: ...
+    def chat(
+        self, messages: Iterable[Message], stream: bool = False, **generation: Any
+    ) -> str | Iterator[str]:
+        """The answer to the last of several messages, whole or, with `stream=True`, in pieces.
+
+        Args:
+            messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+        """
+        pieces = self.stream(messages, **generation)
+        return pieces if stream else "".join(pieces)
+
+    def stream(self, messages: Iterable[Message], **generation: Any) -> Iterator[str]:
+        """The pieces of the answer to the last message; `Conversation` is for many turns."""
+        return stream_chat(self, messages, **generation)
 
     def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""
@@ -142,21 +169,24 @@ class LoadedModel:
             )
 
 
-def is_conversation(question: object) -> bool:
+def is_conversation(question: Any) -> bool:
     """Whether something is chat messages: a list of mappings with a role."""
     is_list = isinstance(question, Sequence) and not isinstance(question, str | bytes)
     return is_list and bool(question) and all(isinstance(turn, Mapping) for turn in question)
 
 
-def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, object]], list[Any]]:
+def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
     """The chat messages of a question, and its images in their order.
 
     A string is one turn with the images before it. Messages may hold images of their own; images
     beside them fill the empty image items, or stand before the first turn of the user.
     """
     if isinstance(question, str):
-        items = [{"type": "image"}] * len(images)
-        turn = {"role": "user", "content": [*items, {"type": "text", "text": question}]}
+        items: list[dict[str, str]] = [{"type": "image"}] * len(images)
+        turn: dict[str, object] = {
+            "role": "user",
+            "content": [*items, {"type": "text", "text": question}],
+        }
         return [turn], images
     if not is_conversation(question):
         raise _not_a_question(question)
@@ -217,7 +247,7 @@ def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]
     return images
 
 
-def _as_list(item: Any) -> list[Any]:
+def _as_list(item: object) -> list[Any]:
     if item is None:
         return []
     return list(item) if isinstance(item, list | tuple) else [item]

@@ -39,7 +39,7 @@ def joined_name(name: str) -> str:
     return f"model.language_{name}" if name.startswith("model.") else name
 
 
-class MoeLlavaPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
+class MoeLlavaPreTrainedModel(PreTrainedModel):
     config: MoeLlavaConfig
     config_class = MoeLlavaConfig
     base_model_prefix = "model"
@@ -70,9 +70,11 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         require_fit((args and args[0]) or "the state dict", missing=info["missing_keys"])
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """As transformers'; code that came with a checkpoint goes along."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         carry_remote_code(save_directory)
 
     def activation_checkpointing_enable(
@@ -96,16 +98,16 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):  # type: ignore[no-untyped-call]
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
 
-class MoeLlavaModel(MoeLlavaPreTrainedModel):  # type: ignore[no-untyped-call]
+class MoeLlavaModel(MoeLlavaPreTrainedModel):
     """Image encoder, projector and language model without the output head."""
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.vision_tower: VisionEncoder = AutoModel.from_config(config.vision_config)  # type: ignore[no-untyped-call]
+        self.vision_tower: VisionEncoder = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(
             config.projector_type, config.projector_shape, config.projector_options
         )
-        self.language_model = AutoModel.from_config(config.text_config)  # type: ignore[no-untyped-call]
+        self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_vision_tower(self) -> VisionEncoder:
@@ -211,7 +213,7 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):  # type: ignore[no-untyped-call]
         return (inputs_embeds == placeholder_embeds).all(-1)
 
 
-class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):  # type: ignore[no-untyped-call]
+class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):
     """The model that answers questions about images; `load_pretrained_model` builds one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

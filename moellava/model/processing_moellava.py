@@ -57,9 +57,11 @@ class MoeLlavaProcessor(ProcessorMixin):
         self.num_image_tokens = num_image_tokens
         super().__init__(image_processor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> Any:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
         """As transformers'; code that came with a checkpoint goes along."""
-        files = super().save_pretrained(save_directory, **kwargs)
+        files = super().save_pretrained(save_directory, *args, **kwargs)
         carry_remote_code(save_directory)
         return files
 

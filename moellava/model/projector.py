@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from moellava.messages import unknown_name
 from moellava.plugins import load_plugins
+from moellava.storage.limits import require_bounded, require_within
 
 PLUGINS = "moellava.projectors"  # the entry-point group of packages that register projectors
 
@@ -75,10 +76,18 @@ def projector_options(
 ) -> dict[str, object]:
     """The options of a projector type, those given in place of their defaults."""
     known = _kind(projector_type).options
-    for name in given or {}:
+    for name, value in (given or {}).items():
         if name not in known:
             raise unknown_name(f"option of projector {projector_type!r}:", name, known)
-    return {**known, **(given or {})}
+        default = known[name]
+        if isinstance(default, bool | int | str) and type(value) is not type(default):
+            raise ValueError(
+                f"{name} of projector {projector_type!r} is {value!r}; expected "
+                f"{type(default).__name__}, such as {default!r}."
+            )
+    options = {**known, **(given or {})}
+    require_bounded(f"projector {projector_type!r}", options)
+    return options
 
 
 def register_projector(
@@ -152,7 +161,8 @@ def _kind(projector_type: str) -> ProjectorKind:
     if projector_type in known:
         return known[projector_type]
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
-        num_layers = int(match.group(1))
+        num_layers = int(match.group(1)[:9])  # nine digits are too many in any case
+        require_within("layers", num_layers, f"projector_type {projector_type[:30]!r}")
         return ProjectorKind(
             build=lambda shape: _mlp(num_layers, shape.vision_width, shape.text_width),
             num_tokens=_keep_count,

@@ -13,7 +13,7 @@ from transformers.models.idefics2.configuration_idefics2 import Idefics2Perceive
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverResampler
 
 
-class LatentResampler(Idefics2PerceiverResampler):  # type: ignore[no-untyped-call]
+class LatentResampler(Idefics2PerceiverResampler):
     """Idefics2's resampler with latents that differ: its own are all ones, and would stay equal."""
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -32,6 +32,7 @@ class PerceiverProjector(nn.Module):
         self, vision_width: int, text_width: int, num_latents: int, num_layers: int
     ) -> None:
         super().__init__()
+        _require_positive(num_latents=num_latents, num_layers=num_layers)
         head_dim = 64
         if text_width % head_dim:
             head_dim = next(width for width in (32, 16, 8, 4, 2, 1) if text_width % width == 0)
@@ -69,7 +70,8 @@ class QFormerProjector(nn.Module):
         hidden_size: int,
     ) -> None:
         super().__init__()
-        if hidden_size % 64:
+        _require_positive(num_query_tokens=num_query_tokens, num_layers=num_layers)
+        if hidden_size < 1 or hidden_size % 64:
             raise ValueError(
                 f"hidden_size of the Q-Former is {hidden_size}; "
                 "give a multiple of 64, the head's width."
@@ -83,7 +85,7 @@ class QFormerProjector(nn.Module):
         )
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_tokens, hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
-        self.qformer = Blip2QFormerModel._from_config(config)  # type: ignore[no-untyped-call]
+        self.qformer = Blip2QFormerModel._from_config(config)
         self.output_projection = nn.Linear(hidden_size, text_width)
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
@@ -92,3 +94,9 @@ class QFormerProjector(nn.Module):
         hidden: Tensor = output.last_hidden_state.to(self.output_projection.weight.dtype)
         image_embeds: Tensor = self.output_projection(hidden)
         return image_embeds
+
+
+def _require_positive(**options: int) -> None:
+    for name, value in options.items():
+        if value < 1:
+            raise ValueError(f"{name} of the projector is {value}; give at least 1.")

@@ -18,6 +18,10 @@ LIMITS = {
     "width": 262_144,  # channels of a token, of an MLP, of an image
     "vocabulary": 16_777_216,  # rows of an embedding
     "nesting": 32,  # levels of a config
+    "queries": 65_536,  # of a projector that has its own
+    "aspect": 200,  # the longer side of an image over the shorter one
+    "unpacked": 1 << 30,  # bytes of a compressed file that is unpacked in memory
+    "expansion": 500,  # an archive's size once it is unpacked, over its own
 }
 
 # The fields of configs that each limit applies to.
@@ -26,6 +30,7 @@ CONFIG_FIELDS = {
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "experts"),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), "width"),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), "width"),
+    **dict.fromkeys(("num_latents", "num_query_tokens"), "queries"),
     "vocab_size": "vocabulary",
 }
 

@@ -10,7 +10,7 @@ read_json                           a JSON object, with errors that name the fil
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path, PureWindowsPath
@@ -32,6 +32,9 @@ from moellava.messages import first_names
 from moellava.storage.errors import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+JsonObject = dict[str, Any]  # of a file: what a value is, is checked where it is used
 
 
 class HubKeywords(TypedDict, total=False):
@@ -131,7 +134,7 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
     return _hub_source(text, hub)
 
 
-def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
+def split_hub_keywords(keywords: JsonObject) -> tuple[HubOptions, JsonObject]:
     """The hub's options among the keywords of a `from_pretrained`, and the rest."""
     names = {field.name for field in fields(HubOptions)}
     hub = {name: value for name, value in keywords.items() if name in names}

@@ -133,7 +133,7 @@ def _write_model(folder: Path, config: "LlamaConfig", seed: int, **generation: i
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
     model.to(config.dtype)  # type: ignore[arg-type]  # transformers' decorator hides its signature
-    model.generation_config = GenerationConfig(**generation)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**generation)
     model.save_pretrained(folder)
     return folder
 

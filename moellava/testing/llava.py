@@ -84,7 +84,7 @@ def write_llava(
         if "projector" in name or "class_embedding" in name:
             torch.nn.init.normal_(weight, std=0.3)  # so that images matter to the logits
     model.to(dtype).save_pretrained(folder)
-    LlavaProcessor(  # type: ignore[no-untyped-call]
+    LlavaProcessor(
         CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
         tokenizer,
         patch_size=14,

@@ -12,7 +12,7 @@ from torch import Tensor
 from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import FeatureFile, encode_files
-from moellava.images import image_key, load_image
+from moellava.images import ImageLike, image_key, load_image
 from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ class ImageFeatures:
     def __init__(self, path: Path) -> None:
         self.file = FeatureFile(path)
 
-    def __call__(self, image: object) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         return self.file.tokens(image_key(image))
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:

@@ -88,7 +88,8 @@ def test_a_checkpoint_is_evaluated_without_the_word_run(eval_checkpoint, tmp_pat
     folder = eval_checkpoint
     arguments = [
         "eval", str(folder / "saved"), str(folder / "rows.json"),
-        "--images", str(folder / "images"), "--out", str(tmp_path), "--limit", "3", "--max-new-tokens", "2", "--device", "cpu",
+        "--images", str(folder / "images"), "--out", str(tmp_path), "--limit", "3",
+        "--max-new-tokens", "2", "--device", "cpu",
         "--baselines", "blank,most_frequent", "--scorer", "strict", "--resamples", "20",
     ]  # fmt: skip
     done = runner.invoke(app, arguments)

@@ -170,3 +170,10 @@ def test_each_image_is_read_once(folder, monkeypatch):
     rows = [row(number, image="0.png") for number in range(5)]
     assert report_of(folder, rows).num_images == 1
     assert len(reads) == 1
+
+
+def test_a_row_without_an_answer_is_an_error(folder):
+    asked = [{"from": "human", "value": "<image>\nWhy?"}]
+    report = report_of(folder, [row(0), row(1, conversations=asked)])
+    assert found(report) == [("no answer", "row 1 (id 'r1')")]
+    assert report.num_errors == 1

@@ -71,6 +71,7 @@ def test_records_equal_the_lines(folder, values, ends_in_newline):
             '{\n "data": [\n  {"a": 1}\n ]\n}',
             r"neither a JSON list of rows nor JSON lines.*list to a file of its own",
         ),
+        ('[{"a": 1}] {"b": 2}', r"at byte 11, after 1 complete rows: '\{' follows the closing"),
         ("[]", "holds no rows"),
         ("", "holds no rows"),
     ],

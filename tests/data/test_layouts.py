@@ -156,3 +156,23 @@ def test_a_malformed_row_names_file_number_and_id(tmp_path, change, message):
     path = write(tmp_path / "train.json", [llava_row(), llava_row(id="bad-7", **change)])
     with pytest.raises(RowError, match=rf"train\.json, row 1 \(id 'bad-7'\): .*{message}"):
         read_rows(path)
+
+
+def test_content_lists_of_chat_templates_are_read(tmp_path):
+    content = [
+        {"type": "text", "text": "Look: "},
+        {"type": "image"},
+        {"type": "text", "text": "Why?"},
+    ]
+    turns = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": [{"type": "text", "text": "No."}]},
+    ]
+    (row,) = read_rows(write(tmp_path / "t.json", [{"messages": turns, "images": ["a.jpg"]}]))
+    assert (row.turns[0].text, row.answer) == ("Look: <image>\nWhy?", "No.")
+    content[1]["image"] = "b.jpg"
+    (row,) = read_rows(write(tmp_path / "u.json", [{"messages": turns}]))
+    assert row.images == (str(tmp_path / "b.jpg"),)
+    content[1]["type"] = "audio"
+    with pytest.raises(RowError, match="not of the type text or image"):
+        read_rows(write(tmp_path / "v.json", [{"messages": turns}]))

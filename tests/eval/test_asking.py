@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from moellava.data.images import load_image
 
 from moellava.data import Turn
 from moellava.eval.asking import Asked, Asker
 from moellava.eval.questions import questions_of
+from moellava.images import load_image
 
 MAX_NEW_TOKENS = 6
 

@@ -11,7 +11,7 @@ import pytest
 from pydicom.data import get_testdata_files
 
 from moellava.images import to_pil
-from moellava.images.dicom_file import DicomError
+from moellava.images.dicom_error import DicomError
 
 from .conftest import decoded, dicom_dataset, ramp, shipped
 
@@ -45,7 +45,7 @@ NO_PICTURE = {
     *("test-SR.dcm", "waveform_ecg.dcm"),
 }
 SPECIFIC = {
-    "badVR.dcm": "broken Number of Frames, '1A'",
+    "badVR.dcm": "broken Number of Frames; expected a whole number",
     "MR_truncated.dcm": "8130 vs 8192 bytes",
     "DICOMDIR": "index of a disc",
     "JPEG-lossy.dcm": r"pip install pylibjpeg pylibjpeg-libjpeg",

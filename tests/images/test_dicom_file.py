@@ -5,7 +5,8 @@ import pydicom
 import pytest
 
 from moellava.images import to_pil
-from moellava.images.dicom_file import DicomError, read_dicom
+from moellava.images.dicom_error import DicomError
+from moellava.images.dicom_file import read_dicom
 
 from .conftest import decoded, ramp, shipped
 

@@ -5,7 +5,7 @@ import numpy as np
 import pydicom
 import pytest
 
-from moellava.images.dicom_file import DicomError
+from moellava.images.dicom_error import DicomError
 from moellava.images.dicom_grey import grey_tags, lookup_table
 
 from .conftest import CT_IMAGE, ENHANCED_CT, decoded, ramp, shipped

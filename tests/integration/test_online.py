@@ -19,7 +19,11 @@ from moellava.testing import BIOMEDCLIP, REVISION, TINYLLAMA
 ANSWER = f"""
 from moellava.model.builder_enhanced import load_pretrained_model
 loaded = load_pretrained_model(
-    {{"model_name_or_path": "{TINYLLAMA}", "mm_vision_tower": "{BIOMEDCLIP}", "mm_hidden_size": 768}}
+    {{
+        "model_name_or_path": "{TINYLLAMA}",
+        "mm_vision_tower": "{BIOMEDCLIP}",
+        "mm_hidden_size": 768,
+    }}
 )
 from PIL import Image
 print(loaded.answer(Image.new("RGB", (300, 200)), "What is shown?", max_new_tokens=2))

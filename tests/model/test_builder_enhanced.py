@@ -122,7 +122,8 @@ def test_one_line_each_tells_tower_projector_language_model_and_size(
     caplog.clear()
     load_pretrained_model(tmp_path)
     told.append(list(caplog.messages))
-    size = f"{loaded.model.num_parameters()} parameters, {count_active_parameters(loaded.model)} active per token"
+    active = count_active_parameters(loaded.model)
+    size = f"{loaded.model.num_parameters()} parameters, {active} active per token"
     beginnings = (
         "tower biomedclip_small",
         "projector mlp2x_gelu: 196 image tokens",

@@ -72,20 +72,27 @@ def with_bos(text):
 
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+    "Hugging Face<|im_end|>\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + "
+    "'<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 MISTRAL = (
-    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != "
+    "(loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate "
+    "user/assistant/user/assistant/...') }}{% endif %}"
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}{% endif "
+    "%}{% endfor %}"
 )
 OWN_TEMPLATES = {"smollm2": SMOLLM2, "mistral": MISTRAL}
 ENDS = {
-    "smollm2": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "mistral": "</s>", "phi3": "<|end|>",
-    "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "llama3_2": "<|eot_id|>", "gemma": "<end_of_turn>",
+    "smollm2": "<|im_end|>", "qwen2_5": "<|im_end|>", "qwen3": "<|im_end|>", "mistral": "</s>",
+    "phi3": "<|end|>",
+    "llama3": "<|eot_id|>", "llama3_1": "<|eot_id|>", "llama3_2": "<|eot_id|>",
+    "gemma": "<end_of_turn>",
 }  # fmt: skip
 TALK = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]},
@@ -142,13 +149,15 @@ def test_a_template_with_marks_of_its_own_keeps_them(tokenizer, monkeypatch):
     ("own", "end"),
     [
         (
-            "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'].strip() "
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + "
+            "m['content'].strip() "
             "+ ' [/INST]' }}{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}"
             "{% endfor %}",
             " </s>",
         ),
         (
-            "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Q:\n' + m['content'] + '\n' }}"
+            "{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Q:\n' + "
+            "m['content'] + '\n' }}"
             "{% else %}{{ '### A:\n' + m['content'] + '\n<|EOT|>\n' }}{% endif %}{% endfor %}",
             "\n<|EOT|>",
         ),

@@ -210,7 +210,7 @@ class TestMixtures:
             text_model.layers[0].mlp.experts.down_proj, state["layers.0.mlp.experts.down_proj"]
         )
         with pytest.raises(
-            ValueError, match=r"is a mixture of experts already \('llama_moe'\).*moe_config=False"
+            ValueError, match=r"is already a mixture of experts \('llama_moe'\).*moe_config=False"
         ):
             load_pretrained_model(request, moe_config=False)
 
@@ -301,7 +301,8 @@ class TestSmolLM2:
         )
         text = loaded.tokenizer.decode(inputs["input_ids"][0]).replace("<image>" * 196, "<image>")
         assert text == (
-            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+            "Hugging Face<|im_end|>\n"
             "<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
         )
 

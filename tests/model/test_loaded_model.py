@@ -109,7 +109,10 @@ def test_counts_that_differ_are_refused(loaded, images):
 
 
 def test_a_prompt_beyond_the_context_says_what_would_be_cut(loaded, images):
-    message = r"Prompt 2 has 2\d\d tokens \(196 of images, \d+ of text\) and max_new_tokens is 2000, .* holds 2048: \d+ "
+    message = (
+        r"Prompt 2 has 2\d\d tokens \(196 of images, \d+ of text\) and max_new_tokens is 2000, "
+        r".* holds 2048: \d+ "
+    )
     with pytest.raises(ValueError, match=message + "tokens would be cut"):
         loaded.answer(images[0], ["Why?", "What is this image?"], max_new_tokens=2000)
 

@@ -93,7 +93,8 @@ class TestTruncation:
     def test_rows_come_in_multiples_and_nested_settings_count(self, loaded, images):
         inputs = loaded.processor(
             text=LONG, images=images[:2], return_tensors="pt",
-            text_kwargs={"truncation": True, "max_length": 400, "padding": True, "pad_to_multiple_of": 64},
+            text_kwargs={"truncation": True, "max_length": 400, "padding": True,
+            "pad_to_multiple_of": 64},
         )  # fmt: skip
         assert inputs["input_ids"].shape == (1, 448)
         assert inputs["attention_mask"].sum() == 400

@@ -240,3 +240,26 @@ class TestBadInput:
             ValueError, match="4x6 grid, but the tower gives 25 tokens, the class token among them"
         ):
             num_projected_tokens("pixel_shuffle", shape(num_patches=25))
+
+    @pytest.mark.parametrize(
+        ("projector_type", "options", "message"),
+        [
+            ("perceiver", {"num_latents": 10**9}, r"num_latents in projector 'perceiver' asks for"),
+            ("qformer", {"num_layers": 10**7}, r"num_layers in projector 'qformer' asks for"),
+            ("mlp10000000x_gelu", {}, r"projector_type 'mlp10000000x_gelu' asks for 10,000,000"),
+            ("mlp" + "9" * 5000 + "x_gelu", {}, "asks for 999,999,999"),
+            ("perceiver", {"num_latents": 0}, "num_latents of the projector is 0"),
+            ("qformer", {"hidden_size": -64}, "hidden_size of the Q-Former is -64"),
+            (
+                "perceiver",
+                {"num_latents": "64"},
+                r"num_latents .* is '64'; expected int, such as 64",
+            ),
+            ("pixel_shuffle", {"factor": None}, "factor .* is None; expected int"),
+        ],
+    )
+    def test_options_that_nothing_can_be_built_of_are_refused(
+        self, projector_type, options, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_projector(projector_type, shape(), options)

@@ -1,7 +1,8 @@
 """transformers' own ModelTesterMixin on our classes. It is in the source package and not in the
 wheel, so by hand:
 
-    pip download transformers==5.24.0 --no-deps --no-binary transformers && tar xzf transformers-5.24.0.tar.gz
+    pip download transformers==5.24.0 --no-deps --no-binary transformers
+    tar xzf transformers-5.24.0.tar.gz
     pip install parameterized
     export TRANSFORMERS_SOURCE=transformers-5.24.0
     pytest -o addopts=--import-mode=importlib tests/model/test_transformers_suite.py
@@ -96,7 +97,8 @@ class Inputs:
 
 
 TEXT = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip

@@ -75,7 +75,7 @@ def load_generation_config(
     source = parse_source(model_name_or_path, HubOptions(**hub))
     path = find_file(source, GENERATION_FILE, download=True, required=False)
     if path is None:  # optional in a repo; the tokenizer knows what is needed
-        config = GenerationConfig(  # type: ignore[no-untyped-call]
+        config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
         )
     else:
@@ -96,7 +96,7 @@ def read_generation_config(path: Path) -> GenerationConfig:
     """
     settings = read_json(path)
     try:
-        config: GenerationConfig = GenerationConfig.from_dict(settings)  # type: ignore[no-untyped-call]
+        config: GenerationConfig = GenerationConfig.from_dict(settings)
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a generation config: {error}") from error
     return savable(config)
@@ -108,7 +108,7 @@ def savable(config: GenerationConfig) -> GenerationConfig:
     A maximal length goes too, since it would be a second limit beside `max_new_tokens`, with a
     warning at each answer.
     """
-    default = GenerationConfig()  # type: ignore[no-untyped-call]
+    default = GenerationConfig()
     config.max_length = default.max_length
     if not config.do_sample:
         for name in SAMPLING:

@@ -192,7 +192,7 @@ def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
 
 
 def _require_clip_and_llama(name: str, config: Any) -> None:
-    if not isinstance(config, LlavaConfig):
+    if config.model_type != LlavaConfig.model_type:
         raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint, not a LLaVA.")
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
@@ -227,9 +227,7 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
 
 def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(  # type: ignore[no-untyped-call]
-            name, trust_remote_code=False, **hub.keywords
-        )
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
     except (OSError, ValueError) as error:
         raise OSError(
             f"The LLaVA checkpoint {name!r} has no processor that can be read "
@@ -255,6 +253,7 @@ def _clip_encoder(
     Its config measures the shapes.
     """
     llava_config = llava.config
+    assert isinstance(llava_config.vision_config, PreTrainedConfig)
     config = ClipVisionConfig(
         tower_config=plain_config(llava_config.vision_config),
         processor_config=plain_config(image_processor),

@@ -20,7 +20,7 @@ LAYER_CHOICES: dict[str, Callable[[int], range]] = {
 
 # No `from __future__ import annotations` here: @strict checks types only if they are real objects.
 @strict
-class LlamaMoeConfig(LlamaConfig):  # type: ignore[no-untyped-call]
+class LlamaMoeConfig(LlamaConfig):
     """A `LlamaConfig` whose chosen layers route each token to `num_experts_per_tok` of their MLPs.
 
     Args:

@@ -38,7 +38,7 @@ from moellava.model.language_model.moe import (
 from moellava.storage.weights import require_fit, require_loaded
 
 
-class LlamaMoeDecoderLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
+class LlamaMoeDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.is_sparse(layer_idx):
@@ -46,7 +46,7 @@ class LlamaMoeDecoderLayer(LlamaDecoderLayer):  # type: ignore[no-untyped-call]
             self.mlp: nn.Module = LlamaMoeSparseBlock(config)  # type: ignore[assignment]
 
 
-class LlamaMoePreTrainedModel(LlamaPreTrainedModel):  # type: ignore[no-untyped-call]
+class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
     """What both models share: initialisation, recorded outputs, loading without random weights."""
 
     config: LlamaMoeConfig
@@ -96,7 +96,7 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):  # type: ignore[no-untyped-
         return (model, info) if output_loading_info else model
 
 
-class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):  # type: ignore[no-untyped-call]
+class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
     """The decoder without a head; `router_logits` has one (B*T, E) float32 per sparse layer."""
 
     def __init__(self, config: LlamaMoeConfig) -> None:
@@ -121,9 +121,7 @@ class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):  # type: ignore[no-unt
         return MoeModelOutputWithPast(**super().forward(*args, **kwargs))
 
 
-class LlamaMoeForCausalLM(  # type: ignore[no-untyped-call]
-    LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationMixin
-):
+class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationMixin):
     """The decoder with its language-model head."""
 
     def __init__(self, config: LlamaMoeConfig) -> None:

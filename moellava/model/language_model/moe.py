@@ -43,7 +43,7 @@ class LlamaMoeSparseBlock(nn.Module):
         self.experts = LlamaMoeExperts(config)
         self.meta_expert: LlamaMLP | None = None
         if config.meta_expert:
-            self.meta_expert = LlamaMLP(config)  # type: ignore[no-untyped-call]
+            self.meta_expert = LlamaMLP(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, H)

@@ -31,7 +31,7 @@ def assert_same_weights(model, state):
 
 @pytest.fixture
 def small(parts):
-    """A model of its own, in the dtype of its language model, with the parts' folders as its base."""
+    """A model of its own, in its language model's dtype, with the parts' folders as base."""
     return load_pretrained_model(parts)
 
 

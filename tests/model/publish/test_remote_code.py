@@ -32,9 +32,12 @@ folder, inputs, outputs = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 given = torch.load(inputs, weights_only=True)
-batch = processor(text=["<image> What is this?"], images=[given["image"].numpy()], return_tensors="pt")
+images = [given["image"].numpy()]
+batch = processor(text=["<image> What is this?"], images=images, return_tensors="pt")
 with torch.no_grad():
-    torch.save({"logits": model(**batch).logits, "pixels": batch["pixel_values"], "ids": batch["input_ids"]}, outputs)
+    logits = model(**batch).logits
+    pixels, ids = batch["pixel_values"], batch["input_ids"]
+    torch.save({"logits": logits, "pixels": pixels, "ids": ids}, outputs)
 assert not any(name.split(".")[0] == "moellava" for name in sys.modules)
 print(type(model).__module__, type(processor).__module__,
 type(processor.image_processor).__module__)
