@@ -117,7 +117,7 @@ class TestErrors:
     def test_a_folder_that_is_no_checkpoint(self, capsys, monkeypatch, scans, tmp_path):
         status, error = self.run(capsys, monkeypatch, str(tmp_path), scans[0], "Why?")
         assert status == 1
-        assert "is no checkpoint: it has no config.json" in error
+        assert "is not a checkpoint: it has no config.json" in error
 
 
 def test_version_and_help():
