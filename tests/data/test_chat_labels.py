@@ -11,9 +11,9 @@ from .conftest import conversation, row
 def test_labels_equal_a_mask_written_by_hand(collator):
     tokenizer = collator.processor.tokenizer
     batch = collator([row("Why?", "no")])
-    text = "<|user|>\nWhy?</s>\n<|assistant|>\n"
-    prompt = tokenizer(text).input_ids
-    expected = tokenizer(f"{text}no</s>\n").input_ids
+    text = "<s><|user|>\nWhy?</s>\n<|assistant|>\n"  # the template begins the text
+    prompt = tokenizer(text, add_special_tokens=False).input_ids
+    expected = tokenizer(f"{text}no</s>\n", add_special_tokens=False).input_ids
     ids, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
     assert ids == expected
     num_prompt = len(prompt)
@@ -67,7 +67,10 @@ def ids_and_labels_by_hand(text, processor):
         else:
             plain += letter
             is_learned.append(learning)
-    encoded = processor.tokenizer(plain, return_offsets_mapping=True)
+    has_begun = plain.startswith(processor.tokenizer.bos_token)
+    encoded = processor.tokenizer(
+        plain, return_offsets_mapping=True, add_special_tokens=not has_begun
+    )
     ids, labels = [], []
     for token, (_, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         many = processor.num_image_tokens if token == processor.image_token_id else 1
@@ -90,18 +93,20 @@ def test_labels_of_each_template_equal_a_mask_written_by_hand(template, collator
 def test_chatml_is_read_by_our_marks_and_without_marks_turn_by_turn(
     collator, grey, monkeypatch, marked
 ):
-    from moellava.model.chat_templates import _FLATTEN, multimodal_chat_template
+    from moellava.model.chat_templates import flatten_messages, multimodal_chat_template
 
     processor = collator.processor
     monkeypatch.setattr(processor.tokenizer, "chat_template", CHATML)
     template = (
         multimodal_chat_template(processor.tokenizer)
         if marked
-        else _FLATTEN.replace("TEXT", "text") + CHATML
+        else flatten_messages("text") + CHATML
     )
     assert ("generation -%}" in template) == marked
     batch = ChatCollator(processor, chat_template=template)([{"messages": conversation(grey)}])
-    ids, labels = ids_and_labels_by_hand(CHATML_BY_HAND, processor)
+    # A template that was made for the tokenizer begins the text; with others the processor does.
+    beginning = processor.tokenizer.bos_token if marked else ""
+    ids, labels = ids_and_labels_by_hand(beginning + CHATML_BY_HAND, processor)
     assert batch["input_ids"][0].tolist() == ids
     assert batch["labels"][0].tolist() == labels
 
