@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from moellava.model.chat_templates import has_beginning
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 Messages = Sequence[Mapping[str, Any]]
@@ -39,8 +40,7 @@ def tokenize_chat(
     """
     tokenizer = processor.tokenizer
     text, spans = _render(messages, processor, chat_template)
-    # transformers' processor does the same: one <s> in front, unless the template writes it.
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    has_bos = has_beginning(tokenizer, text)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
     input_ids: list[int] = []
     is_answer: list[bool] = []
@@ -73,8 +73,7 @@ def num_chat_tokens(
     # One call for many, so that the tokenizer can use its threads.
     for start in range(0, len(conversations), 1000):
         texts, _ = _render_jinja(conversations[start : start + 1000], processor, chat_template)
-        bos = tokenizer.bos_token
-        has_bos = bos is not None and texts[0].startswith(bos)
+        has_bos = has_beginning(tokenizer, texts[0])
         for ids in tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]:
             num_images = ids.count(processor.image_token_id)
             lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))

@@ -16,6 +16,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moellava.data.rows import Row, Turn
 from moellava.eval.option_tokens import OptionTokens
+from moellava.model.chat_templates import has_beginning
+from moellava.model.conversation import generation_options
 from moellava.model.generation import generate_texts
 from moellava.model.loaded_model import LoadedModel
 
@@ -146,15 +148,16 @@ class Asker:
                 "image": BaseModelOutputWithPooling(pooler_output=image)
             }
         watch, first = _NewTokens(), _FirstLogits()
+        options = generation_options(self.loaded, {"max_new_tokens": self.max_new_tokens})
         texts = generate_texts(
             self.loaded.model,
             tokenizer,
             inputs,
-            max_new_tokens=self.max_new_tokens,
             stopping_criteria=[watch],
             logits_processor=[first],
+            **options,
         )
-        num_tokens, is_cut = watch.lengths(padded["input_ids"].shape[1], self._end_ids())
+        num_tokens, is_cut = watch.lengths(padded["input_ids"].shape[1], self._end_ids(options))
         seconds = encoding + (time.perf_counter() - began) / len(batch)
         return [
             Answered(
@@ -176,10 +179,12 @@ class Asker:
         )
         placeholders = processor.image_token * processor.num_image_tokens
         text = prompt.replace(processor.image_token, placeholders)
-        return list(self.loaded.tokenizer(text)["input_ids"])
+        tokenizer = self.loaded.tokenizer
+        is_begun = has_beginning(tokenizer, text)
+        return list(tokenizer(text, add_special_tokens=not is_begun)["input_ids"])
 
-    def _end_ids(self) -> list[int]:
-        found = self.loaded.model.generation_config.eos_token_id
+    def _end_ids(self, options: Mapping[str, Any]) -> list[int]:
+        found = options.get("eos_token_id") or self.loaded.model.generation_config.eos_token_id
         return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 

@@ -150,6 +150,11 @@ def _with_beginning(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return "{{- bos_token -}}" + template
 
 
+def has_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a template has written the beginning-of-text token: the tokenizer adds no second."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
 def flatten_messages(text: str) -> str:
     """The beginning of a template that sees messages with plain text.
 

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from moellava.images import ViewOptions, to_pil
 from moellava.messages import unknown_name
+from moellava.model.chat_templates import has_beginning
 from moellava.model.generation import (
     GrowingAnswer,
     generate_answers,
@@ -394,8 +395,7 @@ def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt
         )
     runs = [processor.image_token * picture.num_tokens for picture in pictures]
     whole = "".join(part + run for part, run in zip(parts, [*runs, ""], strict=True))
-    bos = processor.tokenizer.bos_token
-    is_begun = bos is not None and whole.startswith(bos)  # by the template; it comes once
+    is_begun = has_beginning(processor.tokenizer, whole)
     ids: list[int] = processor.tokenizer(whole, add_special_tokens=not is_begun)["input_ids"]
     of_place = iter([picture for picture in pictures for _ in range(picture.num_tokens)])
     keys: list[object] = [

@@ -10,7 +10,7 @@ from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
 from moellava.images import to_eight_bit, to_pil
-from moellava.model.chat_templates import TEMPLATES
+from moellava.model.chat_templates import TEMPLATES, has_beginning
 from moellava.model.publish.remote_code import carry_remote_code
 from moellava.model.truncation import pad_rows, shorten_text
 
@@ -104,10 +104,9 @@ class MoeLlavaProcessor(ProcessorMixin):
     def _begin_with_bos(self, text: Any) -> bool:
         """Whether a chat template has written the beginning-of-text token, which comes once."""
         texts = [text] if isinstance(text, str) else text
-        bos = self.tokenizer.bos_token
-        if bos is None or not isinstance(texts, list | tuple) or not texts:
+        if not isinstance(texts, list | tuple) or not texts:
             return False
-        return all(isinstance(one, str) and one.startswith(bos) for one in texts)
+        return all(isinstance(one, str) and has_beginning(self.tokenizer, one) for one in texts)
 
     def _truncate_and_pad(self, batch: BatchFeature, given: dict[str, Any]) -> None:
         tokenizer = self.tokenizer

@@ -19,7 +19,7 @@ LIMITS = {
     "vocabulary": 16_777_216,  # rows of an embedding
     "nesting": 32,  # levels of a config
     "queries": 65_536,  # of a projector that has its own
-    "aspect": 200,  # the longer side of an image over the shorter one
+    "aspect": 1_000,  # the longer side of an image over the shorter one
     "unpacked": 1 << 30,  # bytes of a compressed file that is unpacked in memory
     "expansion": 500,  # an archive's size once it is unpacked, over its own
 }

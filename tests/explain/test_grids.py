@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moellava.explain.grids import TokenGrid, find_token_grid
-from moellava.model.projector import PROJECTORS, ProjectorKind, register_projector
+from moellava.model.projector import PROJECTORS, register_projector
 
 
 @pytest.mark.parametrize(
@@ -80,9 +80,7 @@ class Turned(nn.Module):
 def foreign(monkeypatch):
     monkeypatch.setattr("moellava.model.projector.PROJECTORS", dict(PROJECTORS))
     for name, module in (("blur", Blur), ("turned", Turned)):
-        register_projector(
-            name, ProjectorKind(build=module, num_tokens=lambda shape: shape.num_patches)
-        )
+        register_projector(name, module, num_tokens=lambda shape: shape.num_patches)
 
 
 def test_a_foreign_projector_is_asked(build, foreign):
