@@ -38,7 +38,6 @@ from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
 from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor
 from moellava.model.builder_enhanced import LoadedModel, load_tokenizer
 from moellava.model.chat_templates import multimodal_chat_template
-from moellava.model.checkpoint.strict import load_weights
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM
 from moellava.testing import write_biomedclip, write_tinyllama
 from tests.benchmarks.encoders import alternate
@@ -197,7 +196,9 @@ def random_model(
         is_scale = weight.dim() == 1 and name.endswith("weight")  # of a norm
         drawn = torch.empty(weight.shape, dtype=dtype)
         state_dict[name] = drawn.fill_(1.0) if is_scale else drawn.uniform_(-0.03, 0.03)
-    model = load_weights(None, "random weights", config=config, state_dict=state_dict, dtype=dtype)
+    model = MoeLlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=dtype
+    )
     model.generation_config.eos_token_id = None
     return model
 
