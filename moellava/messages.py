@@ -5,7 +5,7 @@ from difflib import get_close_matches
 
 
 def unknown_name(kind: str, name: str, known: Collection[str]) -> ValueError:
-    """The error for a name that no registry has: the name, the nearest known one, and all of them."""
+    """The error for a name that no registry has: it, the nearest known one, and all of them."""
     return ValueError(
         f"Unknown {kind} {name!r}.{did_you_mean(name, known)} Known: {', '.join(sorted(known))}."
     )

@@ -120,10 +120,6 @@ def _place(path: Path | None) -> str:
 def _encoder_alone(tower: str) -> str:
     encoder = create_encoder(None, tower)
     tokens = encoder.encode(sample_image())  # (1, N, D)
-    if not bool(torch.isfinite(tokens).all()):
-        raise ValueError(
-            "The patch tokens hold NaN or infinity: the weights are damaged. Fetch them again."
-        )
     kind = "synthesized from the pooled vector" if encoder.synthesized else "real"
     if not encoder.synthesized and float(tokens.std(dim=1).max()) == 0:
         raise ValueError(

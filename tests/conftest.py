@@ -1,4 +1,6 @@
-"""Stand-ins under the real repo ids, shared by all tests. Nothing here, or in a test, reaches a hub."""
+"""Stand-ins under the real repo ids, shared by all tests. Nothing here, or in a test, reaches a
+hub.
+"""
 
 import os
 import shutil
@@ -6,7 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# huggingface_hub reads its environment once, when it is first imported; xdist's workers inherit it from here.
+# huggingface_hub reads its environment once, when it is first imported; xdist's workers inherit it
+# from here.
 _IS_OWNER = "MOELLAVA_TEST_HUB" not in os.environ
 HUB = Path(os.environ.setdefault("MOELLAVA_TEST_HUB", tempfile.mkdtemp(prefix="moellava-hub-")))
 os.environ["HF_HUB_CACHE"] = str(HUB)

@@ -10,7 +10,14 @@ import torch
 from moellava.testing import BIOMEDCLIP
 
 ROOT = Path(__file__).parent.parent
-GUIDES = ("biomedclip.md", "builder.md", "data.md", "from_llava.md", "saving.md")
+GUIDES = (
+    "add_a_dataset_format.md",
+    "biomedclip.md",
+    "builder.md",
+    "data.md",
+    "from_llava.md",
+    "saving.md",
+)
 
 
 @pytest.mark.slow

@@ -1,4 +1,6 @@
-"""Every notebook of docs/notebooks runs from its first cell to its last, on stand-ins under the real ids."""
+"""Every notebook of docs/notebooks runs from its first cell to its last, on stand-ins under the
+real ids.
+"""
 
 import re
 from pathlib import Path

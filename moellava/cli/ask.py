@@ -33,7 +33,7 @@ def ask(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU where there is one."),
+        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     window: Window = None,
@@ -42,15 +42,16 @@ def ask(
 ) -> None:
     """Answer questions about images with a saved model.
 
-    Every question is asked about each image alone. One answer is printed as it is; several are printed
-    one per line as image, question and answer, separated by tabs.
+    Every question is asked about each image alone. One answer is printed as it is; several are
+    printed one per line as image, question and answer, separated by tabs.
     """
     images = [item for item in items if _is_file_name(item)]
     questions = [item for item in items if not _is_file_name(item)] + (question or [])
     if not images or not questions:
         missing = "image" if not images else "question"
         raise typer.BadParameter(
-            f'no {missing} among {items}. Type: moellava ask CHECKPOINT scan.png "What modality is this?"'
+            f"no {missing} among {items}. Type: "
+            'moellava ask CHECKPOINT scan.png "What modality is this?"'
         )
     for image in images:
         if not Path(image).is_file():
@@ -62,11 +63,10 @@ def ask(
     from moellava.model.builder_enhanced import load_pretrained_model
 
     view = view_options(window, frame, plane)
-    pictures = [
-        to_pil(image, **view) for image in images
-    ]  # an unreadable file is said before the model is loaded
+    # Read before the model is loaded: an unreadable file should not cost a minute.
+    pictures = [to_pil(image, **view) for image in images]
     loaded = load_pretrained_model(
-        checkpoint, device=device or _default_device(), progress=sys.stderr.isatty()
+        checkpoint, device=device or default_device(), progress=sys.stderr.isatty()
     )
     rows = []
     for image, picture in zip(images, pictures, strict=True):
@@ -93,7 +93,8 @@ def _is_file_name(item: str) -> bool:
     )
 
 
-def _default_device() -> str:
+def default_device() -> str:
+    """A GPU if there is one, else the CPU."""
     import torch
 
     accelerator = torch.accelerator.current_accelerator(check_available=True)

@@ -1,12 +1,15 @@
 """`moellava data check`, `moellava data convert`: datasets before training."""
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from moellava.data.check import Report
 
 app = typer.Typer(help="Datasets: check them before training, convert them.", no_args_is_help=True)
@@ -21,8 +24,8 @@ Images = Annotated[
     Path | None, typer.Option(help="The folder that relative image paths start from.")
 ]
 Format = Annotated[str, typer.Option(help="The layout; auto tells it from the columns.")]
-Split = Annotated[str | None, typer.Option(help="Such as train; needed where there are several.")]
-Language = Annotated[str | None, typer.Option(help="Of SLAKE: en or zh; both where not given.")]
+Split = Annotated[str | None, typer.Option(help="Such as train; needed if there are several.")]
+Language = Annotated[str | None, typer.Option(help="Of SLAKE: en or zh; both if not given.")]
 ClassNames = Annotated[
     str | None, typer.Option(help="Of a classification set, separated by commas, in order.")
 ]
@@ -30,7 +33,7 @@ DeriveAnswerType = Annotated[
     bool,
     typer.Option(
         "--derive-answer-type",
-        help="Where there is no answer type: CLOSED for yes and no, else OPEN.",
+        help="If a row has no answer type: CLOSED for yes and no, else OPEN.",
     ),
 ]
 
@@ -69,24 +72,26 @@ def check(
 ) -> None:
     """Look at every row and every image of a dataset; exit status 1 if something is wrong.
 
-    Reported are broken rows, empty turns, <image> marks without images and the reverse, missing and unreadable
-    images, duplicate rows, and, with --against, ids and images (the same or similar) that the test data has too.
+    Reported are broken rows, empty turns, <image> marks without images and the reverse, missing
+    and unreadable images, duplicate rows, and, with --against, ids and images (the same or similar)
+    that the test data has too.
     """
     from moellava.data.check import check_rows
     from moellava.data.histogram import save_histogram, text_histogram
     from moellava.data.readers import read_rows
 
-    common: dict[str, Any] = {
-        "format": format,
-        "language": language,
-        "class_names": _names(class_names),
-        "derive_answer_type": derive_answer_type,
-        "skip_bad": True,
-    }
-    rows = read_rows(file, images=images, split=split, **common)
+    read = partial(
+        read_rows,
+        format=format,
+        language=language,
+        class_names=_names(class_names),
+        derive_answer_type=derive_answer_type,
+        skip_bad=True,
+    )
+    rows = read(file, images=images, split=split)
     test = None
     if against is not None:
-        test = read_rows(against, images=against_images or images, split=against_split, **common)
+        test = read(against, images=against_images or images, split=against_split)
     report = check_rows(
         rows,
         against=test,
@@ -125,6 +130,10 @@ def convert(
     copy_images: Annotated[
         bool, typer.Option("--copy-images", help="Copy images that are files there, too.")
     ] = False,
+    allow_outside: Annotated[
+        bool,
+        typer.Option("--allow-outside", help="Put in images from outside the image folder, too."),
+    ] = False,
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="Leave broken rows out, and list them.")
     ] = False,
@@ -148,7 +157,9 @@ def convert(
         derive_answer_type=derive_answer_type,
         skip_bad=skip_bad,
     )
-    count = convert_rows(rows, out, images=images_out, copy_images=copy_images)
+    count = convert_rows(
+        rows, out, images=images_out, copy_images=copy_images, allow_outside=allow_outside
+    )
     typer.echo(f"{out}: {count:,} rows")
     for bad in rows.bad:
         typer.echo(f"left out: row {bad.index} (id {bad.id!r}): {bad.kind}: {bad.reason}")
@@ -158,20 +169,21 @@ def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _tokenizer(name: str) -> Any:
+def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        name, trust_remote_code=False
+    )
+    return tokenizer
 
 
 def _print_report(report: "Report") -> None:
-    typer.echo(
-        f"{report.source}, read as {report.format}: {report.num_rows:,} rows, {report.num_images:,} images"
-    )
-    for title, counts in (("split", report.by_split), ("answer type", report.by_answer_type)):
-        typer.echo(
-            f"{title:<12} " + ", ".join(f"{name} {count:,}" for name, count in counts.most_common())
-        )
+    counts = f"{report.num_rows:,} rows, {report.num_images:,} images"
+    typer.echo(f"{report.source}, read as {report.format}: {counts}")
+    for title, by_name in (("split", report.by_split), ("answer type", report.by_answer_type)):
+        shares = ", ".join(f"{name} {count:,}" for name, count in by_name.most_common())
+        typer.echo(f"{title:<12} {shares}")
 
 
 def _print_problems(report: "Report") -> None:

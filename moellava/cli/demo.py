@@ -57,7 +57,7 @@ def _print_summary(result: "DemoResult") -> None:
 
     by_modality: dict[str, list[HeldOutAnswer]] = {}
     for item in result.answers:
-        by_modality.setdefault(item.row.extra["modality"], []).append(item)
+        by_modality.setdefault(str(item.row.extra["modality"]), []).append(item)
     table = Table("modality", "questions", "right", title="Held-out crops, by the saved model")
     for modality, items in by_modality.items():
         right = sum(item.is_right for item in items) / len(items)
@@ -79,7 +79,7 @@ def _print_questions(answers: Iterable["HeldOutAnswer"]) -> None:
     table = Table("picture", "question", "answer", "truth", "", title="Some of the questions")
     for item in sorted(first.values(), key=lambda item: item.row.id)[:NUM_SHOWN]:
         table.add_row(
-            item.row.extra["picture"],
+            str(item.row.extra["picture"]),
             item.row.question,
             item.answer,
             item.truth,

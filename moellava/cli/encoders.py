@@ -1,11 +1,15 @@
-"""`moellava encoders show`, `moellava encode`, `moellava classify`: image towers from the command line."""
+"""`moellava encoders show`, `moellava encode`, `moellava classify`: image towers."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.messages import first_names
+
+if TYPE_CHECKING:
+    from moellava.encoders import OptionValue
 
 app = typer.Typer(help="Image towers.", no_args_is_help=True)
 app.callback()(lambda: None)  # keeps `show` a subcommand while it is the only one
@@ -18,6 +22,7 @@ Revision = Annotated[str | None, typer.Option(help="A branch, tag or commit of t
 CacheDir = Annotated[
     Path | None, typer.Option(help="The Hugging Face cache, if not the usual one.")
 ]
+Device = Annotated[str | None, typer.Option(help="Such as cuda; the CPU if not given.")]
 LocalFilesOnly = Annotated[bool, typer.Option("--local-files-only", help="Never use the network.")]
 
 
@@ -38,9 +43,8 @@ def show(
     pairs = kind_of(encoder_type, tower).files(source)
     typer.echo(f"tower     {source.name}")
     typer.echo(f"type      {encoder_type}")
-    typer.echo(
-        f"revision  {next((commit_of(path) for _, path in pairs if path), None) or revision or '-'}"
-    )
+    commit = next((commit_of(path) for _, path in pairs if path), None)
+    typer.echo(f"revision  {commit or revision or '-'}")
     for name, path in pairs:
         size = f"  ({path.stat().st_size:,} bytes)" if path else "  not on this machine"
         typer.echo(f"file      {path or name}{size}")
@@ -58,16 +62,22 @@ def encode(
     encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     select_layer: Annotated[
-        int | None, typer.Option(help="LLaVA's count; -2 where not given.")
+        int | None, typer.Option(help="LLaVA's count; -2 if not given.")
     ] = None,
     image_size: Annotated[
-        int | None, typer.Option(help="Pixels; the trained size where not given.")
+        int | None, typer.Option(help="Pixels; the trained size if not given.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda; the CPU where not given.")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Such as bfloat16; float32 where not given.")
+        str | None, typer.Option(help="Such as bfloat16; float32 if not given.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="OPTION=VALUE",
+            help="Any option of the encoder, such as final_norm=true; repeatable.",
+        ),
     ] = None,
     window: Window = None,
     frame: Frame = None,
@@ -76,30 +86,35 @@ def encode(
     cache_dir: CacheDir = None,
     local_files_only: LocalFilesOnly = False,
 ) -> None:
-    """Write the patch tokens of a folder of images to one safetensors file; a killed run goes on."""
+    """Write the patch tokens of a folder of images to a safetensors file; a killed run resumes."""
     from moellava.encoders import create_encoder
     from moellava.encoders.feature_file import encode_files
-    from moellava.images import IMAGE_SUFFIXES, is_image_file
+    from moellava.images import image_suffixes
+    from moellava.images.folder import find_images
 
     view = view_options(window, frame, plane)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder.")
-    paths = sorted(path for path in folder.rglob("*") if is_image_file(path))
+    paths, without_pixels = find_images(folder)
     if not paths:
         raise ValueError(
-            f"{folder} holds no image; looked for {', '.join(IMAGE_SUFFIXES)}, and DICOM by content."
+            f"{folder} holds no image; looked for {', '.join(image_suffixes())}, "
+            "and DICOM by content."
         )
+    options = _encoder_options(settings or [], select_layer=select_layer, image_size=image_size)
     tower = create_encoder(
         None,
         encoder,
-        select_layer=select_layer,
-        image_size=image_size,
         device=device,
         dtype=dtype,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
+        **options,  # type: ignore[arg-type]  # mypy takes them for any of the other keywords
     )
+    if without_pixels:
+        skipped = first_names([str(path.relative_to(folder)) for path in without_pixels])
+        typer.echo(f"{len(without_pixels)} DICOM files without pixels are skipped: {skipped}")
     names = [path.relative_to(folder).as_posix() for path in paths]
     done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
     typer.echo(
@@ -116,9 +131,7 @@ def classify(
         str, typer.Option(help="The sentence around a label.")
     ] = "this is a photo of {}",
     encoder: Encoder = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
-    device: Annotated[
-        str | None, typer.Option(help="Such as cuda; the CPU where not given.")
-    ] = None,
+    device: Device = None,
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
@@ -127,15 +140,14 @@ def classify(
     local_files_only: LocalFilesOnly = False,
 ) -> None:
     """Print the probability of each label for each image (zero-shot, research use only)."""
-    from moellava.encoders import create_encoder
+    from moellava.encoders import BiomedClipEncoder, create_encoder
     from moellava.images import to_pil
 
     view = view_options(window, frame, plane)
-    pictures = [
-        to_pil(path, **view) for path in image
-    ]  # an unreadable file is said before the tower is loaded
+    # Read before the tower is loaded: an unreadable file should not cost a minute.
+    pictures = [to_pil(path, **view) for path in image]
     names = [label.strip() for label in labels.split(",") if label.strip()]
-    tower: Any = create_encoder(
+    tower = create_encoder(
         "biomedclip",
         encoder,
         load_text=True,
@@ -144,8 +156,29 @@ def classify(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
+    assert isinstance(tower, BiomedClipEncoder)  # the only kind that takes load_text
     probabilities = tower.zero_shot(pictures, names, template=template)
     for path, row in zip(image, probabilities.tolist(), strict=True):
         typer.echo(str(path))
         for probability, name in sorted(zip(row, names, strict=True), reverse=True):
             typer.echo(f"  {probability:.4f}  {name}")
+
+
+def _encoder_options(
+    settings: list[str], *, select_layer: int | None, image_size: int | None
+) -> dict[str, "OptionValue"]:
+    """`--set NAME=VALUE` and the two options with names of their own; values are read as YAML."""
+    import yaml
+
+    options: dict[str, OptionValue] = {"select_layer": select_layer, "image_size": image_size}
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set {setting}: expected OPTION=VALUE.")
+        if options.get(name) is not None:
+            raise typer.BadParameter(f"--set {setting}: {name} is given twice.")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise typer.BadParameter(f"--set {setting}: {error}") from error
+    return options

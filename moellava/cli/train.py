@@ -32,7 +32,7 @@ def train(
 ) -> None:
     """Train one stage: align the projector, tune the language model, train experts and router.
 
-    A killed run goes on from its newest checkpoint when the same line is typed again.
+    A killed run resumes from its newest checkpoint when the same line is typed again.
     """
     if show_list:
         _print_list()

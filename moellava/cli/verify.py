@@ -16,9 +16,10 @@ def verify(
         bool, typer.Option("--json", help="Print a JSON list of the steps.")
     ] = False,
 ) -> None:
-    """Check a machine: versions, which files are found and where, the encoder alone, the whole model on one image.
+    """Check a machine: versions, files, the encoder alone, then the whole model on one image.
 
-    Each step prints its time, the peak memory so far, and what was seen or what to do. Exit status 1 if one failed.
+    Each step prints its time, the peak memory so far, and what was seen or what to do. Exit status
+    1 if a step failed.
     """
     from moellava import verify as checks
 
@@ -30,9 +31,8 @@ def verify(
         done.append(check)
         if not as_json:
             state = "pass" if check.passed else "FAIL"
-            typer.echo(
-                f"{state}  {check.name}  ({check.seconds:.1f} s, peak {check.peak_mebibytes:,.0f} MiB)"
-            )
+            cost = f"{check.seconds:.1f} s, peak {check.peak_mebibytes:,.0f} MiB"
+            typer.echo(f"{state}  {check.name}  ({cost})")
             typer.echo("      " + check.detail.strip().replace("\n", "\n      "))
     if as_json:
         typer.echo(json.dumps([asdict(check) for check in done], indent=1))

@@ -1,18 +1,18 @@
-"""One conversation → its token ids, and which of them are the assistant's.
-
-Public names: `ChatTokens`, `tokenize_chat`, `num_chat_tokens`, `image_items`, `without_pictures`.
-"""
+"""One conversation → its token ids, and which of them are the assistant's: `tokenize_chat`."""
 
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from moellava.model.chat_templates import has_beginning
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 Messages = Sequence[Mapping[str, Any]]
+# Texts, and for each the (start, end) of the assistant's turns, in characters.
+Rendered = tuple[list[str], list[list[tuple[int, int]]]]
 
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -27,20 +27,20 @@ class ChatTokens(NamedTuple):
 def tokenize_chat(
     messages: Messages, processor: MoeLlavaProcessor, chat_template: str
 ) -> ChatTokens:
-    """Token ids as the model is asked with, and the tokens that it has to learn: the assistant's turns.
+    """Token ids as the model is asked with, and which of them it has to learn: the assistant's.
 
-    Where the template has `{% generation %}` marks, those say what the assistant's is. Any other template is rendered
-    turn by turn: what a turn adds to the prompt that asks for it is the answer, with its end-of-turn token and
-    without the white space behind that.
+    Where the template has `{% generation %}` marks, those say what the assistant's is. Any other
+    template is rendered
+    turn by turn: what a turn adds to the prompt that asks for it is the answer, with its
+    end-of-turn token and without the white space behind that.
 
     Raises:
-        ValueError: if the template cannot be read turn by turn, or the text holds another number of `<image>` than
-            the messages hold images.
+        ValueError: if the template cannot be read turn by turn, or the text holds another number of
+            `<image>` than the messages hold images.
     """
     tokenizer = processor.tokenizer
     text, spans = _render(messages, processor, chat_template)
-    # transformers' processor does the same: one <s> in front, unless the template writes it.
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    has_bos = has_beginning(tokenizer, text)
     encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=not has_bos)
     input_ids: list[int] = []
     is_answer: list[bool] = []
@@ -57,8 +57,9 @@ def tokenize_chat(
     num_images = len(image_items(messages))
     if num_found != num_images:
         raise ValueError(
-            f"the text holds {num_found} {processor.image_token}, but the messages hold {num_images} images. Put one "
-            "image item for each, and do not write the placeholder in the text."
+            f"the text holds {num_found} {processor.image_token}, but the messages hold "
+            f"{num_images} images. Put one image item for each, and do not write the placeholder "
+            "in the text."
         )
     return ChatTokens(input_ids, is_answer)
 
@@ -69,15 +70,10 @@ def num_chat_tokens(
     """How many tokens `tokenize_chat` gives for each conversation; no image is opened."""
     tokenizer = processor.tokenizer
     lengths: list[int] = []
-    for start in range(
-        0, len(conversations), 1000
-    ):  # one call for many, so that the tokenizer can use its threads
+    # One call for many, so that the tokenizer can use its threads.
+    for start in range(0, len(conversations), 1000):
         texts, _ = _render_jinja(conversations[start : start + 1000], processor, chat_template)
-        has_bos = (
-            tokenizer.bos_token is not None
-            and bool(texts)
-            and texts[0].startswith(tokenizer.bos_token)
-        )
+        has_bos = has_beginning(tokenizer, texts[0])
         for ids in tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]:
             num_images = ids.count(processor.image_token_id)
             lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))
@@ -96,7 +92,7 @@ def image_items(messages: Messages) -> list[Mapping[str, Any]]:
 
 
 def without_pictures(messages: Messages) -> list[dict[str, Any]]:
-    """The messages for a template: an image item may hold the picture itself, which Jinja would copy for nothing."""
+    """The messages for a template, without the pictures that Jinja would copy for nothing."""
     return [
         dict(message)
         if isinstance(message["content"], str)
@@ -116,23 +112,20 @@ def _render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text, and the assistant's (start, end) in it, in characters."""
     if _MARKS.search(chat_template):
-        texts, spans = _render_jinja(
-            [messages], processor, chat_template, return_assistant_tokens_mask=True
-        )
+        texts, spans = _render_jinja([messages], processor, chat_template, with_spans=True)
         return texts[0], [(start, end) for start, end in spans[0]]
     text = _render_jinja([messages], processor, chat_template)[0][0]
     found: list[tuple[int, int]] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        asked = _render_jinja(
-            [messages[:index]], processor, chat_template, add_generation_prompt=True
-        )[0][0]
+        asked = _render_jinja([messages[:index]], processor, chat_template, asks=True)[0][0]
         answered = _render_jinja([messages[: index + 1]], processor, chat_template)[0][0].rstrip()
         if not (text.startswith(answered) and answered.startswith(asked)):
             raise ValueError(
-                "the chat template has no {% generation %} marks and writes earlier turns in another way once later "
-                "ones follow, so that the assistant's tokens cannot be told. Add the marks to processor.chat_template."
+                "the chat template has no {% generation %} marks and writes earlier turns in "
+                "another way once later ones follow, so that the assistant's tokens cannot be "
+                "told. Add the marks to processor.chat_template."
             )
         found.append((len(asked), len(answered)))
     return text, found
@@ -142,11 +135,21 @@ def _render_jinja(
     conversations: Sequence[Messages],
     processor: MoeLlavaProcessor,
     chat_template: str,
-    **options: Any,
-) -> tuple[list[str], list[list[tuple[int, int]]]]:
+    *,
+    asks: bool = False,
+    with_spans: bool = False,
+) -> Rendered:
     special_tokens = processor.tokenizer.special_tokens_map
     slim = [without_pictures(messages) for messages in conversations]
-    rendered: Any = render_jinja_template(
-        slim, chat_template=chat_template, **special_tokens, **options
+    # transformers declares the result a string; it is two lists.
+    rendered = cast(
+        Rendered,
+        render_jinja_template(
+            slim,
+            chat_template=chat_template,
+            return_assistant_tokens_mask=with_spans,
+            add_generation_prompt=asks,
+            **special_tokens,
+        ),
     )
     return rendered

@@ -1,15 +1,19 @@
-"""Is a dataset fit for training? `check_rows` looks at every row and image and reports what is wrong."""
+"""Is a dataset fit for training? `check_rows` looks at every row and image and reports."""
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import islice
 
-from moellava.data.fingerprints import Fingerprint, fingerprint, image_key, near_pairs
+import numpy as np
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from moellava.data.fingerprints import Fingerprint, fingerprint, near_pairs
 from moellava.data.readers import Rows
 from moellava.data.rows import IMAGE_TOKEN, Row
-from moellava.images.threads import map_in_threads
+from moellava.images import ImageLike, image_key, map_in_threads
 
 MAX_DISTANCE = 4  # of 64 bits: a resized or re-encoded copy usually differs in 0 to 2
 _BATCH = 64  # images read at a time
@@ -39,8 +43,9 @@ class Report:
     Args:
         num_rows: rows that can be used.
         num_images: distinct images of those rows.
-        lengths: per row, in tokens, or in words where no tokenizer was given; image placeholders are not counted.
-        by_split, by_answer_type: rows per value, "(none)" where the source says nothing.
+        lengths: per row, in tokens, or in words if no tokenizer was given; image placeholders are
+            not counted.
+        by_split, by_answer_type: rows per value, "(none)" if the source says nothing.
     """
 
     source: str
@@ -57,7 +62,7 @@ class Report:
     def num_errors(self) -> int:
         return sum(problem.is_error for problem in self.problems)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """For JSON: counts, a summary of the lengths, and every problem."""
         lengths = sorted(self.lengths)
         places = {"shortest": 0, "median": len(lengths) // 2, "longest": len(lengths) - 1}
@@ -78,40 +83,67 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What is kept of a row."""
+class SeenRow:
+    """What is kept of a row: its place, its id, the keys of its images, a hash of its turns."""
 
     where: str
     id: str
     images: tuple[str, ...]
-    text: bytes  # hash of its turns
+    text: bytes
+    has_answer: bool = True
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two data sets that are compared, after every image was read.
+
+    Args:
+        rows: in order.
+        prints: of the images that could be read, by their keys.
+        has_ids: whether the rows have ids of their own.
+    """
+
+    rows: list[SeenRow]
+    prints: dict[str, Fingerprint]
+    has_ids: bool
+
+    def rows_by_image(self) -> dict[str, list[str]]:
+        """The places of the rows that have an image, by its exact hash."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for row in self.rows:
+            for key in row.images:
+                if key in self.prints:
+                    found[self.prints[key].exact].append(row.where)
+        return found
+
+    def perceptual_hashes(self) -> dict[str, np.ndarray]:
+        """Of each distinct image that has one, by its exact hash."""
+        return {
+            one.exact: one.perceptual for one in self.prints.values() if one.perceptual is not None
+        }
 
 
 def check_rows(
     rows: Rows,
     *,
     against: Rows | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     max_distance: int = MAX_DISTANCE,
     progress: bool = False,
 ) -> Report:
     """Look at every row and read every image once.
 
     Args:
-        rows: read with `skip_bad=True`, so that broken rows are in the report instead of stopping it.
+        rows: read with `skip_bad=True`, so that broken rows are reported instead of stopping it.
         against: the test rows that must share no id and no image with `rows`.
         tokenizer: the language model's, for lengths in tokens.
-        max_distance: perceptual hashes that differ in at most so many of 64 bits are the same image.
+        max_distance: images are similar if their perceptual hashes differ in at most so many of 64
+            bits.
     """
     report = Report(rows.source, rows.format, unit="words" if tokenizer is None else "tokens")
-    report.problems += [
-        Problem(
-            bad.kind,
-            f"row {bad.index}" + (f" (id {bad.id!r})" if bad.id is not None else ""),
-            bad.reason,
-        )
-        for bad in rows.bad
-    ]
+    for bad in rows.bad:
+        named = f" (id {bad.id!r})" if bad.id is not None else ""
+        report.problems.append(Problem(bad.kind, f"row {bad.index}{named}", bad.reason))
     length = _length_of(tokenizer)
 
     def count(row: Row) -> None:
@@ -120,157 +152,125 @@ def check_rows(
         report.by_split[row.split or "(none)"] += 1
         report.by_answer_type[row.answer_type or "(none)"] += 1
 
-    seen, prints = _look(rows, report, count, progress)
-    report.num_images = len(prints)
-    _find_duplicates(rows, seen, prints, report)
+    side, problems = look_at(rows, visit=count, progress=progress)
+    report.problems += problems
+    report.problems += [
+        Problem("no answer", row.where, "no turn of the assistant to learn from")
+        for row in side.rows
+        if not row.has_answer
+    ]
+    report.num_images = len(side.prints)
+    report.problems += find_duplicates(side)
     if against is not None:
-        others, other_prints = _look(
-            against, report, lambda row: None, progress, prefix=f"{against.source}, "
-        )
-        _find_leaks(rows, against, (seen, prints), (others, other_prints), max_distance, report)
+        other, problems = look_at(against, prefix=f"{against.source}, ", progress=progress)
+        report.problems += problems
+        report.problems += find_leaks(side, other, max_distance)
     return report
 
 
-def _look(
-    rows: Rows, report: Report, count: Callable[[Row], None], progress: bool, prefix: str = ""
-) -> tuple[list[_Seen], dict[str, Fingerprint]]:
-    """Go through the rows once; read each distinct image once, a batch at a time, in threads."""
-    seen: list[_Seen] = []
-    prints: dict[str, Fingerprint] = {}
-    known: set[str] = set()
-    waiting: list[tuple[str, Any, str]] = []
+def look_at(
+    rows: Rows,
+    *,
+    visit: Callable[[Row], None] = lambda row: None,
+    prefix: str = "",
+    progress: bool = False,
+) -> tuple[Side, list[Problem]]:
+    """Go through the rows once and read each distinct image once, in threads.
 
-    def read_waiting() -> None:
-        for (key, _, where), result in zip(
-            waiting, map_in_threads(_try, (item[1] for item in waiting)), strict=True
-        ):
+    Args:
+        visit: called with each row.
+        prefix: of the places in problems.
+
+    Returns:
+        What was seen, and the images that could not be read.
+    """
+    shown: Iterable[Row] = tqdm(rows, desc=rows.source, unit="row") if progress else rows
+    seen: list[SeenRow] = []
+
+    def new_images() -> Iterator[tuple[str, ImageLike, str]]:
+        known: set[str] = set()
+        for index, row in enumerate(shown):
+            visit(row)
+            named = f" (id {row.id!r})" if rows.has_ids else ""
+            where = f"{prefix}row {rows.number(index)}{named}"
+            keys = tuple(image_key(image) for image in row.images)
+            seen.append(SeenRow(where, row.id, keys, _text_hash(row), row.answer is not None))
+            for key, image in zip(keys, row.images, strict=True):
+                if key not in known:
+                    known.add(key)
+                    yield key, image, where
+
+    prints: dict[str, Fingerprint] = {}
+    problems: list[Problem] = []
+    waiting = new_images()
+    while batch := list(islice(waiting, _BATCH)):
+        results = map_in_threads(_try, [image for _, image, _ in batch])
+        for (key, _, where), result in zip(batch, results, strict=True):
             if isinstance(result, Fingerprint):
                 prints[key] = result
             else:
-                kind = (
-                    "missing image" if isinstance(result, FileNotFoundError) else "unreadable image"
-                )
-                report.problems.append(Problem(kind, where, str(result)))
-        waiting.clear()
-
-    for index, row in enumerate(_with_progress(rows, progress)):
-        where = f"{prefix}row {rows.number(index)}" + (f" (id {row.id!r})" if rows.has_ids else "")
-        count(row)
-        keys = tuple(image_key(image) for image in row.images)
-        for key, image in zip(keys, row.images, strict=True):
-            if key not in known:
-                known.add(key)
-                waiting.append((key, image, where))
-        if len(waiting) >= _BATCH:
-            read_waiting()
-        turns = "\0".join(f"{turn.role}\0{turn.text}" for turn in row.turns)
-        seen.append(_Seen(where, row.id, keys, hashlib.sha256(turns.encode()).digest()))
-    read_waiting()
-    return seen, prints
+                is_missing = isinstance(result, FileNotFoundError)
+                kind = "missing image" if is_missing else "unreadable image"
+                problems.append(Problem(kind, where, str(result)))
+    return Side(seen, prints, rows.has_ids), problems
 
 
-def _try(image: Any) -> Fingerprint | Exception:
+def find_duplicates(side: Side) -> Iterator[Problem]:
+    """Rows of the same images and turns, and rows of one id."""
+    first_by_content: dict[tuple[tuple[str, ...], bytes], str] = {}
+    first_by_id: dict[str, str] = {}
+    for row in side.rows:
+        images = tuple(side.prints[key].exact if key in side.prints else key for key in row.images)
+        first = first_by_content.setdefault((images, row.text), row.where)
+        if first != row.where:
+            yield Problem("duplicate row", row.where, f"same images and turns as {first}")
+        if side.has_ids:
+            first = first_by_id.setdefault(row.id, row.where)
+            if first != row.where:
+                yield Problem("duplicate id", row.where, f"the id of {first}", is_error=False)
+
+
+def find_leaks(train: Side, test: Side, max_distance: int) -> Iterator[Problem]:
+    """Ids, exact images and similar images that both have; a problem for each pair of images."""
+    if train.has_ids and test.has_ids:
+        test_ids = {row.id: row.where for row in test.rows}
+        for row in train.rows:
+            if row.id in test_ids:
+                yield Problem("leak: same id", row.where, f"is also {test_ids[row.id]}")
+    train_rows, test_rows = train.rows_by_image(), test.rows_by_image()
+    for exact in train_rows.keys() & test_rows.keys():
+        where, other = _first(train_rows[exact]), _first(test_rows[exact])
+        yield Problem("leak: same image", where, f"its image is also in {other}")
+    train_hashes, test_hashes = train.perceptual_hashes(), test.perceptual_hashes()
+    train_images, test_images = list(train_hashes), list(test_hashes)
+    pairs = near_pairs(list(train_hashes.values()), list(test_hashes.values()), max_distance)
+    for i, j, distance in pairs:
+        one, like = train_images[i], test_images[j]
+        if one == like or like in train_rows or one in test_rows:
+            continue  # told already
+        detail = (
+            f"its image resembles that of {_first(test_rows[like])} ({distance} of 64 bits differ)"
+        )
+        yield Problem("leak: similar image", _first(train_rows[one]), detail)
+
+
+def _text_hash(row: Row) -> bytes:
+    turns = "\0".join(f"{turn.role}\0{turn.text}" for turn in row.turns)
+    return hashlib.sha256(turns.encode(errors="surrogatepass")).digest()
+
+
+def _try(image: ImageLike) -> Fingerprint | Exception:
     try:
         return fingerprint(image)
     except (OSError, ValueError, TypeError) as error:
         return error
 
 
-def _with_progress(rows: Rows, progress: bool) -> Iterable[Row]:
-    if not progress:
-        return rows
-    from tqdm.auto import tqdm
-
-    return tqdm(rows, desc=rows.source, unit="row")
-
-
-def _find_duplicates(
-    rows: Rows, seen: list[_Seen], prints: dict[str, Fingerprint], report: Report
-) -> None:
-    first_by_content: dict[Any, str] = {}
-    first_by_id: dict[str, str] = {}
-    for row in seen:
-        content = (
-            tuple(prints[key].exact if key in prints else key for key in row.images),
-            row.text,
-        )
-        if content in first_by_content:
-            report.problems.append(
-                Problem(
-                    "duplicate row",
-                    row.where,
-                    f"same images and turns as {first_by_content[content]}",
-                )
-            )
-        first_by_content.setdefault(content, row.where)
-        if rows.has_ids:
-            if row.id in first_by_id:
-                report.problems.append(
-                    Problem(
-                        "duplicate id",
-                        row.where,
-                        f"the id of {first_by_id[row.id]}",
-                        is_error=False,
-                    )
-                )
-            first_by_id.setdefault(row.id, row.where)
-
-
-def _find_leaks(
-    rows: Rows,
-    against: Rows,
-    train: tuple[list[_Seen], dict[str, Fingerprint]],
-    test: tuple[list[_Seen], dict[str, Fingerprint]],
-    max_distance: int,
-    report: Report,
-) -> None:
-    """Ids, exact images and similar images that both sides have; one problem for each pair of images."""
-    if rows.has_ids and against.has_ids:
-        test_ids = {row.id: row.where for row in test[0]}
-        for row in train[0]:
-            if row.id in test_ids:
-                report.problems.append(
-                    Problem("leak: same id", row.where, f"is also {test_ids[row.id]}")
-                )
-    train_rows, test_rows = (_rows_by_image(*side) for side in (train, test))
-    for exact in train_rows.keys() & test_rows.keys():
-        report.problems.append(
-            Problem(
-                "leak: same image",
-                _first(train_rows[exact]),
-                f"its image is also in {_first(test_rows[exact])}",
-            )
-        )
-    sides = []
-    for _, prints in (train, test):
-        distinct = {
-            one.exact: one.perceptual for one in prints.values() if one.perceptual is not None
-        }
-        sides.append((list(distinct), list(distinct.values())))
-    for i, j, distance in near_pairs(sides[0][1], sides[1][1], max_distance):
-        one, other = sides[0][0][i], sides[1][0][j]
-        if (
-            one != other and other not in train_rows and one not in test_rows
-        ):  # those are told already
-            where = _first(train_rows[one])
-            detail = f"its image resembles that of {_first(test_rows[other])} ({distance} of 64 bits differ)"
-            report.problems.append(Problem("leak: similar image", where, detail))
-
-
-def _rows_by_image(seen: list[_Seen], prints: dict[str, Fingerprint]) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = defaultdict(list)
-    for row in seen:
-        for key in row.images:
-            if key in prints:
-                found[prints[key].exact].append(row.where)
-    return found
-
-
 def _first(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
 
 
-def _length_of(tokenizer: Any) -> Callable[[Row], int]:
+def _length_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Row], int]:
     def text(row: Row) -> str:
         return "\n".join(turn.text.replace(IMAGE_TOKEN, "") for turn in row.turns)
 

@@ -1,7 +1,7 @@
 """Chat rows → one training batch whose labels are the assistant's turns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from moellava.data.chat_labels import ChatTokens, image_items, tokenize_chat
-from moellava.images import to_pil
+from moellava.images import ImageLike, to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import TEMPLATES
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -18,24 +18,38 @@ IGNORE_INDEX = -100  # what the loss leaves out
 LONG_ROWS = ("error", "truncate")
 
 
+class ChatRow(Protocol):
+    """A row that knows its messages, as `moellava.data.Row` does."""
+
+    @property
+    def id(self) -> str: ...
+    def messages(self) -> Sequence[Mapping[str, Any]]: ...
+
+
+Rowlike = Mapping[str, Any] | ChatRow
+
+
 class ChatCollator:
     """Collates rows for training.
 
-    A row is a mapping with `messages`, or has a method `messages()` and an `id`, as `moellava.data.Row` does.
-    Messages are those of chat templates: `role` and `content`, where the content is a string or a list of
-    `{"type": "text", "text": ...}` and `{"type": "image", "image": <PIL image, path, array or bytes>}`. Labels come
-    from the token spans that the template itself marks as the assistant's, never from comparing strings.
+    A row is a mapping with `messages`, or has a method `messages()` and an `id`, as
+    `moellava.data.Row` does.
+    Messages are those of chat templates: `role` and `content`, where the content is a string or a
+    list of `{"type": "text", "text": ...}` and `{"type": "image", "image": <PIL image, path, array
+    or bytes>}`. Labels come from the token spans that the template itself marks as the assistant's,
+    never from comparing strings.
 
     Args:
         processor: of the model.
-        chat_template: a name of `moellava.model.chat_templates.TEMPLATES`, such as `plain`, or a template's text;
-            None is the processor's own.
+        chat_template: a name of `moellava.model.chat_templates.TEMPLATES`, such as `plain`, or a
+            template's text; None is the processor's own.
         max_length: most tokens of a row, image placeholders included; None is no limit.
-        long_rows: what becomes of longer rows. `error` names the row; `truncate` cuts its end, and is an error only
-            where that would cut an image's placeholders or leave nothing to learn.
-        packing: lay the rows of a batch one behind the other, without padding. Positions begin anew at each, from
-            which transformers' attention knows that no row may look at another.
-        patch_tokens: gives an image's patch tokens (N, D), in place of opening it and encoding its pixels.
+        long_rows: what becomes of longer rows. `error` names the row; `truncate` cuts its end, and
+            is an error only where that would cut an image's placeholders or leave nothing to learn.
+        packing: lay the rows of a batch one behind the other, without padding. Positions begin anew
+            at each, from which transformers' attention knows that no row may look at another.
+        patch_tokens: gives an image's patch tokens (N, D), in place of opening it and encoding its
+            pixels.
         load_image: opens what an image item holds.
         return_row_ids: also give `row_ids`, a list that no model takes.
     """
@@ -48,10 +62,10 @@ class ChatCollator:
         max_length: int | None = None,
         long_rows: str = "error",
         packing: bool = False,
-        patch_tokens: Callable[[Any], Tensor] | None = None,
-        load_image: Callable[[Any], Image.Image] = to_pil,
+        patch_tokens: Callable[[ImageLike], Tensor] | None = None,
+        load_image: Callable[[ImageLike], Image.Image] = to_pil,
         return_row_ids: bool = False,
-    ):
+    ) -> None:
         if long_rows not in LONG_ROWS:
             raise unknown_name("long_rows", long_rows, LONG_ROWS)
         self.processor = processor
@@ -63,45 +77,50 @@ class ChatCollator:
         self.load_image = load_image
         self.return_row_ids = return_row_ids
 
-    def __call__(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def __call__(self, rows: Sequence[Rowlike]) -> dict[str, Any]:
         """Collate.
 
         Returns:
-            `input_ids` and `labels` (B, T), labels -100 outside the assistant's turns; `attention_mask` (B, T), with
-            padding on the right, or with packing `position_ids` (1, T) and `use_cache=False` instead; where there
-            are images, `pixel_values` (I, 3, H, W) or `patch_tokens` (I, N, D).
+            `input_ids` and `labels` (B, T), labels -100 outside the assistant's turns;
+            `attention_mask` (B, T), with padding on the right, or with packing `position_ids` (1,
+            T) and `use_cache=False` instead; where there are images, `pixel_values` (I, 3, H, W) or
+            `patch_tokens` (I, N, D).
 
         Raises:
-            ValueError: if a row has no supervised token, is too long, or has an image that cannot be opened; its
-                `id`, or its place in the batch, is named.
+            ValueError: if a row has no supervised token, is too long, or has an image that cannot
+                be opened; its `id`, or its place in the batch, is named.
         """
-        features, images, ids = [], [], []
+        features: list[dict[str, list[int]]] = []
+        images: list[ImageLike] = []
+        ids: list[object] = []
         for index, row in enumerate(rows):
             messages, row_id = messages_of(row), id_of(row, index)
             try:
                 tokens = tokenize_chat(messages, self.processor, self.chat_template)
-                images += [self._open(item["image"]) for item in image_items(messages)]
+                opened = [self._open(item["image"]) for item in image_items(messages)]
             except (OSError, ValueError) as error:
                 raise ValueError(f"Row {row_id!r}: {error}") from error
+            images += opened
             features.append(self._label(tokens, row_id))
             ids.append(row_id)
         batch: dict[str, Any] = self._pack(features) if self.packing else self._pad(features)
         if images and self.patch_tokens is not None:
-            batch["patch_tokens"] = torch.stack(images)
+            batch["patch_tokens"] = torch.stack(images)  # type: ignore[arg-type]  # all are tensors
         elif images:
             batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")[
                 "pixel_values"
             ]
         return {**batch, "row_ids": ids} if self.return_row_ids else batch
 
-    def _open(self, image: Any) -> Any:
+    def _open(self, image: ImageLike) -> Image.Image | Tensor:
         return self.load_image(image) if self.patch_tokens is None else self.patch_tokens(image)
 
-    def _label(self, tokens: ChatTokens, row_id: Any) -> dict[str, list[int]]:
+    def _label(self, tokens: ChatTokens, row_id: object) -> dict[str, list[int]]:
         input_ids, is_answer = tokens
         if not any(is_answer):
             raise ValueError(
-                f"Row {row_id!r} has no assistant turn to learn from. Give it an answer, or leave it out."
+                f"Row {row_id!r} has no assistant turn to learn from. "
+                "Give it an answer, or leave it out."
             )
         if self.max_length is not None and len(input_ids) > self.max_length:
             length = (
@@ -138,15 +157,14 @@ class ChatCollator:
         return {**batch, "attention_mask": (torch.arange(length) < lengths[:, None]).long()}
 
     def _pack(self, features: list[dict[str, list[int]]]) -> dict[str, Any]:
-        packed: dict[str, Any] = DataCollatorWithFlattening()(features, return_tensors="pt")
-        return {
-            **packed,
-            "use_cache": False,
-        }  # with a cache, transformers would not look for the rows' beginnings
+        flatten = DataCollatorWithFlattening()
+        packed: dict[str, Any] = flatten(features, return_tensors="pt")
+        # With a cache, transformers would not look for the rows' beginnings.
+        return {**packed, "use_cache": False}
 
 
 def resolve_chat_template(processor: MoeLlavaProcessor, chat_template: str | None) -> str:
-    """The text of a template: the processor's own for None, one of ours by its name, or the text itself.
+    """The text of a template: the processor's own for None, one of ours by name, or the text.
 
     Raises:
         ValueError: for a name that no template has.
@@ -161,11 +179,13 @@ def resolve_chat_template(processor: MoeLlavaProcessor, chat_template: str | Non
     return chat_template
 
 
-def messages_of(row: Any) -> Sequence[Mapping[str, Any]]:
+def messages_of(row: Rowlike) -> Sequence[Mapping[str, Any]]:
     """The chat messages of a row, in either form that `ChatCollator` takes."""
-    return row["messages"] if isinstance(row, Mapping) else row.messages()
+    messages: Sequence[Mapping[str, Any]]
+    messages = row["messages"] if isinstance(row, Mapping) else row.messages()
+    return messages
 
 
-def id_of(row: Any, index: int) -> Any:
-    """A row's id; its place where it has none."""
+def id_of(row: Rowlike, index: int) -> object:
+    """A row's id; its place if it has none."""
     return row.get("id", index) if isinstance(row, Mapping) else row.id

@@ -1,36 +1,48 @@
-"""Rows of any dataset → LLaVA's JSON, JSON lines, or parquet with the images inside; all of them are read back."""
+"""Rows of any dataset → LLaVA's JSON, JSON lines, or parquet with the images inside."""
 
 import io
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from moellava.data.fingerprints import exact_hash
-from moellava.data.formats import EXTRA_COLUMN
+from moellava.data.layouts import EXTRA_COLUMN
 from moellava.data.readers import Rows
 from moellava.data.rows import Row
+from moellava.images import ImageLike, exact_hash, load_image
+from moellava.images.kinds import HEADER_BYTES, kind_of_bytes
+from moellava.storage.writing import replacing
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+_OUR_KEYS = {"id", "image", "images", "conversations", "conversatons", "choices", "source", "split"}
+_OUR_KEYS |= {"answer_type", EXTRA_COLUMN}
 _PARQUET_ROWS = 256  # in memory at a time
 
 
 def convert_rows(
-    rows: Rows, out: str | Path, *, images: str | Path | None = None, copy_images: bool = False
+    rows: Rows,
+    out: str | Path,
+    *,
+    images: str | Path | None = None,
+    copy_images: bool = False,
+    allow_outside: bool = False,
 ) -> int:
-    """Write rows to `out`, by its suffix: `.json` (a LLaVA list), `.jsonl`, or `.parquet`. Nothing of a row is lost.
+    """Write rows to `out`, by its suffix: `.json` (a LLaVA list), `.jsonl`, or `.parquet`.
+
+    Nothing of a row is lost; all three are read back by `read_rows`.
 
     Args:
-        images: the folder for images that have no file of their own (`.json`, `.jsonl`), named by content, so
-            that an image of many rows is written once; by default `images` beside `out`.
-        copy_images: copy images that do have files there, too; else their paths, relative to the source's image
-            folder, stay as they are. Parquet always holds the images themselves.
+        images: the folder for images that have no file of their own (`.json`, `.jsonl`), named by
+            content, so that an image of many rows is written once; by default `images` beside
+            `out`.
+        copy_images: copy images that do have files there, too; else their paths, relative to the
+            source's image folder, stay as they are. Parquet always holds the images themselves.
+
+        allow_outside: also put in images whose paths leave the source's image folder.
 
     Returns:
         How many rows were written.
@@ -52,18 +64,22 @@ def convert_rows(
         raise FileExistsError(f"{out} is there already; give another name or delete it.")
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(images).expanduser() if images else out.parent / "images"
-    store = ImageStore(rows.image_root, folder, copy_images and out.suffix != ".parquet")
-    partial = out.with_name(out.name + ".partial")
-    writers[out.suffix](rows, partial, out.suffix == ".json", store)
-    partial.replace(out)
+    store = ImageStore(
+        rows.image_root,
+        folder,
+        copy=copy_images and out.suffix != ".parquet",
+        allow_outside=allow_outside,
+    )
+    with replacing(out) as part:
+        writers[out.suffix](rows, part, out.suffix == ".json", store)
     return len(rows)
 
 
-def to_llava(row: Row, images: list[Any]) -> dict[str, Any]:
-    """A row as LLaVA's JSON has it, with the further fields beside; `images` stand for the row's own."""
-    record: dict[str, Any] = {"id": row.id}
+def to_llava(row: Row, images: Sequence[str]) -> dict[str, object]:
+    """A row as LLaVA's JSON has it, with the further fields beside; `images` name the row's own."""
+    record: dict[str, object] = {"id": row.id}
     if images:
-        record["image"] = images[0] if len(images) == 1 else images
+        record["image"] = images[0] if len(images) == 1 else list(images)
     record["conversations"] = [
         {"from": SPEAKERS[turn.role], "value": turn.text} for turn in row.turns
     ]
@@ -73,7 +89,11 @@ def to_llava(row: Row, images: list[Any]) -> dict[str, Any]:
         "source": row.source,
         "choices": list(row.choices),
     }
-    return record | {key: value for key, value in named.items() if value} | dict(row.extra)
+    record |= {key: value for key, value in named.items() if value}
+    # A field of the source may have the name of one of ours, which must not replace it.
+    apart = {key: value for key, value in row.extra.items() if key in _OUR_KEYS}
+    beside = {key: value for key, value in row.extra.items() if key not in _OUR_KEYS}
+    return record | beside | ({EXTRA_COLUMN: json.dumps(apart)} if apart else {})
 
 
 class ImageStore:
@@ -83,46 +103,74 @@ class ImageStore:
         root: the folder that the rows' own paths start from.
         folder: where images are written; made when the first one is.
         copy: whether files are copied there, too.
+        allow_outside: whether files outside `root` may be put in.
     """
 
-    def __init__(self, root: Path, folder: Path, copy: bool):
+    def __init__(
+        self, root: Path, folder: Path, copy: bool, *, allow_outside: bool = False
+    ) -> None:
         self.root, self.folder, self.copy = root, folder, copy
+        self.allow_outside = allow_outside
+        if copy and folder.resolve() == root.resolve():
+            raise ValueError(
+                f"Copies of images would land in {root}, the folder of the originals. "
+                "Give another folder with --images-out."
+            )
 
-    def name(self, image: Any) -> str:
-        """The name that goes into the JSON: relative to `root` for files, to `folder` for what was written."""
-        if isinstance(image, (str, Path)):
+    def name(self, image: ImageLike) -> str:
+        """The name for the JSON: relative to `root` for files, to `folder` for what was written."""
+        if isinstance(image, str | os.PathLike):
             relative = os.path.relpath(image, self.root)
             is_inside = not relative.startswith("..")
             if not self.copy:
                 return Path(relative).as_posix() if is_inside else str(Path(image).absolute())
             name = relative if is_inside else f"{exact_hash(image)[:16]}{Path(image).suffix}"
-            self._write(name, lambda target: shutil.copyfile(image, target))
-            return Path(name).as_posix()
+            return self._write(Path(name).as_posix(), self.content(image)[0])
         data, suffix = encoded(image)
-        name = f"{exact_hash(image)[:16]}{suffix}"
-        self._write(name, lambda target: target.write_bytes(data))
-        return name
+        return self._write(f"{exact_hash(image)[:16]}{suffix}", data)
 
-    def _write(self, name: str, write: Callable[[Path], Any]) -> None:
+    def content(self, image: ImageLike) -> tuple[bytes, str]:
+        """The bytes of an image that may be published, and their suffix.
+
+        Raises:
+            ValueError: a file outside the image folder, or one that is not an image.
+        """
+        if isinstance(image, str | os.PathLike):
+            path, root = Path(image).resolve(), self.root.resolve()
+            if not self.allow_outside and not path.is_relative_to(root):
+                raise ValueError(
+                    f"{image} lies outside the image folder {self.root}. If it is meant to be put "
+                    "into the set, give --allow-outside."
+                )
+            load_image(image)  # what is not an image must not be published under the name of one
+        return encoded(image)
+
+    def _write(self, name: str, data: bytes) -> str:
         target = self.folder / name
+        if target.exists() and target.read_bytes() != data:  # of another set, or edited
+            name = f"{exact_hash(data)[:16]}-{Path(name).name}"
+            target = self.folder / name
         if not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            write(target)
+            with replacing(target) as part:
+                part.write_bytes(data)
+        return name
 
 
-def encoded(image: Any) -> tuple[bytes, str]:
-    """The encoded bytes of an image and their suffix; arrays and PIL images become PNG, which loses nothing."""
-    if isinstance(image, (str, Path)):
+def encoded(image: ImageLike) -> tuple[bytes, str]:
+    """The encoded bytes of an image and their suffix.
+
+    Arrays and PIL images become PNG, which loses nothing. Bytes of no known kind are kept as they
+    are, with the suffix `.bin`; `moellava data check` names them.
+    """
+    if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes(), Path(image).suffix
     if isinstance(image, bytes):
-        if image[128:132] == b"DICM":
-            return image, ".dcm"
-        try:
-            with Image.open(io.BytesIO(image)) as opened:
-                return image, f".{(opened.format or 'bin').lower()}".replace(".jpeg", ".jpg")
-        except (UnidentifiedImageError, OSError):
-            return image, ".bin"  # kept as it is; `moellava data check` names it
+        kind = kind_of_bytes(image[:HEADER_BYTES])
+        return image, ".bin" if kind is None else kind.suffixes[0]
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    if not isinstance(picture, Image.Image):
+        raise ValueError(f"An image is a {type(image).__name__}; convert it to an array first.")
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue(), ".png"
@@ -179,7 +227,7 @@ def _write_parquet(rows: Rows, path: Path, is_list: bool, store: ImageStore) -> 
                     )
                 known["images"] = [
                     {
-                        "bytes": encoded(image)[0],
+                        "bytes": store.content(image)[0],
                         "path": store.name(image) if isinstance(image, str) else None,
                     }
                     for image in row.images

@@ -1,8 +1,8 @@
 """A JSON list or a JSON-lines file as a sequence of records that are read when asked for.
 
-Opening scans the file once and keeps eight bytes per record, however large the file is. The parser is the standard
-library's; `datasets` reads a JSON list whole and refuses fields of mixed types, such as LLaVA's `image`, which is a
-string in one row and a list in the next.
+Opening scans the file once and keeps eight bytes per record, however large the file is. The parser
+is the standard library's; `datasets` reads a JSON list whole and refuses fields of mixed types,
+such as LLaVA's `image`, which is a string in one row and a list in the next.
 """
 
 import codecs
@@ -10,28 +10,31 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, overload
 
 from moellava.data.rows import RowError
 
 _CHUNK = 1 << 20  # bytes per read
-_LONGEST = (
-    1 << 26
-)  # characters of one record; a broken quote must not pull the whole file into memory
+# Characters of one record; a broken quote must not pull the whole file into memory.
+_LONGEST = 1 << 26
+_FIRST = 1000  # records that tell which columns a file has
 _SPACE = re.compile(r"[ \t\r\n]*")
 _DECODE = json.JSONDecoder().raw_decode
 
 
-class JsonRecords(Sequence[Any]):
-    """The records of a file, by number; each access reads its own bytes, so that workers may share the object.
+class JsonRecords(Sequence[object]):
+    """The records of a file, by number.
+
+    Each access reads its own bytes, so that workers may share the object.
 
     Raises:
         ValueError: the file is neither a JSON list nor JSON lines; the place is named.
-        RowError: on access, a line that is no JSON.
+        RowError: on access, a line that is not JSON.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         with self.path.open("rb") as file:
             start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
@@ -52,7 +55,13 @@ class JsonRecords(Sequence[Any]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> object: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[object]: ...
+    def __getitem__(self, index: int | slice) -> object:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
@@ -64,8 +73,8 @@ class JsonRecords(Sequence[Any]):
             raise record
         return record
 
-    def scan(self) -> Iterator[Any]:
-        """Every record in order; for a line that is no JSON, its `RowError`."""
+    def scan(self) -> Iterator[object]:
+        """Every record in order; for a line that is not JSON, its `RowError`."""
         with self.path.open("rb") as file:
             for start, end in zip(self._starts, self._ends, strict=True):
                 file.seek(start)
@@ -73,23 +82,25 @@ class JsonRecords(Sequence[Any]):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The keys of the first record that has any."""
-        return tuple(next((record for record in self.scan() if isinstance(record, dict)), {}))
+        """The keys of the first records, in the order in which they occur."""
+        first = islice((record for record in self.scan() if isinstance(record, dict)), _FIRST)
+        return tuple(dict.fromkeys(key for record in first for key in record))
 
     def _refuse_a_spread_object(self) -> None:
         """One object over many lines would else read as many broken rows."""
         if isinstance(next(self.scan()), RowError):
             raise ValueError(
-                f"{self.path} is neither a JSON list of rows nor JSON lines: its first line is no JSON object. "
-                "If the rows stand under a key of one large object, write that list to a file of its own."
+                f"{self.path} is neither a JSON list of rows nor JSON lines: its first line is not "
+                "a JSON object. If the rows stand under a key of one large object, write that list "
+                "to a file of its own."
             )
 
 
-def _parsed(data: bytes) -> Any:
+def _parsed(data: bytes) -> object:
     try:
         return json.loads(data)
     except ValueError as error:
-        return RowError(f"it is no JSON: {error}")
+        return RowError(f"it is not JSON: {error}")
 
 
 def _line_spans(file: BinaryIO) -> Iterator[tuple[int, int]]:
@@ -112,6 +123,8 @@ def _list_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
                 window.peek()
             yield window.skip_value()
             count += 1
+        window.take("]")
+        window.expect_end()
     except (ValueError, EOFError) as error:
         raise ValueError(
             f"{path} is broken JSON at byte {window.place}, after {count} complete rows: {error}"
@@ -121,7 +134,7 @@ def _list_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
 class _Window:
     """A moving window of decoded text over a file that knows its place in bytes."""
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.place = file.tell()  # in the file, in bytes, of the cursor
         self._text, self._at = "", 0
@@ -143,18 +156,25 @@ class _Window:
             raise ValueError(f"expected {character!r}, found {self._text[self._at]!r}")
         self._advance(self._at + 1)
 
+    def expect_end(self) -> None:
+        try:
+            character = self.peek()
+        except EOFError:
+            return
+        raise ValueError(f"{character!r} follows the closing bracket of the list")
+
     def skip_value(self) -> tuple[int, int]:
         start = self.place
         while True:
             try:
                 _, end = _DECODE(self._text, self._at)
             except json.JSONDecodeError as error:
-                if (
-                    len(self._text) - self._at > _LONGEST or not self._read()
-                ):  # cut off by the window, or broken
+                # Cut off by the window, or broken.
+                if len(self._text) - self._at > _LONGEST or not self._read():
                     raise ValueError(error.msg) from error
                 continue
-            # A number may go on: of `1`, `1.`, `1e` and `1e-`, each cut off there, the decoder takes the `1`.
+            # A number may go on: of `1`, `1.`, `1e` and `1e-`, each cut off there, the decoder
+            # takes the `1`.
             if len(self._text) - end <= 2 and self._read():
                 continue
             self._advance(end)
@@ -165,9 +185,8 @@ class _Window:
         self._at = at
 
     def _read(self) -> bool:
-        chunk = self.file.read(
-            max(_CHUNK, len(self._text) - self._at)
-        )  # doubled, so that retries stay linear
+        # Doubled, so that retries stay linear.
+        chunk = self.file.read(max(_CHUNK, len(self._text) - self._at))
         if not chunk:
             return False  # and every place in the text stays what it was
         self._text, self._at = self._text[self._at :] + self._decoder.decode(chunk), 0

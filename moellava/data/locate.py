@@ -1,17 +1,30 @@
-"""Where a dataset lies: the files of one split, and the folder of its images; on this machine or on the hub."""
+"""Where a dataset lies, here or on the hub: the files of one split, the folder of its images."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from moellava.data.formats import Format
 from moellava.data.records import KINDS
 from moellava.messages import unknown_name
 
+_FIRST = 64  # images that are looked for to find their folder
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_IMAGE_KEYS = ("image", "images", "img_name", "image_name", "Figure_path")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubDataset:
+    """A dataset of the hub, and how it is fetched."""
+
+    repo_id: str
+    revision: str | None = None
+    cache_dir: str | Path | None = None
+    local_files_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,19 +33,16 @@ class Location:
 
     Args:
         name: the file, folder or id, as the user gave it.
-        split: as the file's name says it, None where it says nothing.
+        split: as the file's name says it, None if it says nothing.
         split_in_rows: whether the split must be looked for in the rows themselves.
-        repo_id, revision, cache_dir, local_files_only: of a hub id, for archives of images.
+        hub: of a hub id, for archives of images.
     """
 
     name: str
     files: tuple[Path, ...]
     split: str | None
     split_in_rows: bool = False
-    repo_id: str | None = None
-    revision: str | None = None
-    cache_dir: str | Path | None = None
-    local_files_only: bool = False
+    hub: HubDataset | None = None
 
 
 def locate(
@@ -44,54 +54,52 @@ def locate(
     local_files_only: bool = False,
 ) -> Location:
     """Find the files of a split; an existing path wins over a hub id of the same name."""
-    path = Path(path_or_id).expanduser()
+    path, name = Path(path_or_id).expanduser(), str(path_or_id)
     if path.is_file():
         in_arrays = path.suffix.lower() == ".npz"
         return Location(
-            name=str(path_or_id),
+            name=name,
             files=(path,),
             split=split if in_arrays else None,
             split_in_rows=not in_arrays and split is not None,
         )
-    options: dict[str, Any] = {}
+    hub = None
     if not path.is_dir():
-        if not _REPO_ID.fullmatch(str(path_or_id)):
+        if not _REPO_ID.fullmatch(name):
             raise FileNotFoundError(
-                f"There is no file or folder {path_or_id}, and it is no hub id like owner/name."
+                f"There is no file or folder {name}, and it is not a hub id like owner/name."
             )
-        options = {
-            "repo_id": str(path_or_id),
-            "revision": revision,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        path = _download(options, [f"*{kind}" for kind in KINDS if kind != ".npz"])
+        hub = HubDataset(
+            repo_id=name,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+        path = _download(hub, [f"*{kind}" for kind in KINDS if kind != ".npz"])
     splits = _splits(path)
     if not splits:
-        raise FileNotFoundError(f"{path_or_id} holds no file of the kinds {', '.join(KINDS)}.")
-    if split is None:
-        if len(splits) > 1:
-            raise ValueError(
-                f"{path_or_id} has several splits. Give split, one of {', '.join(sorted(splits))}."
-            )
-        (split,) = splits
-        return Location(name=str(path_or_id), files=tuple(splits[split]), split=split, **options)
-    if split in splits:
-        return Location(name=str(path_or_id), files=tuple(splits[split]), split=split, **options)
-    if len(splits) == 1:  # such as the authors' VQA-RAD, whose one file says the split row by row
-        (files,) = splits.values()
-        return Location(
-            name=str(path_or_id), files=tuple(files), split=None, split_in_rows=True, **options
+        raise FileNotFoundError(f"{name} holds no file of the kinds {', '.join(KINDS)}.")
+    if split is None and len(splits) > 1:
+        raise ValueError(
+            f"{name} has several splits. Give split, one of {', '.join(sorted(splits))}."
         )
-    raise unknown_name(f"split of {path_or_id}:", split, splits)
+    if split is not None and split not in splits:
+        if len(splits) > 1:
+            raise unknown_name(f"split of {name}:", split, splits)
+        # Such as the authors' VQA-RAD, whose one file says the split row by row.
+        (files,) = splits.values()
+        return Location(name=name, files=tuple(files), split=None, split_in_rows=True, hub=hub)
+    found = split or next(iter(splits))
+    return Location(name=name, files=tuple(splits[found]), split=found, hub=hub)
 
 
 def find_image_root(
-    where: Location, form: Format, first: Mapping[str, Any], images: str | Path | None
+    where: Location, form: Format, records: Iterable[object], images: str | Path | None
 ) -> Path:
-    """The folder that relative paths start from: the one given, or the first beside the file that has the first image.
+    """The folder that relative paths start from.
 
-    An archive of the layout (`imgs.zip`) beside the file, or in its repo, is unpacked into the cache of `datasets`.
+    It is the one given, or the one beside the file that has the most of the first images. An
+    archive of the layout (`imgs.zip`) beside the file, or in its repo, is unpacked.
     """
     if images is not None:
         root = Path(images).expanduser()
@@ -99,19 +107,24 @@ def find_image_root(
             raise FileNotFoundError(f"The image folder {images} does not exist.")
         return root
     folder = where.files[0].parent
-    name = _first_image_name(first)
-    if name is None:
+    names = list(islice(_image_names(records, form), _FIRST))
+    if not names:
         return folder
     candidates = [folder, *(folder / sub for sub in form.image_folders)]
-    found = next((root for root in candidates if (root / name).is_file()), None)
+    found = _root_of_most(candidates, names)
     if found is None and (unpacked := _unpack(where, form)) is not None:
         candidates = [
             root
             for base in unpacked
             for root in (base, *(base / sub for sub in form.image_folders))
         ]
-        found = next((root for root in candidates if (root / name).is_file()), None)
+        found = _root_of_most(candidates, names)
     return found or folder
+
+
+def _root_of_most(candidates: Sequence[Path], names: Sequence[str]) -> Path | None:
+    counts = [sum((root / name).is_file() for name in names) for root in candidates]
+    return candidates[counts.index(max(counts))] if any(counts) else None
 
 
 def _splits(folder: Path) -> dict[str, list[Path]]:
@@ -130,26 +143,26 @@ def _splits(folder: Path) -> dict[str, list[Path]]:
     }
 
 
-def _first_image_name(record: Mapping[str, Any]) -> str | None:
-    for key in _IMAGE_KEYS:
-        value = record.get(key)
-        value = value[0] if isinstance(value, (list, tuple)) and value else value
-        if isinstance(value, str):
-            return value
-    return None
+def _image_names(records: Iterable[object], form: Format) -> Iterator[str]:
+    for record in records:
+        if not isinstance(record, Mapping):
+            continue
+        for key in form.image_keys:
+            value = record.get(key)
+            for name in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(name, str) and name:
+                    yield name
 
 
 def _unpack(where: Location, form: Format) -> list[Path] | None:
-    archives = [where.files[0].parent / name for name in form.archives]
-    archives = [path for path in archives if path.is_file()]
-    if not archives and where.repo_id is not None and form.archives:
-        wanted = form.archives
-        # PMC-VQA's second version has files and archive of its own, both named with _2.
-        if where.split is not None and len(wanted) > 1:
-            is_second = where.split.endswith("_2")
-            wanted = tuple(name for name in wanted if ("_2" in name) == is_second)
-        folder = _download(vars(where), list(wanted))
-        archives = [folder / name for name in wanted if (folder / name).is_file()]
+    names = form.archives(where.split)
+    if not names:
+        return None
+    folder = where.files[0].parent
+    archives = [folder / name for name in names if (folder / name).is_file()]
+    if not archives and where.hub is not None:
+        folder = _download(where.hub, names)
+        archives = [folder / name for name in names if (folder / name).is_file()]
     if not archives:
         return None
     from datasets import DownloadManager
@@ -157,23 +170,21 @@ def _unpack(where: Location, form: Format) -> list[Path] | None:
     return [Path(DownloadManager().extract(str(path))) for path in archives]
 
 
-def _download(options: Mapping[str, Any], patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+def _download(hub: HubDataset, patterns: Sequence[str]) -> Path:
     try:
         return Path(
             snapshot_download(
-                options["repo_id"],
+                hub.repo_id,
                 repo_type="dataset",
-                revision=options["revision"],
-                cache_dir=options["cache_dir"],
-                local_files_only=options["local_files_only"],
+                revision=hub.revision,
+                cache_dir=hub.cache_dir,
+                local_files_only=hub.local_files_only,
                 allow_patterns=list(patterns),
             )
         )
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
-            f"{options['repo_id']} is no file or folder here, and cannot be fetched from the hub as a dataset: "
-            f"{error}. On a machine with a network, type: hf download {options['repo_id']} --repo-type dataset"
+            f"{hub.repo_id} is not a file or folder here, and cannot be fetched from the hub as a "
+            f"dataset: {error}. On a machine with a network, "
+            f"type: hf download {hub.repo_id} --repo-type dataset"
         ) from error

@@ -1,18 +1,18 @@
-"""A file, folder or hub id in, rows out: `read_rows`, and `register_reader` for another layout."""
+"""A file, folder or hub id in, rows out: `read_rows`."""
 
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import overload
 
-from moellava.data.formats import FORMATS, Context, Format, ToRow
+from moellava.data.formats import Format, find_format
+from moellava.data.layouts import Context
 from moellava.data.locate import Location, find_image_root, locate
 from moellava.data.records import Records, open_records
 from moellava.data.rows import Row, RowError, checked
-from moellava.messages import unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,14 @@ class Rows(Sequence[Row]):
         image_root: the folder that relative image paths start from.
         bad: the rows that `skip_bad=True` left out.
         num_not_asked: rows of another split or language.
-        has_ids: whether the source names its rows; where it does not, ids are row numbers.
+        has_ids: whether the source names its rows; if it does not, ids are row numbers.
     """
 
     def __init__(
         self, records: Records, form: Format, context: Context, source: str, skip_bad: bool
-    ):
+    ) -> None:
         self.format, self.source, self.image_root = form.name, source, context.image_root
-        self._records, self._to_row, self._context = records, form.to_row, context
+        self._records, self._form, self._context = records, form, context
         self.bad: list[BadRow] = []
         self.num_not_asked = 0
         self.has_ids = False
@@ -65,7 +65,11 @@ class Rows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
         """A row; or, for a slice, a list of rows."""
         if isinstance(index, slice):
             return [self[number] for number in range(*index.indices(len(self)))]
@@ -85,7 +89,7 @@ class Rows(Sequence[Row]):
                     raise record
                 row = self._convert(record, index)
             except RowError as problem:
-                row_id = _id_of(record)
+                row_id = _id_of(record, self._form)
                 if not skip_bad:
                     raise problem.at(self.source, index, row_id) from None
                 self.bad.append(BadRow(index, row_id, problem.kind, problem.reason))
@@ -96,11 +100,11 @@ class Rows(Sequence[Row]):
                 self.has_ids = self.has_ids or row.id != str(index)
                 yield index
 
-    def _convert(self, record: Any, index: int) -> Row | None:
+    def _convert(self, record: object, index: int) -> Row | None:
         if not isinstance(record, dict):
             raise RowError(f"it is a {type(record).__name__}; expected an object")
         try:
-            row = self._to_row(record, index, self._context)
+            row = self._form.to_row(record, index, self._context)
         except KeyError as error:
             raise RowError(f"it has no {error}; it has {sorted(record)}") from error
         if row is None:
@@ -128,15 +132,18 @@ def read_rows(
     """Read a dataset of images and conversations in the form in which it is downloaded.
 
     Args:
-        path_or_id: a file (.json, .jsonl, .csv, .parquet, MedMNIST's .npz), a folder of them, or a hub id.
-        images: the folder that relative image paths start from; by default looked for beside the file.
+        path_or_id: a file (.json, .jsonl, .csv, .parquet, MedMNIST's .npz), a folder of them, or a
+            hub id.
+        images: the folder that relative image paths start from; by default looked for beside the
+            file.
         format: a name of `FORMATS`; "auto" tells it from the columns and the name.
-        split: such as "train"; needed where a folder, repo or file has several.
-        skip_bad: leave broken rows out, listed in `.bad` and counted in a warning, instead of raising at the first.
+        split: such as "train"; needed if a folder, repo or file has several.
+        skip_bad: leave broken rows out, listed in `.bad` and counted in a warning, instead of
+            raising at the first.
         language: of SLAKE, "en" or "zh"; None keeps both.
         class_names: of a classification set, in the order of its labels; by default the set's own.
         question: of a classification set, in place of "Which of these does the image show: ...?".
-        derive_answer_type: where the source has no answer types, CLOSED if the answer is yes or no, else OPEN.
+        derive_answer_type: if the source has no answer types, CLOSED for yes or no, else OPEN.
         revision, cache_dir, local_files_only: of a hub id.
     Raises:
         RowError: a broken row; file, number, id and what is wrong are named.
@@ -147,13 +154,10 @@ def read_rows(
         path_or_id, split, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only
     )
     records = open_records(where.files, where.split, str(cache_dir) if cache_dir else None)
-    form = _format(format, frozenset(records.columns), where)
-    first: dict[str, Any] = next(
-        (record for record in records.scan() if isinstance(record, dict)), {}
-    )
+    form = find_format(format, frozenset(records.columns), where.name)
     names = tuple(class_names or ()) or getattr(records, "class_names", ())
     context = Context(
-        image_root=find_image_root(where, form, first, images),
+        image_root=find_image_root(where, form, records.scan(), images),
         split=where.split,
         only_split=split if where.split_in_rows else None,
         language=language,
@@ -169,49 +173,8 @@ def read_rows(
     return rows
 
 
-def register_reader(
-    name: str,
-    to_row: ToRow,
-    *,
-    matches: Callable[[Collection[str], str], bool] = lambda columns, name: False,
-    image_folders: Sequence[str] = (),
-) -> None:
-    """Add a layout, for `read_rows(format=name)` and, where `matches` says so, for "auto".
-
-    Args:
-        to_row: `(record, index, context) -> Row`, see `Format`; None leaves a record out.
-        matches: `(columns, name of the file or repo in lower case) -> bool`, asked before the built-in ones.
-        image_folders: where its images lie, seen from the file.
-    Raises:
-        ValueError: the name is taken.
-    """
-    taken = next((form for form in FORMATS if form.name == name), None)
-    if taken is not None:
-        if taken.to_row is to_row:
-            return
-        raise ValueError(f"The format name {name!r} is taken; choose another name.")
-    FORMATS.insert(
-        0, Format(name=name, to_row=to_row, matches=matches, image_folders=tuple(image_folders))
-    )
-
-
-def _format(name: str, columns: frozenset[str], where: Location) -> Format:
-    if name != "auto":
-        known = {form.name: form for form in FORMATS}
-        if name not in known:
-            raise unknown_name("format", name, known)
-        return known[name]
-    for form in FORMATS:
-        if form.matches(columns, where.name.lower()):
-            return form
-    raise ValueError(
-        f"Cannot tell the layout of {where.name} from its columns {sorted(columns)}. "
-        f"Give format, one of {', '.join(form.name for form in FORMATS)}."
-    )
-
-
 def _medmnist_names(where: Location) -> tuple[str, ...]:
-    """MedMNIST's own class names, by the name of the file ("pathmnist.npz", "pathmnist_224.npz")."""
+    """MedMNIST's own class names, by the file's name ("pathmnist.npz", "pathmnist_224.npz")."""
     flag = where.files[0].stem.split("_")[0].lower()
     try:
         from medmnist import INFO
@@ -219,21 +182,14 @@ def _medmnist_names(where: Location) -> tuple[str, ...]:
         INFO = {}
     if flag not in INFO:
         raise ValueError(
-            f"{where.name}: what are the classes called? Give class_names in the order of the labels"
+            f"{where.name}: what are the classes called? "
+            "Give class_names in the order of the labels"
             + (", or type: pip install medmnist" if flag.endswith("mnist") and not INFO else ".")
         )
     return tuple(INFO[flag]["label"].values())
 
 
-def _id_of(record: Any) -> str | None:
+def _id_of(record: object, form: Format) -> str | None:
     if not isinstance(record, dict):
         return None
-    found = next(
-        (
-            record[key]
-            for key in ("id", "qid", "question_id", "index")
-            if record.get(key) is not None
-        ),
-        None,
-    )
-    return None if found is None else str(found)
+    return next((str(record[key]) for key in form.id_keys if record.get(key) is not None), None)

@@ -1,13 +1,18 @@
-"""Files of any kind as a sequence of records with columns: JSON and JSON lines, CSV, parquet, MedMNIST's `.npz`."""
+"""Files as a sequence of records: JSON, JSON lines, CSV, parquet, MedMNIST's `.npz`."""
 
+import csv
 import re
+import zipfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from moellava.data.json_records import JsonRecords
+from moellava.storage.errors import reading
+from moellava.storage.limits import require_within
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,10 +21,10 @@ KINDS = (".json", ".jsonl", ".csv", ".parquet", ".npz")
 _NPZ_SPLIT = re.compile(r"(\w+)_images")
 
 
-class TableRecords(Sequence[Any]):
-    """A `datasets.Dataset` (CSV, parquet) with its images as encoded bytes, memory-mapped from Arrow's cache."""
+class TableRecords:
+    """A `datasets.Dataset` (CSV, parquet) in Arrow's cache, with its images as encoded bytes."""
 
-    def __init__(self, dataset: "Dataset"):
+    def __init__(self, dataset: "Dataset") -> None:
         from datasets import Image, List
 
         features = dataset.features
@@ -42,11 +47,11 @@ class TableRecords(Sequence[Any]):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> object:
         return self.dataset[index]
 
-    def scan(self) -> Iterator[dict[str, Any]]:
-        """Every record in order, an image as empty bytes or None: whether it is there, without reading it."""
+    def scan(self) -> Iterator[object]:
+        """Every record in order; an image is not read: empty bytes if it is there, else None."""
         import pyarrow as pa
         import pyarrow.compute as pc
 
@@ -65,36 +70,39 @@ class TableRecords(Sequence[Any]):
             yield from table.to_pylist()
 
 
-class NpzRecords(Sequence[Any]):
-    """One split of a MedMNIST-style file: `<split>_images` (N, H, W[, 3]) uint8 and `<split>_labels` (N, L).
+class NpzRecords:
+    """One split of a MedMNIST-style file.
 
-    The images of the split are held in memory, as the archive is compressed.
+    Its arrays are `<split>_images` (N, H, W[, 3]) uint8 and `<split>_labels` (N, L). The images of
+    the split are held in memory, as the archive is compressed.
     """
 
     columns = ("image", "label")
 
-    def __init__(self, path: Path, split: str):
+    def __init__(self, path: Path, split: str) -> None:
         with np.load(path, allow_pickle=False) as arrays:
             self.images, self.labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if len(self.images) != len(self.labels):
             raise ValueError(
-                f"{path} has {len(self.images)} images and {len(self.labels)} labels in split {split!r}."
+                f"{path} has {len(self.images)} images and {len(self.labels)} labels in split "
+                f"{split!r}."
             )
         if self.images.ndim == 5 or (self.images.ndim == 4 and self.images.shape[-1] not in (1, 3)):
             raise ValueError(
-                f"{path} holds volumes of shape {self.images.shape[1:]}; expected images (H, W) or (H, W, 3). "
+                f"{path} holds volumes of shape {self.images.shape[1:]}; "
+                "expected images (H, W) or (H, W, 3). "
                 "Write slices to files of their own."
             )
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> object:
         label = np.atleast_1d(self.labels[index]).tolist()
         return {"image": self.images[index], "label": label[0] if len(label) == 1 else label}
 
-    def scan(self) -> Iterator[dict[str, Any]]:
-        return iter(self)
+    def scan(self) -> Iterator[object]:
+        return (self[index] for index in range(len(self)))
 
 
 Records = JsonRecords | TableRecords | NpzRecords
@@ -108,16 +116,26 @@ def open_records(files: Sequence[Path], split: str | None, cache_dir: str | None
     """
     path, kind = files[0], files[0].suffix.lower()
     if kind in (".json", ".jsonl"):
-        return JsonRecords(path)
+        with reading(path, "JSON"):
+            return JsonRecords(path)
     if kind == ".npz":
-        return NpzRecords(path, _npz_split(path, split))
+        with reading(path, "arrays of NumPy"):
+            _refuse_bomb(path)
+            return NpzRecords(path, _npz_split(path, split))
     if kind in (".csv", ".parquet"):
-        return TableRecords(_dataset(files, kind, cache_dir))
+        with reading(path, "a table"):
+            return TableRecords(_dataset(files, kind, cache_dir))
     if kind in (".pkl", ".pickle"):
         raise ValueError(
             f"{path} is a pickle, which can run code when read. Use the set's parquet or JSON form."
         )
     raise ValueError(f"{path} is a {kind or 'nameless'} file; expected one of {', '.join(KINDS)}.")
+
+
+def _refuse_bomb(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    require_within("expansion", unpacked // max(1, path.stat().st_size), path)
 
 
 def npz_splits(path: Path) -> list[str]:
@@ -148,19 +166,25 @@ def _dataset(files: Sequence[Path], kind: str, cache_dir: str | None) -> "Datase
             f"Reading {files[0]} needs datasets. Type: pip install 'moellava[data]'"
         ) from error
 
-    options: dict[str, Any] = {
-        "data_files": [str(file) for file in files],
-        "split": "train",
-        "cache_dir": cache_dir,
-    }
+    names = [str(file) for file in files]
     if kind == ".parquet":
-        return load_dataset("parquet", **options)
-    import csv
-
-    with files[0].open(newline="", encoding="utf-8-sig") as file:
-        columns = next(csv.reader(file), [])
+        return load_dataset("parquet", data_files=names, split="train", cache_dir=cache_dir)
+    with reading(files[0], "CSV"), files[0].open(newline="", encoding="utf-8-sig") as file:
+        header = file.readline()
+        delimiter = max(",;\t", key=header.count)
+        columns = next(csv.reader([header], delimiter=delimiter), [])
+    twice = [name for name, count in Counter(columns).items() if count > 1]
+    if twice:
+        raise ValueError(f"{files[0]} has two columns {twice[0]!r}. Give each its own name.")
     # All text: pandas would turn the answer "None" into a missing value and the id "007" into 7.
     features = Features({column: Value("string") for column in columns})
     return load_dataset(
-        "csv", features=features, keep_default_na=False, encoding="utf-8-sig", **options
+        "csv",
+        sep=delimiter,
+        data_files=names,
+        split="train",
+        cache_dir=cache_dir,
+        features=features,
+        keep_default_na=False,
+        encoding="utf-8-sig",
     )

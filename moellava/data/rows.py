@@ -1,10 +1,12 @@
-"""One row of any dataset: `Row` with its images and `Turn`s, and `RowError` for a row that is none."""
+"""One row of any dataset: `Row` with its images and `Turn`s; `RowError` says what is wrong."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from moellava.images import ImageLike
 
 IMAGE_TOKEN = "<image>"
 
@@ -25,25 +27,26 @@ class Row:
 
     Args:
         id: the source's own, or the row's number.
-        images: in the order of their `<image>` marks; each one anything that `moellava.data.images.load_image`
-            reads: a path, encoded bytes, an array, a PIL image. They are not decoded yet.
+        images: in the order of their `<image>` marks; each one anything that
+            `moellava.images.load_image` reads: a path, encoded bytes, an array, a PIL image.
+            They are not decoded yet.
         turns: user and assistant in turns, after an optional system turn.
-        answer_type: "OPEN" or "CLOSED" where the source says so (in any spelling), another word as the source
-            has it, None where the source has none.
+        answer_type: "OPEN" or "CLOSED" if the source says so (in any spelling), another word as
+            the source has it, None if the source has none.
         source: the name of the format, such as "slake".
-        split: such as "train", where it is known.
+        split: such as "train", if it is known.
         choices: the options of a multiple-choice question, without their letters.
         extra: every other field of the source, unchanged.
     """
 
     id: str
-    images: tuple[Any, ...]
+    images: tuple[ImageLike, ...]
     turns: tuple[Turn, ...]
     answer_type: str | None = None
     source: str = ""
     split: str | None = None
     choices: tuple[str, ...] = ()
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, object] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         shown = [
@@ -64,13 +67,14 @@ class Row:
 
     @property
     def answer(self) -> str | None:
-        """The first assistant turn; None where the row only asks."""
+        """The first assistant turn; None if the row only asks."""
         return next((turn.text for turn in self.turns if turn.role == "assistant"), None)
 
-    def messages(self) -> list[dict[str, Any]]:
+    def messages(self) -> list[dict[str, object]]:
         """The row as messages of a chat template, each image at the place of its mark.
 
-        The templates write a newline behind each image, so the newline behind a mark is not written twice.
+        The templates write a newline behind each image, so the newline behind a mark is not written
+        twice.
         """
         images = iter(self.images)
         return [{"role": turn.role, "content": _content(turn.text, images)} for turn in self.turns]
@@ -84,7 +88,7 @@ class RowError(ValueError):
         reason: what was found and what was expected, without the place.
     """
 
-    def __init__(self, reason: str, *, kind: str = "malformed", place: str = ""):
+    def __init__(self, reason: str, *, kind: str = "malformed", place: str = "") -> None:
         super().__init__(f"{place}: {reason}" if place else reason)
         self.kind, self.reason = kind, reason
 
@@ -98,7 +102,8 @@ def checked(row: Row) -> Row:
     """The row itself, if it can be used.
 
     Raises:
-        RowError: a blank turn, turns out of order, or another number of `<image>` marks than of images.
+        RowError: a blank turn, turns out of order, or another number of `<image>` marks than of
+            images.
     """
     spoken = [turn for turn in row.turns if turn.role != "system"]
     if not spoken:
@@ -122,16 +127,17 @@ def checked(row: Row) -> Row:
     num_marks = sum(turn.text.count(IMAGE_TOKEN) for turn in row.turns)
     if num_marks != len(row.images):
         raise RowError(
-            f"{num_marks} {IMAGE_TOKEN} marks for {len(row.images)} images; expected as many marks as images",
+            f"{num_marks} {IMAGE_TOKEN} marks for {len(row.images)} images; "
+            "expected as many marks as images",
             kind="placeholder mismatch",
         )
     return row
 
 
-def _content(text: str, images: Any) -> str | list[dict[str, Any]]:
+def _content(text: str, images: Iterator[ImageLike]) -> str | list[dict[str, object]]:
     if IMAGE_TOKEN not in text:
         return text
-    items: list[dict[str, Any]] = []
+    items: list[dict[str, object]] = []
     for part in re.split(f"({re.escape(IMAGE_TOKEN)}\n?)", text):
         if part.startswith(IMAGE_TOKEN):
             items.append({"type": "image", "image": next(images)})

@@ -108,7 +108,7 @@ def _read_dicom(
 ) -> Pixels:
     from pydicom.data import get_testdata_file
 
-    path = get_testdata_file(name, download=False)
+    path = str(get_testdata_file(name, download=False))
     return np.asarray(to_pil(path, window=window, frame=frame))
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from moellava.data import read_rows
-from moellava.data.images import load_image
 from moellava.demo.questions import corpus
 from moellava.encoders import VisionEncoder, create_encoder
+from moellava.images import ImageLike, load_image
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe, train
@@ -60,7 +60,7 @@ def write_trained_parts(
 
 
 def _teach_tower(
-    tower: VisionEncoder, captioned: Sequence[tuple[object, str]], num_steps: int, seed: int
+    tower: VisionEncoder, captioned: Sequence[tuple[ImageLike, str]], num_steps: int, seed: int
 ) -> None:
     """Captions as classes: a linear head on the mean patch token, thrown away afterwards."""
     labels = sorted({caption for _, caption in captioned})

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moellava.data.images import load_image
 from moellava.demo.images import MODALITIES
 from moellava.demo.run import HeldOutAnswer
+from moellava.images import load_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,13 +4,14 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import Self
 
 from moellava.encoders.base import CONFIG_FILE, VisionEncoder, check_divisible
@@ -21,8 +22,16 @@ from moellava.encoders.configuration import (
     image_height_width,
 )
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
-from moellava.storage.sources import Source, commit_of, find_file, read_json
-from moellava.storage.weights import require_fit
+from moellava.storage.errors import reading
+from moellava.storage.sources import (
+    HubKeywords,
+    JsonObject,
+    Source,
+    commit_of,
+    find_file,
+    read_json,
+)
+from moellava.storage.weights import require_fit, require_own_files
 
 logger = logging.getLogger(__name__)
 
@@ -37,8 +46,8 @@ class TransformersVisionConfig(VisionEncoderConfig):
 
     default_tower_type: ClassVar[str] = ""
 
-    tower_config: dict[str, Any] | None = None
-    processor_config: dict[str, Any] | None = None
+    tower_config: JsonObject | None = None
+    processor_config: JsonObject | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.tower_config is None:
@@ -56,7 +65,8 @@ class TransformersVisionEncoder(VisionEncoder):
     """A vision transformer of transformers with `embeddings`, blocks, and one last norm."""
 
     config: TransformersVisionConfig
-    tower: Any
+    config_class: type[TransformersVisionConfig]
+    tower: Any  # a vision model of transformers: each has other attributes
     supports_gradient_checkpointing = True
     _supports_flash_attn = True
     # The transformers class that reads the tower out of a repo of the family; AutoModel's own where
@@ -71,21 +81,20 @@ class TransformersVisionEncoder(VisionEncoder):
         tower_config = AutoConfig.for_model(**(config.tower_config or {}))
         attention = config._attn_implementation
         options = {"attn_implementation": attention} if attention else {}
-        self.tower = AutoModel.from_config(tower_config, **options)
+        self.tower = AutoModel.from_config(tower_config, trust_remote_code=False, **options)
         self.post_init()
 
     @property
     def _blocks(self) -> nn.ModuleList:
         encoder = getattr(self.tower, "encoder", self.tower)
-        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+        blocks: nn.ModuleList = encoder.layers if hasattr(encoder, "layers") else encoder.layer
+        return blocks
 
     @property
     def _norm(self) -> nn.Module:
-        return (
-            self.tower.post_layernorm
-            if hasattr(self.tower, "post_layernorm")
-            else self.tower.layernorm
-        )
+        name = "post_layernorm" if hasattr(self.tower, "post_layernorm") else "layernorm"
+        norm: nn.Module = getattr(self.tower, name)
+        return norm
 
     @property
     def num_layers(self) -> int:
@@ -124,13 +133,14 @@ class TransformersVisionEncoder(VisionEncoder):
         """True: these towers are plain transformers."""
         return True
 
-    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Any]:
+    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor | bool]:
         """What the tower's own `forward` takes."""
         return {"pixel_values": pixel_values, **self._position_options}
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """What the first block takes, (B, T, D)."""
-        return self.tower.embeddings(pixel_values, **self._position_options)
+        hidden: Tensor = self.tower.embeddings(pixel_values, **self._position_options)
+        return hidden
 
     def run_trunk(
         self, pixel_values: Tensor, layers: Sequence[int], *, norm: bool, pooled: bool
@@ -164,7 +174,7 @@ class TransformersVisionEncoder(VisionEncoder):
         """Nothing to do: positions are interpolated in the forward pass."""
         check_divisible(self.config.image_hw, self._patch_hw)
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         """The tower's own image processor, at the encoder's image size."""
         settings = dict(self.config.processor_config or {})
         if not settings:
@@ -183,7 +193,7 @@ class TransformersVisionEncoder(VisionEncoder):
                 settings["size"] = {"height": height, "width": width}
             if crop:
                 settings["crop_size"] = {"height": height, "width": width}
-        return getattr(transformers, settings.pop("image_processor_type"))(**settings)
+        return _processor_class(settings.pop("image_processor_type", None))(**settings)
 
     @classmethod
     def is_foreign(cls, source: Source) -> bool:
@@ -205,32 +215,54 @@ class TransformersVisionEncoder(VisionEncoder):
         """Load the vision tower of a transformers repo; its text tower is not built."""
         check_options(cls.config_class, options)
         name = source.folder or source.repo_id
-        hub: Any = source.hub.keywords if source.folder is None else {}
+        hub: HubKeywords = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
-        with _no_load_report():
+        if source.folder is not None:
+            require_own_files(source.folder)
+        with reading(str(name), "a tower of transformers"), _no_load_report():
             tower, info = tower_class.from_pretrained(
-                name, dtype=dtype or "auto", output_loading_info=True, **hub
+                name,
+                dtype=dtype or "auto",
+                output_loading_info=True,
+                trust_remote_code=False,
+                **hub,
             )
         # Unexpected keys are the text tower's.
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
-        processor = AutoImageProcessor.from_pretrained(name, **hub)
+        with reading(str(name), "an image processor"):
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
         config_file = find_file(source, CONFIG_FILE, download=True)
-        config_class: Any = cls.config_class
-        config = config_class(
+        chosen: JsonObject = dict(options)
+        config = cls.config_class(
             tower_config=plain_config(tower.config),
             processor_config=plain_config(processor),
             tower=source.name,
             revision=commit_of(config_file) if config_file else None,
-            **options,
+            **chosen,
         )
         with torch.device("meta"):
-            encoder: Any = cls(config)
+            encoder = cls(config)
         encoder.tower = tower
-        encoder.eval()
+        encoder.eval()  # type: ignore[no-untyped-call]
         if image_size is not None:
             encoder.set_image_size(image_size)
         encoder.log_tower()
-        return encoder if device is None else encoder.to(device)
+        return encoder if device is None else encoder.to(device)  # type: ignore[arg-type]  # mistyped
+
+
+def _processor_class(name: object) -> type[BaseImageProcessor]:
+    """An image processor of transformers: a config may not name anything else to be called."""
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(found, type) and issubclass(found, BaseImageProcessor)):
+        raise ValueError(
+            f"image_processor_type is {name!r}, which is not an image processor of transformers. "
+            "Load the tower anew from a repo that has a preprocessor_config.json."
+        )
+    return found
+
+
+class _HasJson(Protocol):
+    def to_json_string(self) -> str: ...
 
 
 class _NoLoadReport(logging.Filter):
@@ -252,9 +284,9 @@ def _no_load_report() -> Iterator[None]:
             name.removeFilter(quiet)
 
 
-def plain_config(config: Any) -> dict[str, Any]:
+def plain_config(config: _HasJson) -> JsonObject:
     """A config or image processor as plain JSON, without what belongs to one machine or loading."""
-    settings = json.loads(config.to_json_string())
+    settings: JsonObject = json.loads(config.to_json_string())
     for name in ("_name_or_path", "dtype", "transformers_version", "architectures"):
         settings.pop(name, None)
     return settings

@@ -12,6 +12,7 @@ import copy
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,8 +36,9 @@ from moellava.encoders.outputs import (
     synthesize_patch_tokens,
 )
 from moellava.images import Images
+from moellava.storage.errors import reading
 from moellava.storage.sources import Source, find_file, parse_source, split_hub_keywords
-from moellava.storage.weights import require_loaded
+from moellava.storage.weights import require_loaded, require_own_files
 
 T = TypeVar("T")
 
@@ -233,8 +235,11 @@ class VisionEncoder(PreTrainedModel):
             if cls.is_foreign(source):
                 return cls.load(source, image_size=image_size, device=device, **options)
             place = source.folder or source.repo_id
+            if source.folder is not None:
+                require_own_files(source.folder)
         wants_info = kwargs.pop("output_loading_info", False)
-        loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
+        with nullcontext() if place is None else reading(place, "a saved encoder"):
+            loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)
         encoder, info = loaded
         require_loaded(place, info)
         if image_size is not None:
@@ -306,7 +311,7 @@ class VisionEncoder(PreTrainedModel):
 
     def post_init(self) -> None:
         """Finish construction: Hugging Face's own part, then the measured shapes in the config."""
-        super().post_init()
+        super().post_init()  # type: ignore[no-untyped-call]
         is_on_meta = self.device.type == "meta"
         self._record_shapes(self._run_on_meta() if is_on_meta else measure(type(self), self.config))
 
@@ -325,7 +330,8 @@ class VisionEncoder(PreTrainedModel):
         if self.layers_are_alike:
             indices = [0] * len(indices)
         training = self.training
-        self.eval()  # batch norm refuses a single image while training
+        # Batch norm refuses a single image while training.
+        self.eval()  # type: ignore[no-untyped-call]
         try:
             with torch.no_grad():
                 trunk = self.run_trunk(

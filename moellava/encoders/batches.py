@@ -15,6 +15,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from moellava.encoders.outputs import VisionEncoderOutput
 from moellava.images import ImageLike, Images, to_eight_bit, to_pil
 from moellava.images.threads import as_image_list, map_in_threads
+from moellava.storage.weights import require_finite
 
 
 class PatchEncoder(Protocol):
@@ -63,6 +64,7 @@ def encode_batches(
         with torch.inference_mode():
             tokens = encoder(pixel_values).patch_tokens
         assert tokens is not None
+        require_finite("The tower", tokens)
         yield tokens
 
 

@@ -1,4 +1,4 @@
-"""Any open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, its patch tokens out.
+"""An open_clip checkpoint as an encoder, BiomedCLIP first: pixels in, its patch tokens out.
 
 `BiomedClipVisionConfig`, `BiomedClipEncoder`. The image tower is open_clip's own module (a timm
 trunk, its `VisionTransformer`, or its `ModifiedResNet`) under the name `visual`, so keys are those
@@ -8,9 +8,9 @@ of the checkpoint.
 import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +23,21 @@ from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
 from moellava.encoders.open_clip.files import CONFIG_FILE as OPEN_CLIP_CONFIG
 from moellava.encoders.open_clip.files import is_saved_encoder, read_open_clip_config, resolve
 from moellava.encoders.open_clip.image_processor import BiomedClipImageProcessor
+from moellava.encoders.open_clip.patch_text import (
+    last_block,
+    project_patches,
+    require_projectable,
+)
 from moellava.encoders.open_clip.text import (
     ClipText,
+    Tokenizer,
     load_tokenizer,
     text_settings,
     without_local_paths,
 )
 from moellava.encoders.open_clip.text import load_text as read_text
 from moellava.encoders.open_clip.towers import (
+    OpenClipModule,
     build_visual,
     fill_computed_buffers,
     interpolate_positions,
@@ -39,10 +46,13 @@ from moellava.encoders.open_clip.towers import (
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.images import Images
 from moellava.images.threads import as_image_list
-from moellava.storage.sources import Source, parse_source
-from moellava.storage.weights import assign_weights
+from moellava.storage.errors import reading
+from moellava.storage.sources import JsonObject, Source, parse_source
+from moellava.storage.weights import assign_weights, require_finite
 
 logger = logging.getLogger(__name__)
+
+E = TypeVar("E", bound=nn.Module)
 
 
 class BiomedClipEncoder(VisionEncoder):
@@ -54,18 +64,18 @@ class BiomedClipEncoder(VisionEncoder):
 
     config_class = BiomedClipVisionConfig
     config: BiomedClipVisionConfig
-    visual: Any
+    visual: OpenClipModule
     supports_gradient_checkpointing = True
 
     def __init__(self, config: BiomedClipVisionConfig):
         super().__init__(config)
         self.visual = build_visual(config)
         self.text = ClipText(config) if config.text_cfg else None
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer | None = None
         self.post_init()
 
     @property
-    def _trunk(self) -> Any:
+    def _trunk(self) -> OpenClipModule:
         """timm's trunk, or open_clip's own tower, which is both."""
         return getattr(self.visual, "trunk", self.visual)
 
@@ -107,7 +117,7 @@ class BiomedClipEncoder(VisionEncoder):
         if hasattr(self.visual, "attnpool"):
             return _run_modified_resnet(self.visual, pixel_values, layers, pooled)
         is_timm = hasattr(self.visual, "trunk")
-        wanted: dict[str, Any] = {
+        wanted: JsonObject = {
             "indices": sorted(set(layers)),
             "output_fmt": "NCHW",  # every trunk offers this one, and it has the grid in it
             "norm" if is_timm else "normalize_intermediates": norm,
@@ -143,17 +153,22 @@ class BiomedClipEncoder(VisionEncoder):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         # Swin's indices and EVA's rotary tables are not in checkpoints: from_pretrained leaves them
         # as found.
-        init_buffers: Any = getattr(module, "init_non_persistent_buffers", None)
+        init_buffers: Callable[[], None] | None = getattr(
+            module, "init_non_persistent_buffers", None
+        )
         if init_buffers is not None:
             init_buffers()
-        build_mask: Any = getattr(module, "build_causal_mask", None)  # of open_clip's text tower
+        # Of open_clip's text tower.
+        build_mask: Callable[[], Tensor] | None = getattr(module, "build_causal_mask", None)
         if build_mask is not None and getattr(module, "attn_mask", None) is not None:
             module.attn_mask = build_mask().to(self.device)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, *args: object, **kwargs: object
+    ) -> None:
         if hasattr(self.visual, "attnpool"):
             raise ValueError(
                 "open_clip's ModifiedResNet has no activation checkpointing; leave it off."
@@ -177,7 +192,9 @@ class BiomedClipEncoder(VisionEncoder):
         if isinstance(texts, str):
             texts = [texts]
         with torch.inference_mode():
-            return text(self.tokenizer(list(texts)).to(self.device))
+            vectors: Tensor = text(self.tokenizer(list(texts)).to(self.device))
+        require_finite("The text tower", vectors)
+        return vectors
 
     def zero_shot(
         self, images: Images, labels: Sequence[str], template: str = "this is a photo of {}"
@@ -199,7 +216,9 @@ class BiomedClipEncoder(VisionEncoder):
                 self.visual_vectors(pixels)
                 for pixels in pixel_batches(self, as_image_list(images), batch_size=16)
             ]
-            return text.probabilities(torch.cat(vectors), text_vectors)
+            image_vectors = torch.cat(vectors)
+            require_finite("The image tower", image_vectors)
+            return text.probabilities(image_vectors, text_vectors)
 
     def visual_vectors(self, pixel_values: Tensor) -> Tensor:
         """Unit vectors (B, P) of images in the space of `encode_text`."""
@@ -207,8 +226,35 @@ class BiomedClipEncoder(VisionEncoder):
         assert pooled is not None
         return nn.functional.normalize(pooled, dim=-1)
 
+    def patch_similarity(
+        self, image: Any, texts: Sequence[str], *, attention: str = "own"
+    ) -> Tensor:
+        """Cosine of each patch with each text, (texts, rows, columns); needs `load_text=True`.
+
+        CLIP was trained on whole images: its last layers gather what an image shows into tokens
+        anywhere, so that a patch need not say what lies at its own place. Compare texts, do not
+        threshold.
+
+        Args:
+            image: one image, see `encode`.
+            attention: of the last block; "own", or "value": value-value attention without residual
+                and MLP (timm's transformers only), which keeps patches to their own content.
+
+        Raises:
+            ValueError: for a tower without patches that the texts' space could take.
+        """
+        if isinstance(texts, str) or not texts:
+            raise ValueError(f"texts is {texts!r}; give a list of at least one text.")
+        require_projectable(self.visual, attention)
+        text_vectors = self.encode_text(texts)
+        (pixels,) = pixel_batches(self, as_image_list([image]), batch_size=1)
+        with torch.inference_mode(), last_block(self.visual, attention):
+            trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
+            vectors = project_patches(self.visual, trunk.layers[0].patches)
+        return (text_vectors @ vectors[0].T).view(len(texts), *trunk.layers[0].grid)
+
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """open_clip's tokenizer of the text tower."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.config, parse_source(self.config._name_or_path))
@@ -227,8 +273,9 @@ class BiomedClipEncoder(VisionEncoder):
     ) -> None:
         """Write config, weights, image processor and, with a text tower, its tokenizer."""
         super().save_pretrained(save_directory, *args, **kwargs)
-        if self.text is not None and hasattr(self.tokenizer, "save_pretrained"):
-            self.tokenizer.save_pretrained(save_directory)
+        save_tokenizer = getattr(self.tokenizer, "save_pretrained", None) if self.text else None
+        if save_tokenizer is not None:
+            save_tokenizer(save_directory)
 
     @classmethod
     def is_foreign(cls, source: Source) -> bool:
@@ -246,7 +293,7 @@ class BiomedClipEncoder(VisionEncoder):
         return [(OPEN_CLIP_CONFIG, files.config_file), (files.weights_name, files.weights_file)]
 
     @classmethod
-    def load(
+    def load(  # type: ignore[override]  # one option more
         cls,
         source: Source,
         *,
@@ -265,15 +312,19 @@ class BiomedClipEncoder(VisionEncoder):
         config_file, weights_file = files.paths
         open_clip_config = read_open_clip_config(config_file)
         model_cfg = open_clip_config["model_cfg"]
+        text = text_settings(model_cfg, files.source, weights_file) if load_text else {}
+        with reading(config_file, "the config of an open_clip model"):
+            settings: JsonObject = {
+                "vision_cfg": model_cfg["vision_cfg"],
+                "embed_dim": model_cfg["embed_dim"],
+                "quick_gelu": bool(model_cfg.get("quick_gelu", False)),
+                "preprocess_cfg": open_clip_config.get("preprocess_cfg"),
+            }
+            with torch.device("meta"):
+                build_visual(BiomedClipVisionConfig(**settings))  # what the file says can be built
+        chosen: JsonObject = {**text, **options}
         config = BiomedClipVisionConfig(
-            vision_cfg=model_cfg["vision_cfg"],
-            embed_dim=model_cfg["embed_dim"],
-            quick_gelu=bool(model_cfg.get("quick_gelu", False)),
-            preprocess_cfg=open_clip_config.get("preprocess_cfg"),
-            tower=source.name,
-            revision=files.source.revision,
-            **(text_settings(model_cfg, files.source, weights_file) if load_text else {}),
-            **options,
+            **settings, tower=source.name, revision=files.source.revision, **chosen
         )
         with torch.device("meta"):
             encoder = cls(config)
@@ -286,14 +337,14 @@ class BiomedClipEncoder(VisionEncoder):
             encoder.text = read_text(config, weights_file)
             encoder._tokenizer = load_tokenizer(config, files.source)
             config.text_cfg = without_local_paths(config.text_cfg or {})
-        encoder = _to(encoder, device, dtype).eval()
+        encoder = _to(encoder, device, dtype).eval()  # type: ignore[no-untyped-call]
         if image_size is not None:
             encoder.set_image_size(image_size)
         encoder.log_tower()
         return encoder
 
 
-def _to(encoder: Any, device: torch.device | str | None, dtype: torch.dtype | str | None) -> Any:
+def _to(encoder: E, device: torch.device | str | None, dtype: torch.dtype | str | None) -> E:
     """Move an encoder; dtype None is float32, as in open_clip, "auto" that of the file."""
     if isinstance(dtype, str):
         return encoder.to(device) if dtype == "auto" else encoder.to(device, getattr(torch, dtype))
@@ -301,7 +352,7 @@ def _to(encoder: Any, device: torch.device | str | None, dtype: torch.dtype | st
 
 
 def _run_modified_resnet(
-    visual: Any, x: Tensor, layers: Sequence[int], pooled: bool
+    visual: OpenClipModule, x: Tensor, layers: Sequence[int], pooled: bool
 ) -> TrunkOutput:
     """The stages by hand: open_clip 3.3's own loop stops early exactly when it is told not to."""
     stages = (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4)
@@ -314,11 +365,14 @@ def _run_modified_resnet(
     )
 
 
-def _split_prefix(intermediates: list[Any]) -> tuple[list[Tensor], list[Tensor] | None]:
+def _split_prefix(
+    intermediates: list[Tensor] | list[tuple[Tensor, Tensor]],
+) -> tuple[list[Tensor], list[Tensor] | None]:
     """timm returns pairs (map, prefix) where the trunk has class or register tokens, else maps."""
-    if not isinstance(intermediates[0], tuple):
-        return list(intermediates), None
-    return [pair[0] for pair in intermediates], [pair[1] for pair in intermediates]
+    pairs = [item for item in intermediates if isinstance(item, tuple)]
+    if not pairs:
+        return [item for item in intermediates if isinstance(item, Tensor)], None
+    return [feature_map for feature_map, _ in pairs], [prefix for _, prefix in pairs]
 
 
 def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> LayerTokens:
@@ -328,5 +382,5 @@ def _as_tokens(feature_map: Tensor, prefix: Tensor | None) -> LayerTokens:
     return LayerTokens(class_token, feature_map.flatten(2).transpose(1, 2), (rows, columns))
 
 
-def _first(output: Any) -> Tensor:
+def _first(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output  # CoCa's tower also returns tokens

@@ -80,7 +80,7 @@ class VisionEncoderConfig(PreTrainedConfig):
                 "[-2, -5]."
             )
         image_height_width(self.image_size)
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     @property
     def trained_image_size(self) -> int | list[int]:

@@ -33,6 +33,7 @@ from moellava.plugins import load_plugins
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
+    JsonObject,
     Source,
     find_file,
     parse_source,
@@ -264,7 +265,7 @@ def create_encoder(
     chosen = {key: value for key, value in options.items() if value is not None}
     check_options(encoder_class.config_class, chosen, encoder_options(encoder_class.config_class))
     loading = {"device": device, "dtype": dtype, "load_text": load_text or None}
-    keywords: dict[str, Any] = {
+    keywords: JsonObject = {
         key: value for key, value in {**chosen, **loading}.items() if value is not None
     }
     if kind.config_files:
@@ -286,7 +287,7 @@ def create_encoder(
 
 
 def _loaded(
-    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: dict[str, Any]
+    encoder_class: type[VisionEncoder], name: str | Path, hub: HubOptions, keywords: JsonObject
 ) -> VisionEncoder:
     encoder: VisionEncoder = encoder_class.from_pretrained(name, **hub.keywords, **keywords)
     return encoder
@@ -335,10 +336,9 @@ def _by_name(name: str) -> EncoderKind | None:
 def _by_files(source: Source, download: bool) -> EncoderKind | None:
     """The family that a source's own config file names, if this machine has it or may fetch it."""
     kinds = encoder_kinds()
+    owner = next((kind for kind in kinds if kind.owns_files_of(source, download=download)), None)
+    if owner is not None and owner.is_named_in(source.name):
+        return owner  # a config.json that somebody has put beside its files does not count
     path = find_file(source, "config.json", download=download, required=False)
-    if path is not None:
-        model_type = read_json(path).get("model_type")
-        for kind in kinds:
-            if model_type in kind.model_types:
-                return kind
-    return next((kind for kind in kinds if kind.owns_files_of(source, download=download)), None)
+    model_type = None if path is None else read_json(path).get("model_type")
+    return next((kind for kind in kinds if model_type in kind.model_types), owner)

@@ -5,10 +5,12 @@ FeatureFile         reads it, one image at a time
 """
 
 import functools
+import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -18,7 +20,13 @@ from torch import Tensor
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.batches import encode_batches
 from moellava.images import ImageLike, to_pil
+from moellava.storage.errors import reading
+from moellava.storage.locking import locked
+from moellava.storage.weights import weights_fingerprint
+from moellava.storage.writing import replacing
 
+TOKENS, NAMES = "patch_tokens", "names"
+MOST_NAMES_IN_HEADER = 2**24  # bytes; safetensors refuses headers of more than 100 MB
 # safetensors' words for the dtypes that a tower can have.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 # Fields of the encoder's config on which the tokens depend; they are in the file's metadata.
@@ -39,11 +47,18 @@ class _Rows(Protocol):
 class FeatureFile:
     """Patch tokens (N, D) by image; may be sent to the worker processes of a data loader."""
 
-    def __init__(self, path: Path):
-        self.path = path
-        with safe_open(path, framework="pt") as file:
-            self.metadata: dict[str, str] = file.metadata()
-        self._row_of = {name: row for row, name in enumerate(json.loads(self.metadata["names"]))}
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with reading(path, "a file of features"), safe_open(path, framework="pt") as file:
+            self.metadata: dict[str, str] = file.metadata() or {}
+            if NAMES in file.keys():  # noqa: SIM118  (not a mapping: it has keys() alone)
+                names = json.loads(bytes(file.get_tensor(NAMES).tolist()))
+            else:
+                names = json.loads(self.metadata[NAMES])
+            num_rows = file.get_slice(TOKENS).get_shape()[0]
+            if num_rows != len(names):
+                raise ValueError(f"{len(names)} names for {num_rows} images")
+        self._row_of = {str(name): row for row, name in enumerate(names)}
         self._rows: _Rows | None = None
 
     @property
@@ -63,12 +78,15 @@ class FeatureFile:
             raise ValueError(
                 f"{self.path} has no features of the image {name}. Delete the file to encode anew."
             )
-        return self._open()[self._row_of[name]]
+        with reading(self.path, "a file of features"):
+            return self._open()[self._row_of[name]]
 
     def require_encoder(self, encoder: VisionEncoder) -> None:
         """Raise `ValueError` unless the file was written with an encoder of these settings."""
         for name in _SETTINGS:
-            found, wanted = json.loads(self.metadata[name]), getattr(encoder.config, name)
+            with reading(self.path, "a file of features"):
+                found = json.loads(self.metadata[name])
+            wanted = getattr(encoder.config, name)
             if _as_written_today(found) != wanted:
                 raise ValueError(
                     f"{self.path} holds features of {name}={found!r}, but the model has "
@@ -77,7 +95,7 @@ class FeatureFile:
 
     def _open(self) -> _Rows:
         if self._rows is None:  # opened in the process that reads
-            self._rows = safe_open(self.path, framework="pt").get_slice("patch_tokens")
+            self._rows = safe_open(self.path, framework="pt").get_slice(TOKENS)
         return self._rows
 
     def __getstate__(self) -> dict[str, object]:
@@ -100,8 +118,8 @@ def encode_files(
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
 
     Memory is that of a batch, however many images. Work in progress lies in `<out>.partial`; a
-    later call with the same images and tower resumes it. The file's metadata has the names, the
-    tower's settings and the view.
+    later call with the same images and weights resumes it. The file's metadata has the names (if
+    they are many, a tensor `names` has them, as JSON), the tower's settings and the view.
 
     Args:
         paths: whatever `load_image` takes.
@@ -114,38 +132,36 @@ def encode_files(
 
     Raises:
         FileExistsError: `out` exists, or the unfinished work is of other images or another tower.
+        OSError: another process writes the same file.
         ValueError: an image cannot be read; its file is named. The images before it are kept.
     """
-    if out.exists():
-        raise FileExistsError(f"{out} already exists; give another name or delete it.")
     if not paths:
         raise ValueError("There are no images to encode.")
-    partial = out.with_name(f"{out.name}.partial")
-    journal = out.with_name(f"{out.name}.partial.done")
     dtype = dtype or encoder.dtype
-    header = _header(encoder, names, dtype, view or {}, metadata or {})
-    num_bytes = _bytes_per_image(encoder, dtype)
-    done = _prepare(partial, journal, header, num_bytes * len(paths))
-    if done < len(paths):
-        load = functools.partial(load_image, **(view or {}))
-        batches = encode_batches(
-            encoder, paths[done:], batch_size=batch_size, progress=progress, load_image=load
-        )
-        with partial.open("r+b") as file:
-            file.seek(len(header) + done * num_bytes)
-            count = done
-            for tokens in batches:
-                file.write(tokens.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
-                file.flush()
-                count += len(tokens)
-                # After the data: a kill in between only repeats a batch.
-                journal.write_text(str(count))
-    partial.replace(out)
-    journal.unlink(missing_ok=True)
+    with locked(out):
+        if out.exists():
+            raise FileExistsError(f"{out} already exists; give another name or delete it.")
+        header = _header(encoder, paths, names, dtype, view or {}, metadata or {})
+        partial = out.with_name(f"{out.name}.partial")
+        done = _prepare(partial, header, _bytes_per_image(encoder, dtype), len(paths))
+        if done < len(paths):
+            batches = encode_batches(
+                encoder,
+                paths[done:],
+                batch_size=batch_size,
+                progress=progress,
+                load_image=functools.partial(load_image, **(view or {})),
+            )
+            with partial.open("ab") as file:
+                for tokens in batches:
+                    file.write(tokens.to(dtype).contiguous().cpu().view(torch.uint8).numpy().data)
+                    file.flush()
+                os.fsync(file.fileno())
+        partial.replace(out)
     return done
 
 
-def _as_written_today(setting: Any) -> Any:
+def _as_written_today(setting: object) -> object:
     return "patch" if setting == "default" else setting  # before one word stood for both
 
 
@@ -155,43 +171,65 @@ def _bytes_per_image(encoder: VisionEncoder, dtype: torch.dtype) -> int:
 
 def _header(
     encoder: VisionEncoder,
+    paths: Sequence[ImageLike],
     names: Sequence[str],
     dtype: torch.dtype,
     view: Mapping[str, object],
     given: Mapping[str, str],
 ) -> bytes:
-    """safetensors' header for all images; their rows are then appended in order."""
+    """What stands before the tokens: safetensors' header for all images, and many names."""
     settings = {name: json.dumps(getattr(encoder.config, name)) for name in _SETTINGS}
     metadata = {**given, **settings}
-    metadata["names"] = json.dumps(list(names))
     metadata["synthesized"] = json.dumps(encoder.synthesized)
+    metadata.setdefault("weights", str(weights_fingerprint(encoder.state_dict())))
+    metadata["images"] = _fingerprint(paths)
     if chosen := {name: value for name, value in view.items() if value is not None}:
         metadata["view"] = json.dumps(chosen)
-    tensor = {
+    text = json.dumps(list(names))
+    tensors, before = {}, b""
+    if len(text) > MOST_NAMES_IN_HEADER:
+        before = text.encode() + b" " * (-len(text) % 64)
+        offsets = [0, len(before)]
+        tensors[NAMES] = {"dtype": "U8", "shape": [len(before)], "data_offsets": offsets}
+    else:
+        metadata[NAMES] = text
+    num_bytes = _bytes_per_image(encoder, dtype) * len(names)
+    tensors[TOKENS] = {
         "dtype": _DTYPES[dtype],
         "shape": [len(names), encoder.num_patches, encoder.hidden_size],
-        "data_offsets": [0, _bytes_per_image(encoder, dtype) * len(names)],
+        "data_offsets": [len(before), len(before) + num_bytes],
     }
-    text = json.dumps({"__metadata__": metadata, "patch_tokens": tensor}).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = json.dumps({"__metadata__": metadata, **tensors}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + before
 
 
-def _prepare(partial: Path, journal: Path, header: bytes, num_bytes: int) -> int:
-    """Create the partial file, or check that it is of the same work; how many images are done."""
+def _fingerprint(images: Sequence[ImageLike]) -> str:
+    """SHA-256 over sizes and dates of files: two folders may have the same names."""
+    digest = hashlib.sha256()
+    for image in images:
+        if isinstance(image, str | os.PathLike) and os.path.exists(image):
+            facts = os.stat(image)
+            digest.update(f"{facts.st_size} {facts.st_mtime_ns}\n".encode())
+        else:
+            digest.update(b"-\n")  # its name says which it is, or the reading says what is wrong
+    return digest.hexdigest()
+
+
+def _prepare(partial: Path, header: bytes, bytes_per_image: int, num_images: int) -> int:
+    """Write the header, or check that the partial file has it; how many whole images follow it."""
     if not partial.exists():
-        with partial.open("wb") as file:
-            file.write(header)
-            file.truncate(len(header) + num_bytes)
-        journal.write_text("0")
+        with replacing(partial) as part:
+            part.write_bytes(header)
         return 0
-    with partial.open("rb") as file:
-        is_same = (
-            file.read(len(header)) == header and partial.stat().st_size == len(header) + num_bytes
-        )
-    if not is_same:
-        raise FileExistsError(
-            f"{partial} is unfinished work on other images or with another tower; delete it to "
-            "start anew."
-        )
-    return int(journal.read_text()) if journal.exists() else 0
+    with partial.open("rb+") as file:
+        is_same = file.read(len(header)) == header
+        num_bytes = partial.stat().st_size - len(header)
+        if not is_same or num_bytes > bytes_per_image * num_images:
+            raise FileExistsError(
+                f"{partial} is unfinished work on other images or with another tower; delete it to "
+                "start anew."
+            )
+        done = num_bytes // bytes_per_image
+        file.truncate(len(header) + done * bytes_per_image)  # a kill may have cut an image in two
+    return done

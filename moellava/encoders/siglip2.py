@@ -1,11 +1,11 @@
 """transformers' SigLIP 2 of any resolution ("NaFlex") as an encoder."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import SiglipImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
 
 from moellava.encoders._transformers import TransformersVisionConfig, TransformersVisionEncoder
 
@@ -20,7 +20,8 @@ class Siglip2VisionConfig(TransformersVisionConfig):
     def trained_image_size(self) -> int:
         """Side in pixels of the square that has the tower's `num_patches`."""
         tower_config = self.tower_config or {}
-        return math.isqrt(tower_config["num_patches"]) * tower_config["patch_size"]
+        patch_size: int = tower_config["patch_size"]
+        return math.isqrt(tower_config["num_patches"]) * patch_size
 
 
 class Siglip2Encoder(TransformersVisionEncoder):
@@ -34,7 +35,7 @@ class Siglip2Encoder(TransformersVisionEncoder):
     config_class = Siglip2VisionConfig
     tower_class = "Siglip2VisionModel"
 
-    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor]:
+    def tower_inputs(self, pixel_values: Tensor) -> dict[str, Tensor | bool]:
         """Patches as rows, none of them padding."""
         patches = self._patchify(pixel_values)
         is_patch = patches.new_ones(patches.shape[:2], dtype=torch.long)
@@ -43,9 +44,10 @@ class Siglip2Encoder(TransformersVisionEncoder):
 
     def embed(self, pixel_values: Tensor) -> Tensor:
         """What the first block takes, (B, N, D)."""
-        return self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        hidden: Tensor = self.tower.embeddings(self._patchify(pixel_values), self._spatial_shapes)
+        return hidden
 
-    def build_image_processor(self) -> Any:
+    def build_image_processor(self) -> BaseImageProcessor:
         """SigLIP's image processor with this tower's mean, deviation and resampling."""
         settings = self.config.processor_config or {}
         if not settings:

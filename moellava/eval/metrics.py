@@ -2,7 +2,7 @@
 
 
 def is_exact_answer(answer: str, truth: str) -> bool:
-    """Whether two answers are the same words; case, outer white space and final periods are ignored."""
+    """Whether two answers are the same words, whatever their case and final periods."""
     return _plain(answer) == _plain(truth)
 
 

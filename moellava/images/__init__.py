@@ -1,29 +1,31 @@
-"""Image files of any kind, DICOM and NIfTI included, to a PIL image: the lowest room, used by all others."""
+"""Image files of any kind, DICOM and NIfTI included, to a PIL image; used by all other packages."""
 
-from moellava.images.reading import (
-    IMAGE_SUFFIXES,
-    array_to_pil,
-    is_image_file,
-    read_image,
-    to_eight_bit,
-    to_pil,
-)
-from moellava.images.types import ImageLike, Images
-from moellava.images.view import MAX_PIXELS, PLANES, WINDOWS, View, parse_frame, parse_window
+from moellava.images.eight_bit import array_to_pil, to_eight_bit
+from moellava.images.identity import exact_hash, image_key
+from moellava.images.image_like import ImageLike, Images
+from moellava.images.kinds import ImageKind, image_suffixes, register_image_kind
+from moellava.images.reading import ViewOptions, is_image_file, load_image, to_pil
+from moellava.images.threads import as_image_list, map_in_threads
+from moellava.images.view import MAX_PIXELS, PLANES, WINDOWS, View
 
 __all__ = [
-    "IMAGE_SUFFIXES",
-    "ImageLike",
-    "Images",
     "MAX_PIXELS",
     "PLANES",
     "WINDOWS",
+    "ImageKind",
+    "ImageLike",
+    "Images",
     "View",
+    "ViewOptions",
     "array_to_pil",
+    "as_image_list",
+    "exact_hash",
+    "image_key",
+    "image_suffixes",
     "is_image_file",
-    "parse_frame",
-    "parse_window",
-    "read_image",
+    "load_image",
+    "map_in_threads",
+    "register_image_kind",
     "to_eight_bit",
     "to_pil",
 ]

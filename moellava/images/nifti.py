@@ -1,37 +1,44 @@
 """A NIfTI volume → one slice, or a grid of them, in 8 bits, through nibabel.
 
-Slices are cut in canonical orientation (right, anterior, superior) whatever the file's own, and shown as
-radiologists see them: the patient's right on the left, front or head at the top. Slice 0 is the one furthest to the
-left, back or feet. Only the slices that are shown are read.
+Slices are cut in canonical orientation (right, anterior, superior) whatever the file's own, and
+shown
+as radiologists see them: the patient's right on the left, front or head at the top. Slice 0 is the
+one furthest to the left, back or feet. Only the slices that are shown are read.
 """
 
 import gzip
+import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from moellava.images.image_like import NiftiVolume
 from moellava.images.optional import load_optional
 from moellava.images.view import (
     PLANES,
     View,
+    grid_shape,
     montage,
     percentile_to_eight_bit,
     range_to_eight_bit,
     window_to_eight_bit,
 )
+from moellava.storage.errors import reason_of
+from moellava.storage.limits import limit, require_within
 
+_GZIP = b"\x1f\x8b"
 _RAW_COLOUR = ("R", "G", "B")
 _SQUARE = 0.01  # pixels whose sides differ by less are taken for square
 
 
-def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
-    """(H, W) or (H, W, 3) uint8 of a `.nii` or `.nii.gz` file, or of a nibabel image.
+def decode_nifti(source: Path | bytes | NiftiVolume, view: View, name: str) -> Image.Image:
+    """An "L" or "RGB" picture of a `.nii` or `.nii.gz` file, of its bytes, or of a nibabel image.
 
-    Grey values are those after the header's scaling. Without a window the header's display range is used, else the
-    0.5th to 99.5th percentile of what is shown. Pixels that are not square are made so.
+    Grey values are those after the header's scaling. Without a window the header's display range is
+    used, else the 0.5th to 99.5th percentile of what is shown. Pixels that are not square are made
+    so.
 
     Raises:
         ImportError: nibabel is not installed.
@@ -39,23 +46,48 @@ def decode_nifti(source: Any, view: View, name: str) -> np.ndarray:
     """
     nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
     try:
-        image: Any = nibabel.load(source) if isinstance(source, (str, Path)) else source
+        image = _opened(source)
         slices, zooms = _slices(image, view, name)
+    except MemoryError:
+        raise
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
-    except (EOFError, OSError, gzip.BadGzipFile, OverflowError, ValueError) as error:
-        if str(error).startswith(name):  # one of ours
+    # nibabel and zlib raise whatever a broken file leads them to.
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(name):  # one of ours
             raise
         raise ValueError(
-            f"{name} cannot be read as NIfTI: it is cut off or broken ({error})"
+            f"{name} cannot be read as NIfTI: it is cut off or broken ({reason_of(error)})"
         ) from error
     pictures = [_square(picture, zooms) for picture in _eight_bits(slices, image, view, name)]
-    view.check_size(pictures[0].shape[1] * len(pictures), pictures[0].shape[0], name)
-    return montage(pictures)
+    return Image.fromarray(np.ascontiguousarray(montage(pictures)))
 
 
-def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[float, float]]:
-    """Slices as (rows, columns) arrays in the radiological view, and the size (row, column) of their pixels in mm."""
+def _opened(source: Path | bytes | NiftiVolume) -> NiftiVolume:
+    nibabel = load_optional("nibabel", "This is a NIfTI file", extra="nifti")
+    image: NiftiVolume
+    if isinstance(source, Path):
+        image = nibabel.load(source)
+    elif isinstance(source, bytes):
+        data = _gunzipped(source) if source.startswith(_GZIP) else source
+        is_second = data[4:8] == b"n+2\0"
+        image = (nibabel.Nifti2Image if is_second else nibabel.Nifti1Image).from_bytes(data)
+    else:
+        image = source
+    return image
+
+
+def _gunzipped(source: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(source)) as file:
+        data = file.read(limit("unpacked") + 1)
+    require_within("unpacked", len(data), "The encoded image")
+    return data
+
+
+def _slices(
+    image: NiftiVolume, view: View, name: str
+) -> tuple[list[np.ndarray], tuple[float, float]]:
+    """Slices (rows, columns) as radiologists see them, and the (row, column) size of a pixel."""
     nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
     shape = tuple(image.shape)
     while len(shape) > 3 and shape[-1] == 1:
@@ -73,34 +105,36 @@ def _slices(image: Any, view: View, name: str) -> tuple[list[np.ndarray], tuple[
         raise ValueError(
             f"{name} has an affine that gives no orientation. Set its sform or qform first."
         )
-    axis = PLANES[view.plane]
+    axis = PLANES[view.plane or "axial"]
     native = int(np.flatnonzero(orientation[:, 0] == axis)[0])
     others = [index for index in range(3) if index != axis]
     by_canonical = {int(canonical): index for index, canonical in enumerate(orientation[:, 0])}
     across, up = (by_canonical[index] for index in others)
     view.check_size(shape[across], shape[up], name)
+    sizes = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(axis=0))
+    zooms = float(sizes[up]), float(sizes[across])
+    height, width = _square_size((shape[up], shape[across]), zooms)
+    view.check_size(width, height, name)
+    frames = view.frames(shape[native], name)
+    rows, columns = grid_shape(len(frames))
+    view.check_size(columns * width, rows * height, name)
 
     slices = []
-    for number in view.frames(shape[native], name):
+    for number in frames:
         # Counted from left, back or feet; the file may run the other way.
         place = number if orientation[native, 1] > 0 else shape[native] - 1 - number
-        cut: list[Any] = (
-            [slice(None)] * 3
-            + [view.volume] * (len(shape) - 3)
-            + [0] * (len(image.shape) - len(shape))
-        )
+        cut: list[slice | int] = [slice(None)] * 3
         cut[native] = slice(place, place + 1)
+        cut += [view.volume] * (len(shape) - 3) + [0] * (len(image.shape) - len(shape))
         values = np.asanyarray(image.dataobj[tuple(cut)])
-        flat = nibabel.apply_orientation(values, orientation).squeeze(
-            axis
-        )  # (first other axis, second other axis)
+        # (first other axis, second other axis)
+        flat = nibabel.apply_orientation(values, orientation).squeeze(axis)
         slices.append(flat[::-1, ::-1].T)
-    sizes = np.sqrt((np.asarray(image.affine)[:3, :3] ** 2).sum(axis=0))
-    return slices, (float(sizes[up]), float(sizes[across]))
+    return slices, zooms
 
 
 def _eight_bits(
-    slices: Sequence[np.ndarray], image: Any, view: View, name: str
+    slices: Sequence[np.ndarray], image: NiftiVolume, view: View, name: str
 ) -> list[np.ndarray]:
     stack = np.stack(slices)
     if stack.dtype.names is not None:  # NIfTI's RGB24
@@ -120,7 +154,8 @@ def _eight_bits(
     if view.window == "full":
         if stack.dtype.kind not in "ui":
             raise ValueError(
-                f"{name} holds numbers of type {stack.dtype}, which have no full range. Give a window."
+                f"{name} holds numbers of type {stack.dtype}, which have no full range. "
+                "Give a window."
             )
         return list(range_to_eight_bit(stack, np.iinfo(stack.dtype).min, np.iinfo(stack.dtype).max))
     low, high = (float(image.header.get(key, 0)) for key in ("cal_min", "cal_max"))
@@ -129,17 +164,19 @@ def _eight_bits(
     return list(percentile_to_eight_bit(stack))
 
 
-def _square(picture: np.ndarray, zooms: tuple[float, float]) -> np.ndarray:
+def _square_size(shape: tuple[int, int], zooms: tuple[float, float]) -> tuple[int, int]:
+    """Rows and columns of a picture once its pixels are square."""
     row, column = zooms
-    if not row or not column or abs(row - column) <= _SQUARE * max(row, column):
-        return picture
+    is_usable = np.isfinite(row) and np.isfinite(column) and row > 0 and column > 0
+    if not is_usable or abs(row - column) <= _SQUARE * max(row, column):
+        return shape
     finest = min(row, column)
-    height, width = (
-        max(1, round(count * size / finest))
-        for count, size in zip(picture.shape, zooms, strict=False)
-    )
-    return np.asarray(
-        Image.fromarray(np.ascontiguousarray(picture)).resize(
-            (width, height), Image.Resampling.BICUBIC
-        )
-    )
+    return max(1, round(shape[0] * row / finest)), max(1, round(shape[1] * column / finest))
+
+
+def _square(picture: np.ndarray, zooms: tuple[float, float]) -> np.ndarray:
+    height, width = _square_size((picture.shape[0], picture.shape[1]), zooms)
+    if (height, width) == picture.shape[:2]:
+        return picture
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))

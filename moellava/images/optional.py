@@ -1,13 +1,14 @@
 """Libraries that only some files need, imported when the first such file is read."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 
-def load_optional(module: str, why: str, *, extra: str) -> Any:
+def load_optional(module: str, why: str, *, extra: str) -> ModuleType:
     """The module, or an `ImportError` that says what to install.
 
-    By name rather than by an import statement: transformers reads those of a checkpoint's code as requirements.
+    By name rather than by an import statement: transformers reads those of a checkpoint's code as
+    requirements.
     """
     try:
         return importlib.import_module(module)

@@ -1,24 +1,26 @@
-"""Many images at once: `as_image_list` flattens what a caller gives, `map_in_threads` works on all cores."""
+"""Many images at once: `as_image_list` flattens them, `map_in_threads` works on all cores."""
 
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
+
+from moellava.images.image_like import ImageLike, Images
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def as_image_list(images: Any) -> list[Any]:
+def as_image_list(images: Images) -> list[ImageLike]:
     """One image, a batch (4-D array) or a (nested) sequence of images as a flat list."""
-    if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
         return list(images)
-    if isinstance(images, (list, tuple)):
+    if isinstance(images, list | tuple):
         return [image for item in images for image in as_image_list(item)]
-    return [images]
+    return [cast(ImageLike, images)]
 
 
 def map_in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:

@@ -1,11 +1,12 @@
-"""Chat templates whose messages hold text and images; assistant turns carry the marks that training masks need."""
+"""Chat templates for messages of text and images, with the marks that training masks need."""
 
+import re
 from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-# A message's content is a string or a list of items; an image stands on a line of its own, as in LLaVA.
+# A message's content is a string or a list of items; an image is a line of its own, as in LLaVA.
 _CONTENT = (
     "{%- macro text_of(content) -%}"
     "{%- if content is string -%}{{ content }}{%- else -%}{%- for item in content -%}"
@@ -45,7 +46,8 @@ VICUNA_V1 = _CONTENT + (
     "{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}"
 )
 
-# LLaVA's first stage: the image, the caption, a line feed. Roles and questions are left out, as LLaVA leaves them out.
+# LLaVA's first stage: the image, the caption, a line feed. Roles and questions are left out, as
+# LLaVA leaves them out.
 PLAIN = _CONTENT + (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -58,34 +60,27 @@ PLAIN = _CONTENT + (
 
 TEMPLATES = {"tinyllama": TINYLLAMA, "vicuna_v1": VICUNA_V1, "plain": PLAIN}
 
-# Flattens the messages, then hands them to the language model's own template, which stands between the two halves.
-_FLATTEN = _CONTENT + (
-    "{%- set flat = namespace(messages=[]) -%}"
-    "{%- for message in messages -%}"
-    "{%- set text = text_of(message['content']) -%}"
-    "{%- set flat.messages = flat.messages + [dict(message, content=TEXT)] -%}"
-    "{%- endfor -%}"
-    "{%- set messages = flat.messages -%}"
-)
-# Control characters around an assistant's text tell, in what the own template has written, where it stands.
-_STOP = "\x03"
-_MARKED_TEXT = "'\\x02' + text + '\\x03' if message['role'] == 'assistant' else text"
-_MARKED_TRIMMED_TEXT = _MARKED_TEXT.replace("+ text +", "+ (text | trim) +")
-_BEFORE_OWN = "{%- set written %}"
-_AFTER_OWN = (
-    "{% endset -%}"
-    "{%- for piece in written.split('\\x02') -%}"
-    "{%- if loop.first -%}{{ piece }}{%- elif '\\x03' not in piece -%}{{ '\\x02' + piece }}{%- else -%}"
-    "{%- set halves = piece.split('\\x03') -%}"
-    "{%- set end = END if halves[1].startswith(END) else '' -%}"
-    "{%- generation -%}{{ halves[0] + end }}{%- endgeneration -%}"
-    "{{ halves[1][end | length :] }}"
+# Control characters around a number tell, in what the own template wrote, where an assistant's text
+# begins and ends. The number is the length of all texts, so that no text holds a mark by accident.
+_START, _STOP = "'\\x02' ~ flat.size ~ '\\x02'", "'\\x03' ~ flat.size ~ '\\x03'"
+# What the model's own template writes is taken apart at them: END is the text that ends a turn.
+_MARK_WRITTEN = (
+    "{%- for piece in written.split(flat.start) -%}"
+    "{%- set text, stop, rest = piece.partition(flat.stop) -%}"
+    "{%- if loop.first or not stop -%}{{ piece }}"
+    "{%- else -%}"
+    "{%- set end = END if rest.startswith(END) else '' -%}"
+    "{%- generation -%}{{ text + end }}{%- endgeneration -%}"
+    "{{ rest[end | length :] }}"
     "{%- endif -%}"
     "{%- endfor -%}"
 )
 
-# Turns on which two templates must agree: with and without a system turn, and with spaces that a template may trim.
-_QUESTION, _ANSWER = {"role": "user", "content": " qqq"}, {"role": "assistant", "content": " a "}
+# Turns on which two templates must agree: with and without a system turn, and with spaces that a
+# template may trim.
+_PROBE = "qqq"
+_QUESTION = {"role": "user", "content": f" {_PROBE}"}
+_ANSWER = {"role": "assistant", "content": " a "}
 _SAMPLES = (
     [{"role": "system", "content": "s"}, _QUESTION, _ANSWER, _QUESTION],
     [_QUESTION, _ANSWER, _QUESTION, _ANSWER],
@@ -94,30 +89,108 @@ _SAMPLES = (
 
 
 def multimodal_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template for a language model: its own format, with images and with marks on the assistant's turns.
+    """The template for a language model: its own format, with images and with training's marks.
 
-    A model whose own template writes the same text as one of `TEMPLATES` gets that one. Any other template is kept;
-    messages are flattened before it, and the assistant's turns in what it writes are marked, up to and with the text
-    that ends a turn (`<|im_end|>`, `<|eot_id|>`, ...). Where that changes the text, since a template takes answers
-    apart, or where a template has marks of its own, it is kept without ours. A model without a template (a base
-    model) gets `vicuna_v1`, LLaVA's.
+    A model whose own template writes the same text as one of `TEMPLATES` gets that one. Any other
+    template is kept; messages are flattened before it, and the assistant's turns in what it writes
+    are marked, up to and including the text that ends a turn (`<|im_end|>`, `<|eot_id|>`, ...). If
+    that changes the text, because a template takes answers apart, or if a template has marks of its
+    own, it is kept without ours. A model without a template (a base model) gets `vicuna_v1`,
+    LLaVA's. Of several named templates, the one named `default` counts.
+
+    The template writes the beginning-of-text token if the tokenizer would write one.
+
+    Raises:
+        ValueError: if there are named templates, but none is called `default`.
     """
-    own = tokenizer.chat_template
+    return _with_beginning(tokenizer, _choose_template(tokenizer, _own_template(tokenizer)))
+
+
+def _choose_template(tokenizer: PreTrainedTokenizerBase, own: str | None) -> str:
     if own is None:
         return VICUNA_V1
-    flattened = _FLATTEN.replace("TEXT", "text") + own
-    if "qqq" not in (_render(tokenizer, flattened, [_QUESTION], False) or "qqq"):
-        return own  # of a model with images: it reads content items itself, and no strings
+    flattened = flatten_messages("text") + own
+    if not reads_strings(tokenizer, flattened):
+        return own  # of a model with images: it reads content items itself
     candidates = list(TEMPLATES.values())
     if "endgeneration" not in own:
-        end = jinja_string(_end_of_turn(tokenizer, flattened))
-        candidates += [
-            _FLATTEN.replace("TEXT", text) + _BEFORE_OWN + own + _AFTER_OWN.replace("END", end)
-            for text in (_MARKED_TEXT, _MARKED_TRIMMED_TEXT)
-        ]
-    return next(
-        (found for found in candidates if _render_alike(tokenizer, flattened, found)), flattened
+        end = end_of_turn(tokenizer, flattened)
+        candidates += [with_marks(own, end, text) for text in ("text", "(text | trim)")]
+    for candidate in candidates:
+        if _render_alike(tokenizer, flattened, candidate):
+            return candidate
+    return flattened
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(own, dict):
+        return own
+    if "default" not in own:
+        raise ValueError(
+            f"The tokenizer has the chat templates {', '.join(sorted(own))}, but none is called "
+            "'default'. Set tokenizer_config.json's chat_template to the one to use."
+        )
+    return own["default"]
+
+
+def _with_beginning(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """The template, with the beginning-of-text token if only the tokenizer writes it so far.
+
+    A server that renders a template and tokenizes the text without special tokens, as OpenAI-style
+    servers do, then gives the model what it was trained on.
+    """
+    ids = tokenizer("a")["input_ids"]
+    if tokenizer.bos_token is None or not ids or ids[0] != tokenizer.bos_token_id:
+        return template
+    items = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+    written = _render(tokenizer, template, items, False)
+    if written is None or written.startswith(tokenizer.bos_token):
+        return template
+    return "{{- bos_token -}}" + template
+
+
+def has_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a template has written the beginning-of-text token: the tokenizer adds no second."""
+    return tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+
+
+def flatten_messages(text: str) -> str:
+    """The beginning of a template that sees messages with plain text.
+
+    Args:
+        text: the Jinja expression of a message's new content; `text` is its text.
+    """
+    return _CONTENT + (
+        "{%- set flat = namespace(messages=[], size=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- set flat.size = flat.size + text_of(message['content']) | length -%}"
+        "{%- endfor -%}"
+        "{%- set flat.start, flat.stop = " + _START + ", " + _STOP + " -%}"
+        "{%- for message in messages -%}"
+        "{%- set text = text_of(message['content']) -%}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=" + text + ")] -%}"
+        "{%- endfor -%}"
+        "{%- set messages = flat.messages -%}"
     )
+
+
+def with_marks(own: str, end: str, text: str) -> str:
+    """The template `own`, with marks around each assistant's turn.
+
+    Args:
+        end: what ends a turn, and belongs to it.
+        text: the Jinja expression of the assistant's text.
+    """
+    marked = f"flat.start + {text} + flat.stop if message['role'] == 'assistant' else text"
+    written = "{%- set written %}" + own + "{% endset -%}"
+    return flatten_messages(marked) + written + _MARK_WRITTEN.replace("END", jinja_string(end))
+
+
+def reads_strings(tokenizer: PreTrainedTokenizerBase, template: str) -> bool:
+    """Whether a template writes the content of a message that is a string."""
+    written = _render(tokenizer, template, [_QUESTION], False)
+    return written is None or _PROBE in written
 
 
 def jinja_string(text: str) -> str:
@@ -125,13 +198,16 @@ def jinja_string(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """What a template writes behind an assistant's turn, up to the first white space: `</s>`, `<|im_end|>`, ..."""
-    written = (
-        _render(tokenizer, template, [_QUESTION, {"role": "assistant", "content": _STOP}], False)
-        or ""
-    )
-    return next(iter(written.rpartition(_STOP)[2].split()), "")
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What a template writes after an assistant's text: `</s>`, `<|im_end|>`, ...
+
+    White space before it belongs to it: the model has to write that too, to reach the end.
+    """
+    stop = "qqqstop"
+    turns = [_QUESTION, {"role": "assistant", "content": stop}]
+    written = _render(tokenizer, template, turns, False) or ""
+    found = re.match(r"\s*\S+", written.rpartition(stop)[2])
+    return found[0] if found else ""
 
 
 def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> bool:
@@ -143,11 +219,18 @@ def _render_alike(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict[str, str]], prompt: bool
-) -> Any:
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    messages: list[dict[str, Any]],
+    prompt: bool,
+) -> str | None:
     try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=prompt
+        written = tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
     except jinja2.TemplateError:  # a template may refuse a system turn
         return None
+    return str(written)

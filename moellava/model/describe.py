@@ -1,7 +1,4 @@
-"""What a model is made of, as a table or in log lines, and how many of its parameters a token meets.
-
-Public names: `describe`, `log_vision`, `log_language_model`, `count_active_parameters`.
-"""
+"""What a model is made of, as a table or in log lines, and how many parameters a token meets."""
 
 import logging
 
@@ -17,7 +14,7 @@ logger = logging.getLogger(__name__)
 def describe(model: PreTrainedModel) -> str:
     """A table of the parts of a joined model, for `print`.
 
-    Per part: class, what comes out, parameters in all and active per text token, dtype, memory in MiB.
+    Per part: class, output, parameters in all and active per text token, dtype, memory in MiB.
     """
     config = model.config
     text, num_tokens = config.text_config, config.num_image_tokens
@@ -68,7 +65,8 @@ def describe(model: PreTrainedModel) -> str:
     ]
     if layers := getattr(text, "moe_layer_indices", None):
         lines.append(
-            f"mixtures of {text.num_experts} experts, top-{text.num_experts_per_tok}, in layers {layers}"
+            f"mixtures of {text.num_experts} experts, top-{text.num_experts_per_tok}, in layers "
+            f"{layers}"
         )
     if config.tie_word_embeddings:
         lines.append("lm_head shares the token embeddings and is counted once in all")
@@ -76,7 +74,7 @@ def describe(model: PreTrainedModel) -> str:
 
 
 def log_vision(model: PreTrainedModel) -> None:
-    """One INFO line each for tower and projector of an opened model; a built one has told them on the way."""
+    """One INFO line each for tower and projector of an opened model; building logs its own."""
     model.model.vision_tower.log_tower()
     logger.info(
         "projector %s: %d image tokens per image",

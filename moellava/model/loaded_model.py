@@ -1,83 +1,121 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from io import IOBase
+from typing import Any, Literal, overload
 
-from PIL import Image
-from transformers import PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
+from typing_extensions import Unpack
 
-from moellava.images import to_pil
-from moellava.model.generation import generate_texts
+from moellava.images import ImageLike, ViewOptions, to_pil
+from moellava.model.conversation import Message, generation_options, stream_chat
+from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.publish.model_card import PushOptions, push_to_hub
 
-ImageLike = Image.Image | str | Path
-# One image, several images of one prompt, or None for a prompt without an image.
-ImagesOfPrompt = ImageLike | Sequence[ImageLike] | None
+VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 
 
-class _Parts(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class LoadedModel:
+    """A model that is ready to use, and the processor of its inputs.
+
+    It unpacks into four: `model, image_processor, tokenizer, context_len = loaded`.
+    """
+
     model: MoeLlavaForConditionalGeneration
-    image_processor: Any
-    tokenizer: PreTrainedTokenizerBase
-    context_len: int
-
-
-class LoadedModel(_Parts):
-    """`model, image_processor, tokenizer, context_len`, in this order, with `processor` and `answer` besides."""
-
     processor: MoeLlavaProcessor
 
-    def __new__(
-        cls, model: MoeLlavaForConditionalGeneration, processor: MoeLlavaProcessor
-    ) -> "LoadedModel":
-        context_len = model.config.get_text_config().max_position_embeddings
-        loaded = super().__new__(
-            cls, model, processor.image_processor, processor.tokenizer, context_len
-        )
-        loaded.processor = processor
-        return loaded
+    @property
+    def image_processor(self) -> BaseImageProcessor:
+        processor: BaseImageProcessor = self.processor.image_processor
+        return processor
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        tokenizer: PreTrainedTokenizerBase = self.processor.tokenizer
+        return tokenizer
+
+    @property
+    def context_len(self) -> int:
+        """How many tokens a prompt and its answer may have together."""
+        length: int = self.model.config.get_text_config().max_position_embeddings
+        return length
+
+    def _four(self) -> tuple[object, ...]:
+        return self.model, self.image_processor, self.tokenizer, self.context_len
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._four())
+
+    def __len__(self) -> int:
+        return len(self._four())
+
+    def __getitem__(self, index: int) -> Any:
+        return self._four()[index]
+
+    def __repr__(self) -> str:
+        config = self.model.config
+        parts = (config.vision_config.tower, config.projector_type, config.language_model)
+        names = " + ".join(name or "unnamed" for name in parts)
+        size = f"{self.model.num_parameters() / 1e6:,.1f} M parameters"
+        return f"LoadedModel({names}: {size}, {self.model.dtype}, {self.model.device})"
+
+    def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:
+        """Upload model, processor and card to the hub in one commit; returns the commit's URL.
+
+        Options are those of `moellava.model.publish.model_card.push_to_hub`.
+        """
+        return push_to_hub(self.model, repo_id, processor=self.processor, **options)
 
     def answer(
         self,
-        images: ImagesOfPrompt | Sequence[ImagesOfPrompt],
-        questions: str | Sequence[str],
-        **generation: Any,
+        images: ImageLike | Sequence[Any] | None,
+        questions: str | Sequence[Any],
+        **options: Any,
     ) -> list[str]:
         """Answer questions about images, as one batch.
 
         Args:
-            images: for one question, its image, a list of its images, or None. For a list of questions, a list
-                of such items, one per question; a single image serves all questions.
-            questions: a string or a list of strings.
-            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+            images: for one question, its image, a list of its images, or None. For a list of
+                questions, a list of such items, one per question; a single image serves all. An
+                image is a path, a PIL image, an array, a tensor, encoded bytes, an open file, or
+                what pydicom and nibabel read.
+            questions: a string or a list of strings. In place of a string, a conversation: chat
+                messages with `role` and `content`, whose last turn is answered.
+            **options: `window`, `frame`, `plane`, `volume` and `max_pixels` say how images are
+                seen, as in `moellava.images.load_image`; all others are passed to `generate`, by
+                default greedy with at most 64 new tokens.
 
         Returns:
             One answer per question: the new text only, without special tokens.
 
         Raises:
-            ValueError: if there are not as many images as questions, or a prompt is longer than the context.
+            ValueError: if images and questions differ in number, or a prompt is longer than the
+                context.
+            TypeError: for an option that neither images nor `generate` have, and for something
+                that is not an image or a question.
         """
-        single = isinstance(questions, str)
-        questions = [questions] if isinstance(questions, str) else list(questions)
-        per_prompt = [_as_list(item) for item in _pair_images(images, len(questions), single)]
-        conversations: Any = [
-            [
-                {
-                    "role": "user",
-                    "content": [
-                        *({"type": "image"} for _ in own),
-                        {"type": "text", "text": question},
-                    ],
-                }
-            ]
-            for own, question in zip(per_prompt, questions, strict=True)
+        view = {name: options[name] for name in VIEW_OPTIONS if name in options}
+        generation = {name: value for name, value in options.items() if name not in view}
+        require_generation_options(generation)
+        single = isinstance(questions, str) or is_conversation(questions)
+        if not single and not isinstance(questions, list | tuple):
+            raise _not_a_question(questions)
+        asked = [questions] if single else list(questions)
+        if not asked:
+            return []
+        images = _without_files(images)
+        turns = [
+            with_images(question, _as_list(item))
+            for question, item in zip(asked, _pair_images(images, len(asked), single), strict=True)
         ]
         prompts = self.processor.apply_chat_template(
-            conversations, add_generation_prompt=True, tokenize=False
+            [messages for messages, _ in turns], add_generation_prompt=True, tokenize=False
         )
-        pictures = [to_pil(image) for own in per_prompt for image in own]
+        pictures = [to_pil(image, **view) for _, own in turns for image in own]
         inputs = self.processor(
             text=prompts,
             images=pictures or None,
@@ -86,38 +124,137 @@ class LoadedModel(_Parts):
             return_tensors="pt",
         ).to(self.model.device)
 
-        self._require_room(inputs, generation.get("max_new_tokens", 64))
-        return generate_texts(self.model, self.tokenizer, inputs, **generation)
+        self._require_room(inputs, generation.get("max_new_tokens") or 64)
+        options = generation_options(self, generation)
+        return generate_texts(self.model, self.tokenizer, inputs, **options)
 
-    def _require_room(self, inputs: Any, max_new_tokens: int) -> None:
-        """Raise `ValueError` where a prompt and its answer do not fit into the context; what is too much is counted."""
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[False] = False, **generation: Any
+    ) -> str: ...
+    @overload
+    def chat(
+        self, messages: Iterable[Message], stream: Literal[True], **generation: Any
+    ) -> Iterator[str]: ...
+    def chat(
+        self, messages: Iterable[Message], stream: bool = False, **generation: Any
+    ) -> str | Iterator[str]:
+        """The answer to the last of several messages, whole or, with `stream=True`, in pieces.
+
+        Args:
+            messages: `{"role": "user", "content": ...}` and so on; content is a string or a list of
+                `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+            **generation: passed to `generate`; by default greedy, at most 64 new tokens.
+        """
+        pieces = self.stream(messages, **generation)
+        return pieces if stream else "".join(pieces)
+
+    def stream(self, messages: Iterable[Message], **generation: Any) -> Iterator[str]:
+        """The pieces of the answer to the last message; `Conversation` is for many turns."""
+        return stream_chat(self, messages, **generation)
+
+    def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
+        """Raise `ValueError` if a prompt and its answer do not fit into the context."""
         num_tokens = inputs["attention_mask"].sum(dim=1)  # (B,)
         row = int(num_tokens.argmax())
-        excess = int(num_tokens[row]) + max_new_tokens - self.context_len
+        num_all = int(num_tokens[row])
+        excess = num_all + max_new_tokens - self.context_len
         if excess > 0:
             num_image = int((inputs["input_ids"][row] == self.processor.image_token_id).sum())
             raise ValueError(
-                f"Prompt {row + 1} has {int(num_tokens[row])} tokens ({num_image} of images, "
-                f"{int(num_tokens[row]) - num_image} of text) and max_new_tokens is {max_new_tokens}, but the context "
-                f"holds {self.context_len}: {excess} tokens would be cut. Shorten the question, pass fewer images per "
-                "prompt, or lower max_new_tokens."
+                f"Prompt {row + 1} has {num_all} tokens ({num_image} of images, "
+                f"{num_all - num_image} of text) and max_new_tokens is {max_new_tokens}, but the "
+                f"context holds {self.context_len}: {excess} tokens would be cut. Shorten the "
+                "question, pass fewer images per prompt, or lower max_new_tokens."
             )
 
 
-def _pair_images(images: Any, num_questions: int, single: bool) -> list[ImagesOfPrompt]:
+def is_conversation(question: Any) -> bool:
+    """Whether something is chat messages: a list of mappings with a role."""
+    is_list = isinstance(question, Sequence) and not isinstance(question, str | bytes)
+    return is_list and bool(question) and all(isinstance(turn, Mapping) for turn in question)
+
+
+def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The chat messages of a question, and its images in their order.
+
+    A string is one turn with the images before it. Messages may hold images of their own; images
+    beside them fill the empty image items, or stand before the first turn of the user.
+    """
+    if isinstance(question, str):
+        items: list[dict[str, str]] = [{"type": "image"}] * len(images)
+        turn: dict[str, object] = {
+            "role": "user",
+            "content": [*items, {"type": "text", "text": question}],
+        }
+        return [turn], images
+    if not is_conversation(question):
+        raise _not_a_question(question)
+    messages = [_with_item_list(turn) for turn in question]
+    places = [item for turn in messages for item in turn["content"] if item.get("type") == "image"]
+    empty = [item for item in places if "image" not in item]
+    if images and not places:
+        first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
+        first["content"] = [{"type": "image", "image": image} for image in images] + first[
+            "content"
+        ]
+    elif len(empty) != len(images):
+        raise ValueError(
+            f"The messages have {len(empty)} image items without an image, but {len(images)} "
+            "images are given. Give one image for each."
+        )
+    else:
+        for item, image in zip(empty, images, strict=True):
+            item["image"] = image
+    return messages, [
+        item.pop("image")
+        for turn in messages
+        for item in turn["content"]
+        if item.get("type") == "image"
+    ]
+
+
+def _not_a_question(given: object) -> TypeError:
+    return TypeError(
+        f"A question is a {type(given).__name__}; expected a string, or a list of chat messages "
+        "such as {'role': 'user', 'content': 'What is this?'}."
+    )
+
+
+def _with_item_list(turn: Any) -> dict[str, Any]:
+    """A message whose content is a list of items, copied."""
+    if "role" not in turn or "content" not in turn:
+        raise TypeError(
+            f"A chat message has the keys {', '.join(map(str, turn))}; expected 'role' and "
+            "'content'."
+        )
+    content = turn["content"]
+    if isinstance(content, str):
+        return {**turn, "content": [{"type": "text", "text": content}]}
+    return {**turn, "content": [dict(item) for item in content]}
+
+
+def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]:
     if single:
         return [images]
-    if images is None or isinstance(images, ImageLike):
+    if images is None or not isinstance(images, list | tuple):
         return [images] * num_questions
     if len(images) != num_questions:
         raise ValueError(
-            f"{len(images)} images for {num_questions} questions. Give one item per question (an image, a list of "
-            "images, or None), or a single image for all of them."
+            f"{len(images)} images for {num_questions} questions. Give one item per question (an "
+            "image, a list of images, or None), or a single image for all of them."
         )
-    return list(images)
+    return images
 
 
-def _as_list(item: ImagesOfPrompt) -> list[ImageLike]:
+def _as_list(item: object) -> list[Any]:
     if item is None:
         return []
-    return [item] if isinstance(item, ImageLike) else list(item)
+    return list(item) if isinstance(item, list | tuple) else [item]
+
+
+def _without_files(images: Any) -> Any:
+    """Open files as their bytes: several questions may be asked about one."""
+    if isinstance(images, list | tuple):
+        return [_without_files(image) for image in images]
+    return images.read() if isinstance(images, IOBase) else images

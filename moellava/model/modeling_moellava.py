@@ -1,8 +1,11 @@
-"""Pixels and token ids → logits: image encoder, projector and language model as one Hugging Face model.
+"""Pixels and token ids → logits: image encoder, projector and language model as one model.
 
-Letters: B prompts, T positions, I images in the batch, N image embeddings per image, D_t text width, V vocabulary.
+Letters: B prompts, T positions, I images in the batch, N image embeddings per image, D_t text
+width, V vocabulary.
 """
 
+import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,19 +17,21 @@ from transformers.modeling_outputs import (
     MultimodalMoeBaseModelOutputWithPast,
     MultimodalMoeCausalLMOutputWithPast,
 )
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from moellava.encoders import VisionEncoder
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import add_router_losses, has_router_penalty
+from moellava.model.language_model import has_router_penalty, lm_outputs
 from moellava.model.projector import build_projector
+from moellava.model.publish.model_card import push_to_hub
+from moellava.model.publish.remote_code import carry_remote_code
 from moellava.storage.weights import require_fit
 
 # Beginnings of the weights' names.
 TOWER_PREFIX = "model.vision_tower."
 PROJECTOR_PREFIX = "model.multi_modal_projector."
+_MISMATCH = "Image features and image tokens do not match"
 
 
 def joined_name(name: str) -> str:
@@ -50,11 +55,12 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        return True  # transformers looks for the experts' decorator in this file; they live in language_model/
+        # transformers looks for the experts' decorator in this file; it is in language_model/.
+        return True
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but a weight that the checkpoint lacks is an error: it would be drawn at random.
+        """As transformers', but a missing weight is an error: it would be drawn at random.
 
         Raises:
             ValueError: naming the missing weights.
@@ -64,23 +70,30 @@ class MoeLlavaPreTrainedModel(PreTrainedModel):
         require_fit((args and args[0]) or "the state dict", missing=info["missing_keys"])
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        """As transformers'; code that came with a checkpoint goes along."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        carry_remote_code(save_directory)
+
     def activation_checkpointing_enable(
         self,
         activation_checkpointing_kwargs: dict[str, Any] | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """As transformers', but reentrant checkpointing of a mixture with router losses is refused.
+        """As transformers', but not reentrant for a mixture with router losses.
 
         Raises:
-            ValueError: it runs the layers without gradients first and records the router's logits there, so that the
-                router's losses would train nothing.
+            ValueError: it runs the layers without gradients first and records the router's logits
+                there, so that the router's losses would train nothing.
         """
         is_reentrant = (activation_checkpointing_kwargs or {}).get("use_reentrant", False)
         if is_reentrant and has_router_penalty(self.config.text_config):
             raise ValueError(
-                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or set "
-                "router_aux_loss_coef and router_z_loss_coef of the text config to 0."
+                "use_reentrant=True loses the gradient of the router's losses. Leave it out, or "
+                "set router_aux_loss_coef and router_z_loss_coef of the text config to 0."
             )
         super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
@@ -90,17 +103,17 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower: VisionEncoder = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = build_projector(
             config.projector_type, config.projector_shape, config.projector_options
         )
         self.language_model = AutoModel.from_config(config.text_config)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_vision_tower(self) -> VisionEncoder:
         return self.vision_tower
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
@@ -108,8 +121,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             pixel_values: (I, 3, H, W), as the image processor returns them; any float dtype.
 
         Returns:
-            `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with the image
-            embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
+            `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with
+            the image embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
         """
         return self._project(
             self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
@@ -121,8 +134,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             last_hidden_state=patch_tokens, pooler_output=image_embeds
         )
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -135,6 +148,23 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         patch_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalMoeBaseModelOutputWithPast:
+        """Put the images' embeddings into the text's and run the language model.
+
+        Args:
+            input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
+            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
+            inputs_embeds: (B, T, D_t), in place of `input_ids`.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, in place of `pixel_values`.
+            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
+                gave them before.
+            **kwargs: passed on to the language model.
+
+        Returns:
+            `last_hidden_state` (B, T, D_t), `cache`, `router_logits`, `image_outputs`, ...
+
+        Raises:
+            ValueError: if the placeholders of an image are not as many as its embeddings.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_outputs: Any = (mm_encoder_outputs or {}).get("image")
@@ -168,38 +198,40 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
     def _check_ids(self, input_ids: Tensor) -> None:
         if not torch.compiler.is_compiling() and bool((input_ids < 0).any()):
             raise ValueError(
-                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. Here an image is "
-                f"{self.config.num_image_tokens} tokens of id {self.config.image_token_id}: let MoeLlavaProcessor "
-                "write them, processor(text=..., images=...)."
+                f"input_ids hold {int(input_ids.min())}, as LLaVA's own scripts mark an image. "
+                f"Here an image is {self.config.num_image_tokens} tokens of id "
+                f"{self.config.image_token_id}: let MoeLlavaProcessor write them, "
+                "processor(text=..., images=...)."
             )
 
     def _find_image_tokens(self, input_ids: Tensor | None, inputs_embeds: Tensor) -> Tensor:
-        """Where the placeholders stand, (B, T) bool; without ids, where the embedding is the placeholder's."""
+        """Whether a position is a placeholder, (B, T) bool; without ids, by its embedding."""
         if input_ids is not None:
             return input_ids == self.config.image_token_id
         placeholder = torch.tensor(self.config.image_token_id, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(placeholder)).all(-1)
+        placeholder_embeds: Tensor = self.get_input_embeddings()(placeholder)
+        return (inputs_embeds == placeholder_embeds).all(-1)
 
 
 class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin):
-    """The model that answers questions about images; see `load_pretrained_model` for how to build one."""
+    """The model that answers questions about images; `load_pretrained_model` builds one."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    built_from: dict[str, str] | None = (
-        None  # where this process found the parts; for save_trainable, never saved
-    )
+    # Where this process found the parts: for save_trainable, never saved.
+    built_from: dict[str, str] | None = None
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.model = MoeLlavaModel(config)
+        self.model: MoeLlavaModel = MoeLlavaModel(config)
         self.lm_head = nn.Linear(
             config.text_config.hidden_size, config.text_config.vocab_size, bias=False
         )
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return self.model.get_image_features(pixel_values, **kwargs)
+        features: BaseModelOutputWithPooling = self.model.get_image_features(pixel_values, **kwargs)
+        return features
 
     def get_model(self) -> MoeLlavaModel:
         """The model without its head, as LLaVA's code calls it."""
@@ -210,13 +242,15 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         return self.model.vision_tower
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # type: ignore[override]
-        """Upload the model with a card that describes it; options as in `moellava.model.publish.model_card.push_to_hub`."""
-        from moellava.model.publish.model_card import push_to_hub
+        """Upload the model with a card that describes it.
 
+        `LoadedModel.push_to_hub` uploads the processor too. Options are those of
+        `moellava.model.publish.model_card.push_to_hub`.
+        """
         return push_to_hub(self, repo_id, **options)
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -229,123 +263,115 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        patch_tokens: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalMoeCausalLMOutputWithPast:
         """Predict the next token at each position.
 
         Args:
-            input_ids: (B, T); each image stands as `config.num_image_tokens` ids `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images in the order of their placeholders, row after row.
-            labels: (B, T); -100 where no loss is wanted.
-            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower gave them before;
-                passed on to the model, like all further keywords.
-            output_router_logits: also return `router_logits` and `aux_loss`; default: what the text config
-                says. In training with `labels`, the router's losses are part of `loss` either way.
+            input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
+            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
+            labels: (B, T); -100 at positions without a loss.
+            output_router_logits: also return `router_logits` and `aux_loss`; default: what the text
+                config says. In training with `labels`, the router's losses are part of `loss`
+                either way.
+            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
+                gave them before.
 
         Returns:
-            `logits` (B, T, V), `loss`, `aux_loss`, `router_logits` (one (B*T, E) per sparse layer), `cache`, ...
+            `logits` (B, T, V), `loss`, `aux_loss`, `router_logits` (one (B*T, E) per sparse layer),
+            `cache`, ...
 
         Raises:
             ValueError: if the placeholders of an image are not as many as its embeddings.
         """
-        text_config = self.config.text_config
-        if output_router_logits is None:
-            output_router_logits = getattr(text_config, "output_router_logits", False)
-        is_penalised = self.training and labels is not None and has_router_penalty(text_config)
-        outputs = self.model(
+        decode = partial(
+            self.model,
             input_ids=input_ids,
             pixel_values=pixel_values,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
-            output_router_logits=output_router_logits or is_penalised,
+            patch_tokens=patch_tokens,
+        )
+        fields, outputs = lm_outputs(
+            self,
+            self.config.text_config,
+            decode,
+            attention_mask=attention_mask,
+            labels=labels,
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        logits = self.lm_head(
-            slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        )  # (B, T, V)
-
-        loss: Tensor | None = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=text_config.vocab_size, **kwargs
-            )
-        loss, aux_loss = add_router_losses(
-            text_config,
-            loss,
-            outputs.router_logits,
-            attention_mask,
-            is_penalised=is_penalised,
-            labels=labels,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-        )
-        return MultimodalMoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
-            image_outputs=outputs.image_outputs,
-        )
+        return MultimodalMoeCausalLMOutputWithPast(**fields, image_outputs=outputs.image_outputs)  # type: ignore[arg-type]  # transformers annotates a tuple of one
 
 
 def place_image_embeds(
     inputs_embeds: Tensor, image_embeds: list[Tensor], is_image: Tensor
 ) -> Tensor:
-    """Put image embeddings where the placeholders stand, in order.
+    """Put image embeddings in the places of the placeholders, in order.
 
     Args:
         inputs_embeds: (B, T, D_t).
-        image_embeds: one (N, D_t) tensor per image, in the order of the placeholders, row after row.
+        image_embeds: one (N, D_t) tensor per image, in the order of the placeholders, row after
+            row; N is the same for all.
         is_image: (B, T) bool.
 
     Returns:
         (B, T, D_t), in the dtype and on the device of `inputs_embeds`.
 
     Raises:
-        ValueError: if the placeholders of an image are not as many as its embeddings. Totals are not
-            enough: two wrong runs that cancel out would let one image bleed into another's prompt.
+        ValueError: if the placeholders of an image are not as many as its embeddings. Totals are
+            not enough: two wrong runs that cancel out would let one image bleed into another's
+            prompt.
     """
     if not torch.compiler.is_compiling():
-        _check_image_runs(is_image, [len(embeds) for embeds in image_embeds])
+        num_features = len(image_embeds[0]) if image_embeds else 0
+        _check_image_runs(is_image, len(image_embeds), num_features)
     flat = torch.cat(image_embeds).to(inputs_embeds.device, inputs_embeds.dtype)  # (I*N, D_t)
     return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), flat)
 
 
-def _check_image_runs(is_image: Tensor, num_features: list[int]) -> None:
-    """Compare each run of adjacent placeholders with the images that it has to hold."""
-    mismatch = "Image features and image tokens do not match"
-    image = 0
+def _check_image_runs(is_image: Tensor, num_images: int, num_features: int) -> None:
+    """Compare each run of adjacent placeholders with the whole images that it has to hold."""
+    image = 0  # images that have their placeholders
     for run in _run_lengths(is_image):
-        while run > 0 and image < len(num_features):
-            expected = num_features[image]
-            image += 1
-            # The last image of a run owns what is left of it, so that one missing token blames that image.
-            if run < expected or expected < run < 1.5 * expected:
+        whole, rest = divmod(run, num_features or 1)
+        image += whole
+        if rest:
+            # Less than half an image more: the run's last image has tokens too many. Otherwise the
+            # next one has too few.
+            is_too_long = whole > 0 and rest < num_features / 2
+            blamed = image if is_too_long else image + 1
+            if blamed <= num_images:
                 raise ValueError(
-                    f"{mismatch}: {run} tokens, {expected} features in image {image} of the batch. "
-                    "Let MoeLlavaProcessor write the placeholders, and do not cut them."
+                    f"{_MISMATCH}: {num_features * is_too_long + rest} tokens, {num_features} "
+                    f"features in image {blamed} of the batch. Let MoeLlavaProcessor write the "
+                    "placeholders, and do not cut them."
                 )
-            run -= expected
-        if run > 0:
-            raise ValueError(
-                f"{mismatch}: {int(is_image.sum())} tokens in the prompts, {sum(num_features)} features of "
-                f"{len(num_features)} images. Pass one image for each placeholder."
+        if rest or image > num_images:
+            raise _wrong_totals(
+                is_image, num_images, num_features, "Pass one image for each placeholder."
             )
-    if image < len(num_features):
-        raise ValueError(
-            f"{mismatch}: {int(is_image.sum())} tokens in the prompts, {sum(num_features)} features of "
-            f"{len(num_features)} images. Put one <image> into the prompts for each image."
+    if image < num_images:
+        raise _wrong_totals(
+            is_image, num_images, num_features, "Put one <image> into the prompts for each image."
         )
 
 
+def _wrong_totals(is_image: Tensor, num_images: int, num_features: int, remedy: str) -> ValueError:
+    return ValueError(
+        f"{_MISMATCH}: {int(is_image.sum())} tokens in the prompts, {num_images * num_features} "
+        f"features of {num_images} images. {remedy}"
+    )
+
+
 def _run_lengths(is_image: Tensor) -> list[int]:
-    """Lengths of the runs of True, row after row; a run does not go on into the next row."""
+    """Lengths of the runs of True, row after row; a run ends with its row."""
     padded = nn.functional.pad(is_image.int(), (1, 1))  # (B, T + 2)
     change = padded.diff(dim=1)
     starts, ends = (change == 1).nonzero(), (change == -1).nonzero()
-    return (ends[:, 1] - starts[:, 1]).tolist()
+    lengths: list[int] = (ends[:, 1] - starts[:, 1]).tolist()
+    return lengths

@@ -1,17 +1,23 @@
 """Patch tokens (B, N, D_vision) → image embeddings (B, M, D_text) in the language model's space.
 
-`build_projector`, `num_projected_tokens`, `projector_options`; the table `PROJECTORS` and `register_projector`.
+build_projector, num_projected_tokens   a projector by its type
+register_projector                      adds a type; docs/add_a_projector.md is the guide
+projectors                              all types: ours, and those of installed packages
+
 Projectors with queries of their own (`perceiver`, `qformer`) are in `resamplers.py`.
 """
 
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
 from moellava.messages import unknown_name
+from moellava.plugins import load_plugins
+from moellava.storage.limits import require_bounded, require_within
+
+PLUGINS = "moellava.projectors"  # the entry-point group of packages that register projectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,32 +26,36 @@ class ProjectorShape:
 
     vision_width: int  # channels of a patch token, D_vision
     text_width: int  # channels of a token embedding, D_text
-    num_patches: int  # N, the class token included where it is selected
+    num_patches: int  # N, with the class token if it is selected
     grid: tuple[int, int]  # rows and columns of patches
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectorKind:
-    """One row of `PROJECTORS`.
+    """One type of projector.
 
-    `build(shape, **options)` returns an untrained module, `num_tokens(shape, **options)` how many embeddings it makes
-    of an image; `options` are the names that both take, with their defaults.
+    Args:
+        build: `build(shape, **options)` returns an untrained module.
+        num_tokens: `num_tokens(shape, **options)` is the number of embeddings that it makes of an
+            image.
+        options: the names that both take, with their defaults; JSON values, since a saved model's
+            config keeps them.
     """
 
     build: Callable[..., nn.Module]
     num_tokens: Callable[..., int]
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
 
 
 def build_projector(
-    projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None
+    projector_type: str, shape: ProjectorShape, options: Mapping[str, object] | None = None
 ) -> nn.Module:
     """Build an untrained projector, a module from (B, N, D_vision) to (B, M, D_text).
 
     Args:
-        projector_type: `identity`, `linear`, `mlpNx_gelu` for N >= 1 (N linear layers with GELU between them;
-            `mlp2x_gelu` is LLaVA-1.5's, and the keys are those of the original LLaVA's `mm_projector`), or a
-            name of `PROJECTORS`.
+        projector_type: `mlpNx_gelu` for N >= 1 (N linear layers with GELU between them;
+            `mlp2x_gelu` is LLaVA-1.5's, and the keys are those of the original LLaVA's
+            `mm_projector`), or a name of `projectors()`.
         options: of that type; what is left out has its default.
 
     Raises:
@@ -55,47 +65,80 @@ def build_projector(
 
 
 def num_projected_tokens(
-    projector_type: str, shape: ProjectorShape, options: Mapping[str, Any] | None = None
+    projector_type: str, shape: ProjectorShape, options: Mapping[str, object] | None = None
 ) -> int:
     """M, the image embeddings that the projector makes of one image."""
     return _kind(projector_type).num_tokens(shape, **projector_options(projector_type, options))
 
 
 def projector_options(
-    projector_type: str, given: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+    projector_type: str, given: Mapping[str, object] | None = None
+) -> dict[str, object]:
     """The options of a projector type, those given in place of their defaults."""
     known = _kind(projector_type).options
-    for name in given or {}:
+    for name, value in (given or {}).items():
         if name not in known:
             raise unknown_name(f"option of projector {projector_type!r}:", name, known)
-    return {**known, **(given or {})}
+        default = known[name]
+        if isinstance(default, bool | int | str) and type(value) is not type(default):
+            raise ValueError(
+                f"{name} of projector {projector_type!r} is {value!r}; expected "
+                f"{type(default).__name__}, such as {default!r}."
+            )
+    options = {**known, **(given or {})}
+    require_bounded(f"projector {projector_type!r}", options)
+    return options
 
 
-def register_projector(name: str, kind: ProjectorKind) -> None:
+def register_projector(
+    name: str,
+    build: Callable[..., nn.Module],
+    *,
+    num_tokens: Callable[..., int] | None = None,
+    options: Mapping[str, object] | None = None,
+) -> None:
     """Add a projector type; it then works in `load_pretrained_model` and in saved models.
+
+    An installed package registers its types by an entry point of the group `moellava.projectors`,
+    the name of a function without arguments that calls this one.
+
+    Args:
+        build, num_tokens, options: as in `ProjectorKind`; without `num_tokens`, every patch token
+            becomes one embedding.
 
     Raises:
         ValueError: if the name is taken.
     """
     if name in PROJECTORS:
         raise ValueError(f"The projector name {name!r} is taken; choose another.")
-    PROJECTORS[name] = kind
+    PROJECTORS[name] = ProjectorKind(
+        build=build, num_tokens=num_tokens or _keep_count, options=options or {}
+    )
+
+
+def projectors() -> Mapping[str, ProjectorKind]:
+    """Every registered type by name, those of installed packages included."""
+    load_plugins(PLUGINS)
+    return PROJECTORS
 
 
 class PixelShuffle(nn.Module):
-    """Neighbouring patches become channels: (B, N, D) → (B, N / f², f² D); ViT-B/16's 196 tokens become 49.
+    """Neighbouring patches become channels: (B, N, D) → (B, N / f², f² D).
 
-    The order of the channels is that of Idefics3 (arXiv 2408.12637) in transformers: row, column, channel.
+    ViT-B/16's 196 tokens become 49. The order of the channels is that of Idefics3 (arXiv
+    2408.12637) in transformers: row, column, channel.
     """
 
-    def __init__(self, grid: tuple[int, int], factor: int):
+    def __init__(self, grid: tuple[int, int], factor: int) -> None:
         super().__init__()
         self.grid, self.factor = grid, factor
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
         (rows, columns), factor = self.grid, self.factor
-        blocks = patch_tokens.unflatten(1, (rows // factor, factor, columns // factor, factor))
+        num_images, _, width = patch_tokens.shape
+        blocks = patch_tokens.reshape(
+            num_images, rows // factor, factor, columns // factor, factor, width
+        )
         blocks = blocks.permute(0, 1, 3, 2, 4, 5)  # (B, rows/f, columns/f, f, f, D)
         return blocks.flatten(3).flatten(1, 2)
 
@@ -103,25 +146,28 @@ class PixelShuffle(nn.Module):
 class AveragePool(nn.Module):
     """The mean of f × f neighbouring patches: (B, N, D) → (B, N / f², D)."""
 
-    def __init__(self, grid: tuple[int, int], factor: int):
+    def __init__(self, grid: tuple[int, int], factor: int) -> None:
         super().__init__()
         self.grid, self.factor = grid, factor
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
-        image = patch_tokens.transpose(1, 2).unflatten(2, self.grid)  # (B, D, rows, columns)
+        num_images, _, width = patch_tokens.shape
+        image = patch_tokens.transpose(1, 2).reshape(num_images, width, *self.grid)
         return nn.functional.avg_pool2d(image, self.factor).flatten(2).transpose(1, 2)
 
 
 def _kind(projector_type: str) -> ProjectorKind:
-    if projector_type in PROJECTORS:
-        return PROJECTORS[projector_type]
+    known = projectors()
+    if projector_type in known:
+        return known[projector_type]
     if match := re.fullmatch(r"mlp([1-9]\d*)x_gelu", projector_type):
-        num_layers = int(match.group(1))
+        num_layers = int(match.group(1)[:9])  # nine digits are too many in any case
+        require_within("layers", num_layers, f"projector_type {projector_type[:30]!r}")
         return ProjectorKind(
             build=lambda shape: _mlp(num_layers, shape.vision_width, shape.text_width),
             num_tokens=_keep_count,
         )
-    raise unknown_name("projector_type", projector_type, [*PROJECTORS, "mlp2x_gelu"])
+    raise unknown_name("projector_type", projector_type, [*known, "mlp2x_gelu"])
 
 
 def _keep_count(shape: ProjectorShape) -> int:
@@ -138,8 +184,9 @@ def _mlp(num_layers: int, width_in: int, width_out: int) -> nn.Sequential:
 def _build_identity(shape: ProjectorShape) -> nn.Module:
     if shape.vision_width != shape.text_width:
         raise ValueError(
-            f"projector_type 'identity' keeps the width, but patch tokens have {shape.vision_width} channels and "
-            f"the language model's embeddings {shape.text_width}. Use projector_type='linear' or 'mlp2x_gelu'."
+            f"projector_type 'identity' keeps the width, but patch tokens have "
+            f"{shape.vision_width} channels and the language model's embeddings "
+            f"{shape.text_width}. Use projector_type='linear' or 'mlp2x_gelu'."
         )
     return nn.Identity()
 
@@ -164,31 +211,37 @@ def _build_average_pool(shape: ProjectorShape, factor: int) -> nn.Module:
 
 
 def _merged_count(shape: ProjectorShape, factor: int) -> int:
-    """Tokens left when blocks of factor × factor patches become one; the blocks must cover the grid."""
+    """Tokens left when blocks of factor × factor patches become one and cover the grid."""
     rows, columns = shape.grid
     if shape.num_patches != rows * columns:
         raise ValueError(
             f"This projector merges neighbours on the {rows}x{columns} grid, but the tower gives "
-            f"{shape.num_patches} tokens, the class token among them. Use vision_feature_select_strategy='default'."
+            f"{shape.num_patches} tokens, the class token among them. "
+            "Use vision_feature_select_strategy='default'."
         )
     if factor < 1 or rows % factor or columns % factor:
         raise ValueError(
-            f"factor is {factor}, which does not divide the {rows}x{columns} grid of patches. Use a common divisor of "
-            "both, or another image_size."
+            f"factor is {factor}, which does not divide the {rows}x{columns} grid of patches. "
+            "Use a common divisor of both, or another image_size."
         )
     return rows * columns // factor**2
 
 
-def _build_perceiver(shape: ProjectorShape, **options: Any) -> nn.Module:
+def _build_perceiver(shape: ProjectorShape, num_latents: int, num_layers: int) -> nn.Module:
+    # Imported when it is built: transformers' Idefics2 and BLIP-2 take seconds.
     from moellava.model.resamplers import PerceiverProjector
 
-    return PerceiverProjector(shape.vision_width, shape.text_width, **options)
+    return PerceiverProjector(shape.vision_width, shape.text_width, num_latents, num_layers)
 
 
-def _build_qformer(shape: ProjectorShape, **options: Any) -> nn.Module:
+def _build_qformer(
+    shape: ProjectorShape, num_query_tokens: int, num_layers: int, hidden_size: int
+) -> nn.Module:
     from moellava.model.resamplers import QFormerProjector
 
-    return QFormerProjector(shape.vision_width, shape.text_width, **options)
+    return QFormerProjector(
+        shape.vision_width, shape.text_width, num_query_tokens, num_layers, hidden_size
+    )
 
 
 PROJECTORS: dict[str, ProjectorKind] = {

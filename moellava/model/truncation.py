@@ -1,6 +1,9 @@
-"""Rows of token ids that are too long → shorter ones that keep every image token; and rows of one length.
+"""Rows of token ids that are too long → shorter ones that keep every image token.
 
-Public names: `shorten_text`, `pad_rows`.
+| name | what it does |
+|---|---|
+| `shorten_text` | drops text tokens |
+| `pad_rows` | makes rows one length |
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -25,11 +28,11 @@ def shorten_text(
     bos_token_id: int | None,
     side: str,
 ) -> None:
-    """Drop text tokens, in place, from each row that is longer than `max_length`; image tokens stay.
+    """Drop text tokens, in place, from each row longer than `max_length`; image tokens stay.
 
     Args:
         rows: `input_ids` and the other lists of `PER_TOKEN`, a list per row, not padded.
-        side: "right" drops the last text tokens first, "left" the first ones, but not a leading <s>.
+        side: "right" drops the last text tokens first, "left" the first ones after <s>.
 
     Raises:
         ValueError: if the image tokens alone are more than `max_length`; both numbers are given.
@@ -43,9 +46,10 @@ def shorten_text(
         num_image = len(ids) - len(text) - has_bos
         if excess > len(text):
             raise ValueError(
-                f"Prompt {index + 1} has {num_image} image tokens, never cut, but max_length is {max_length}. "
-                "Pass fewer images in one prompt, raise max_length, or build the model with a projector that gives "
-                "fewer tokens per image, such as pixel_shuffle."
+                f"Prompt {index + 1} has {num_image} image tokens, which are never cut, but "
+                f"max_length is {max_length}. Pass fewer images in one prompt, raise max_length, "
+                "or build the model with a projector that gives fewer tokens per image, such as "
+                "pixel_shuffle."
             )
         dropped = set(text[-excess:] if side == "right" else text[:excess])
         for name in PER_TOKEN:

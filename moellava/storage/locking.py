@@ -32,9 +32,9 @@ if hasattr(os, "register_at_fork"):
 def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file or folder against other processes until the block ends.
 
-    The lock is a file, `.moellava.lock` in a folder and `<name>.lock` beside a file, which names its
-    holder. The operating system drops the lock with its process, so that one left by a killed process
-    is taken over.
+    The lock is a file, `.moellava.lock` in a folder and `<name>.lock` beside a file, which names
+    its holder. The operating system drops the lock with its process, so that one left by a killed
+    process is taken over.
 
     Raises:
         OSError: another process holds it; its pid, host and start are named.
@@ -64,7 +64,7 @@ def _acquire(path: Path, lock: Path) -> int:
             if _is_same_file(descriptor, lock):
                 mine = {"pid": os.getpid(), "host": socket.gethostname(), "since": _now()}
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(mine).encode(), 0)
+                os.write(descriptor, json.dumps(mine).encode())
                 return descriptor
         except BaseException:
             os.close(descriptor)

@@ -9,10 +9,11 @@ read_json                           a JSON object, with errors that name the fil
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, TypedDict
 
 from huggingface_hub import HfApi, constants, hf_hub_download, try_to_load_from_cache
@@ -31,6 +32,9 @@ from moellava.messages import first_names
 from moellava.storage.errors import reading
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+JsonObject = dict[str, Any]  # of a file: what a value is, is checked where it is used
 
 
 class HubKeywords(TypedDict, total=False):
@@ -113,8 +117,13 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
     path = Path(text.removeprefix("local-dir:")).expanduser()
     if text.removeprefix("local-dir:") and path.exists():
         return _local_source(path, hub)
-    if is_local or text.startswith(("/", "./", "../", "~", ".\\", "..\\")) or path.is_absolute():
-        raise FileNotFoundError(f"{path} does not exist. {nearest_sibling(path)}".strip())
+    if (
+        is_local
+        or text.startswith(("/", "./", "../", "~", "\\", ".\\", "..\\"))
+        or _is_absolute(path)
+    ):
+        hint = _hub_id_in(path) or nearest_sibling(path)
+        raise FileNotFoundError(f"{path} does not exist. {hint}".strip())
     try:
         validate_repo_id(text)
     except HFValidationError as error:
@@ -125,7 +134,7 @@ def parse_source(spec: str | os.PathLike[str], hub: HubOptions | None = None) ->
     return _hub_source(text, hub)
 
 
-def split_hub_keywords(keywords: Mapping[str, Any]) -> tuple[HubOptions, dict[str, Any]]:
+def split_hub_keywords(keywords: JsonObject) -> tuple[HubOptions, JsonObject]:
     """The hub's options among the keywords of a `from_pretrained`, and the rest."""
     names = {field.name for field in fields(HubOptions)}
     hub = {name: value for name, value in keywords.items() if name in names}
@@ -249,6 +258,24 @@ def not_fetched(
         f"`hf download {source.repo_id} {example or names[0]}{revision}{cache}`, or copy the repo "
         "into a folder and give its path."
     )
+
+
+def _is_absolute(path: Path) -> bool:
+    return path.is_absolute() or PureWindowsPath(path).is_absolute()
+
+
+def _hub_id_in(path: Path) -> str:
+    """A sentence for a path of another machine: the repo whose cache it was, or that it is one."""
+    parts = re.split(r"[/\\]", str(path))
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    if cached:
+        repo_id = cached.removeprefix("models--").replace("--", "/", 1)
+        return f"It is another machine's cache of {repo_id!r}; give that id."
+    if PureWindowsPath(path).is_absolute() and not path.is_absolute():
+        return (
+            "It is a path of Windows, and this is another machine. Give a folder here, or a hub id."
+        )
+    return ""
 
 
 def _local_source(path: Path, hub: HubOptions) -> Source:

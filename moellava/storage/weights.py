@@ -5,8 +5,10 @@ assign_weights                  into a module, without copying
 require_fit, require_loaded     the one strict check of loading
 read_index, require_own_files   the files of sharded weights, none of them outside the folder
 require_finite                  what a model computed is a number
+weights_fingerprint             a short name for weights, for comparison
 """
 
+import hashlib
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -139,6 +141,24 @@ def require_fit(
         raise ValueError(
             f"The weights of {where} do not fit its configuration. {'; '.join(problems)}."
         )
+
+
+def weights_fingerprint(state_dict: Mapping[str, Tensor]) -> str | None:
+    """SHA-256 over names, shapes and the first and last 64 values of each tensor.
+
+    Few values, so that weights which are mapped to a file are not read for it. They are rounded to
+    bfloat16, so that a tower has one fingerprint in float32 and bfloat16. It is None, unknown, for
+    float16, which rounds otherwise, and for weights that are offloaded.
+    """
+    if any(value.dtype == torch.float16 or value.is_meta for value in state_dict.values()):
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        values = state_dict[name].detach().reshape(-1)
+        sample = torch.cat([values[:64], values[-64:]]).to("cpu", torch.bfloat16)
+        digest.update(f"{name} {tuple(state_dict[name].shape)}\n".encode())
+        digest.update(sample.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _read_pickle(path: Path, mmap: bool = True) -> object:

@@ -4,6 +4,7 @@ In the package rather than under `tests/`, because `moellava demo` builds its pa
 writers, and because whoever writes code on moellava needs them to test it offline.
 """
 
+from moellava.testing.bits import in_fresh_memory
 from moellava.testing.datasets import (
     DATASETS,
     write_medmnist,
@@ -51,6 +52,7 @@ __all__ = [
     "blocked_network",
     "fill_dataset_cache",
     "fill_hub_cache",
+    "in_fresh_memory",
     "write_biomedbert",
     "write_biomedclip",
     "write_llava",

@@ -7,7 +7,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,10 +38,10 @@ def write_path_vqa(folder: Path) -> Path:
 
 
 def write_vqa_rad_authors(folder: Path) -> Path:
-    """The authors' VQA-RAD: one JSON whose phrase type tells the test rows, and a folder of JPEGs."""
+    """The authors' VQA-RAD: a JSON whose phrase type marks the test rows, and a folder of JPEGs."""
     images = folder / "VQA_RAD Image Folder"
     images.mkdir(parents=True)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, object]] = []
     for index in range(6):
         question, answer, answer_type = QUESTIONS[index % len(QUESTIONS)]
         name = f"synpic{index // 2}.jpg"
@@ -72,7 +71,7 @@ def write_vqa_rad_authors(folder: Path) -> Path:
 
 
 def write_slake(folder: Path, *, zipped: bool = True) -> Path:
-    """`BoKelvin/SLAKE`: `train.json`, `validation.json`, `test.json` in two languages, pictures in `imgs.zip`."""
+    """`BoKelvin/SLAKE`: a JSON per split in two languages, pictures in `imgs.zip`."""
     folder.mkdir(parents=True, exist_ok=True)
     names = {}
     for number in range(3):
@@ -114,7 +113,7 @@ def write_slake(folder: Path, *, zipped: bool = True) -> Path:
 
 
 def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
-    """`RadGenome/PMC-VQA`: CSV of both versions, four choices, pictures in `images.zip` and `images_2.zip`."""
+    """`RadGenome/PMC-VQA`: CSV of both versions, four choices, pictures in two zip files."""
     folder.mkdir(parents=True, exist_ok=True)
     choices = [
         f" {letter}:{text} "
@@ -142,9 +141,12 @@ def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
 
 
 def write_medmnist(path: Path, *, multi_label: bool = False, side: int = 28) -> Path:
-    """A MedMNIST file: `<split>_images` (N, H, W, 3) and `<split>_labels` (N, 1); grey and (N, 14) if multi-label."""
+    """A MedMNIST file: `<split>_images` (N, H, W, 3) and `<split>_labels` (N, 1).
+
+    Multi-label ones are grey, with labels (N, 14).
+    """
     generator = np.random.default_rng(0)
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, np.ndarray] = {}
     for split, count in {"train": 6, "val": 2, "test": 3}.items():
         shape = (count, side, side) if multi_label else (count, side, side, 3)
         arrays[f"{split}_images"] = generator.integers(0, 256, shape, dtype=np.uint8)
@@ -152,7 +154,7 @@ def write_medmnist(path: Path, *, multi_label: bool = False, side: int = 28) -> 
             generator.integers(0, 2, (count, 14)) if multi_label else np.arange(count)[:, None] % 3
         )
         arrays[f"{split}_labels"] = labels.astype(np.uint8)
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]  # numpy: allow_pickle is bool
     return path
 
 
@@ -174,7 +176,7 @@ def _write_hub_vqa(folder: Path, splits: dict[str, int], mode: str) -> Path:
     )
     seed = 0
     for split, count in splits.items():
-        rows: dict[str, list[Any]] = {"image": [], "question": [], "answer": []}
+        rows: dict[str, list[object]] = {"image": [], "question": [], "answer": []}
         for index in range(count):
             buffer = io.BytesIO()
             picture(seed + index // 2, mode=mode if index % 2 else "RGB").save(buffer, "JPEG")

@@ -1,11 +1,10 @@
-"""A hub cache filled with stand-ins under the real repo ids, and a guard that makes network use an error."""
+"""A hub cache filled with stand-ins under the real repo ids, and a guard against network use."""
 
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from moellava.testing.datasets import DATASETS
@@ -43,12 +42,12 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 def fill_hub_cache(
-    cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: Any
+    cache_dir: Path, repo_ids: Iterable[str] = tuple(STAND_INS), **options: object
 ) -> dict[str, Path]:
-    """Write stand-ins into `cache_dir` in the layout of `HF_HUB_CACHE`, so that user code runs unchanged.
+    """Write stand-ins into `cache_dir` in the layout of `HF_HUB_CACHE`; user code runs unchanged.
 
-    Use it with the environment variables `HF_HUB_CACHE=<cache_dir>` and `HF_HUB_OFFLINE=1`, set before
-    huggingface_hub is imported.
+    Use it with the environment variables `HF_HUB_CACHE=<cache_dir>` and `HF_HUB_OFFLINE=1`, set
+    before huggingface_hub is imported.
 
     Args:
         repo_ids: keys of `STAND_INS`.
@@ -81,10 +80,10 @@ def fill_dataset_cache(
 
 @contextmanager
 def blocked_network() -> Iterator[None]:
-    """Make every attempt to open a socket, or to look a host up, a `RuntimeError` while the context lasts."""
+    """Make every attempt to open a socket or to look up a host a `RuntimeError` in this context."""
 
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise RuntimeError(f"The network was used where none is needed: {args[1:] or args}")
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(f"The network was used, but none is needed: {args[1:] or args}")
 
     with (
         mock.patch.object(socket.socket, "connect", refuse),
@@ -94,12 +93,12 @@ def blocked_network() -> Iterator[None]:
         yield
 
 
-def _write_snapshot(cache_dir: Path, repo_id: str, **options: Any) -> Path:
+def _write_snapshot(cache_dir: Path, repo_id: str, **options: object) -> Path:
     return _place_snapshot(cache_dir, "models", repo_id, STAND_INS[repo_id], **options)
 
 
 def _place_snapshot(
-    cache_dir: Path, kind: str, repo_id: str, write: Callable[..., Path], **options: Any
+    cache_dir: Path, kind: str, repo_id: str, write: Callable[..., Path], **options: object
 ) -> Path:
     repo = cache_dir / f"{kind}--{repo_id.replace('/', '--')}"
     snapshot = write(repo / "snapshots" / REVISION, **options)

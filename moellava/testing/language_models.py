@@ -1,4 +1,7 @@
-"""Stand-in language models: the files, tokenizers and chat templates of TinyLlama and SmolLM2, small random weights."""
+"""Stand-in language models: files, tokenizers and chat templates of TinyLlama and SmolLM2.
+
+The weights are small and random.
+"""
 
 import json
 from collections.abc import Iterable
@@ -10,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import LlamaConfig
 
-# TinyLlama's format: a role line, the text, </s>; the role tags are ordinary text, not special tokens.
+# TinyLlama's format: a role line, the text, </s>; the role tags are ordinary text, not tokens.
 TINYLLAMA_CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
@@ -20,14 +23,17 @@ TINYLLAMA_CHAT_TEMPLATE = (
 
 SMOLLM2_CHAT_TEMPLATE = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n' }}{% endif %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 _CORPUS = (
     "What modality is this? Is this a CT image? Which organ is shown? Is there a fracture? yes no",
-    "The radiograph shows the lungs, the heart, the liver, the spine. Stained tissue under the microscope.",
+    "The radiograph shows the lungs, the heart, the liver, the spine. "
+    "Stained tissue under the microscope.",
     "<|system|> <|user|> <|assistant|> Answer the question. Describe the image in detail.",
 )
 
@@ -48,11 +54,12 @@ def write_tinyllama(
     """Write a Llama repo laid out like `TinyLlama/TinyLlama-1.1B-Chat-v1.0`, by default tiny.
 
     The tokenizer's merges are learned from `corpus`; entries that a small corpus cannot fill are
-    placeholders, so that the vocabulary has exactly `vocab_size` rows. `tokenizer.model` is left out:
-    transformers reads `tokenizer.json`.
+    placeholders, so that the vocabulary has exactly `vocab_size` rows. `tokenizer.model` is left
+    out: transformers reads `tokenizer.json`.
 
     Returns:
-        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
+        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and the
+        tokenizer's files.
     """
     from transformers import LlamaConfig
 
@@ -89,11 +96,12 @@ def write_smollm2(
 ) -> Path:
     """Write a Llama repo laid out like `HuggingFaceTB/SmolLM2-135M-Instruct`, by default tiny.
 
-    Tied embeddings, a byte-level tokenizer without a beginning-of-text token in front, ChatML turns, and the pad token
-    that is the end-of-turn token.
+    Tied embeddings, a byte-level tokenizer that adds no beginning-of-text token, ChatML turns, and
+    a pad token that is the end-of-turn token.
 
     Returns:
-        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and tokenizer files.
+        The folder, with `config.json`, `model.safetensors`, `generation_config.json` and the
+        tokenizer's files.
     """
     from transformers import LlamaConfig
 
@@ -124,7 +132,7 @@ def _write_model(folder: Path, config: "LlamaConfig", seed: int, **generation: i
 
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config)
-    model.to(config.dtype)  # type: ignore[arg-type]  # transformers' decorator hides the signature of `to`
+    model.to(config.dtype)  # type: ignore[arg-type]  # transformers' decorator hides its signature
     model.generation_config = GenerationConfig(**generation)
     model.save_pretrained(folder)
     return folder
@@ -144,7 +152,7 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
     pieces += [f"<placeholder_{index}>" for index in range(vocab_size - len(pieces))]
     tokenizer = GPT2Tokenizer(
         vocab={token: index for index, token in enumerate(pieces)},
-        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]  # annotated as text
+        merges=[tuple(merge) for merge in learned["merges"]],  # type: ignore[misc]  # says str
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
@@ -158,7 +166,7 @@ def _write_byte_level_tokenizer(folder: Path, corpus: Iterable[str], vocab_size:
 def write_llama_tokenizer(
     folder: Path, corpus: Iterable[str] = _CORPUS, vocab_size: int = 32000
 ) -> None:
-    """Write the tokenizer files of TinyLlama, which are Llama 2's, with merges learned from `corpus`."""
+    """Write TinyLlama's tokenizer files, which are Llama 2's, with merges learned from `corpus`."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import LlamaTokenizer
 
@@ -180,7 +188,8 @@ def write_llama_tokenizer(
     vocabulary = [*specials, *byte_tokens, *(piece for piece in pieces if piece not in specials)]
     if len(vocabulary) > vocab_size:
         raise ValueError(
-            f"vocab_size is {vocab_size}, but the smallest tokenizer for this corpus has {len(vocabulary)}."
+            f"vocab_size is {vocab_size}, but the smallest tokenizer for this corpus has "
+            f"{len(vocabulary)}."
         )
     vocabulary += [f"<placeholder_{index}>" for index in range(vocab_size - len(vocabulary))]
 

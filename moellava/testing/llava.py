@@ -1,4 +1,4 @@
-"""A stand-in LLaVA: the files of a `LlavaForConditionalGeneration` repo with small random weights."""
+"""A stand-in LLaVA: the files of a `LlavaForConditionalGeneration` repo, small random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,11 @@ from moellava.testing.language_models import write_llama_tokenizer
 # llava-hf's own: content items, images first, Vicuna's roles without its system prompt.
 LLAVA_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}"
-    "{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 
 
@@ -23,7 +25,9 @@ def write_llava(
     text: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """Write a repo laid out like `llava-hf/llava-1.5-7b-hf`: CLIP, Llama, 16 image tokens per image of 56 pixels.
+    """Write a repo laid out like `llava-hf/llava-1.5-7b-hf`: CLIP, Llama, images of 56 pixels.
+
+    An image is 16 tokens.
 
     Args:
         folder: created if missing.

@@ -1,4 +1,4 @@
-"""Stand-in image encoders: the files, keys and layout of the real repos, with small random weights."""
+"""Stand-in image encoders: files, keys and layout of the real repos, small random weights."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def write_biomedclip(
     full_text: bool = False,
     seed: int = 0,
 ) -> Path:
-    """Write an open_clip repo with BiomedCLIP's files and keys; weights are random, the text tower is small.
+    """Write an open_clip repo with BiomedCLIP's files and keys, random weights, a small text tower.
 
     Args:
         folder: created if missing; receives `open_clip_config.json`, the pickle
@@ -36,7 +36,7 @@ def write_biomedclip(
         vision: a timm model name. The default has BiomedCLIP's real shape (86 M parameters);
             `"vit_tiny_patch16_224"` has the same keys at 5.7 M.
         image_size: side of the square input, in pixels.
-        embed_dim: width of the joint image–text space.
+        embed_dim: width of the joint image-text space.
         num_text_layers: layers of the BERT stand-in, whose width is 64.
         full_text: a BERT-base of the original's size in its place, which makes the pickle 784 MB.
 
@@ -82,7 +82,7 @@ def write_biomedclip(
 
 
 def write_biomedbert(folder: Path, *, num_text_layers: int = 1) -> Path:
-    """Write what BiomedCLIP's text tower reads of the BiomedBERT repo: its config and its tokenizer."""
+    """Write what BiomedCLIP's text tower reads of the BiomedBERT repo: config and tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     _bert_config(num_text_layers).save_pretrained(folder)
     _write_bert_tokenizer(folder)
@@ -92,7 +92,7 @@ def write_biomedbert(folder: Path, *, num_text_layers: int = 1) -> Path:
 def write_openai_clip(
     folder: Path, *, image_size: int = 224, patch_size: int = 32, seed: int = 0
 ) -> Path:
-    """Write a transformers CLIP repo: `config.json`, `model.safetensors`, `preprocessor_config.json`."""
+    """Write a transformers CLIP repo: config, `model.safetensors`, `preprocessor_config.json`."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def _bert_config(num_layers: int) -> "BertConfig":
 
 
 def _text_tower(config: "BertConfig", embed_dim: int) -> dict[str, Tensor]:
-    """The published text keys: BERT without its pooler, two bias-free projections, `position_ids`."""
+    """The published text keys: BERT without its pooler, two projections without bias, positions."""
     from transformers import BertModel
 
     bert = BertModel(config, add_pooling_layer=False)

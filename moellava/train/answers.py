@@ -8,7 +8,7 @@ from moellava.data.chat_labels import Messages, image_items, without_pictures
 from moellava.data.collate import ChatCollator, id_of, messages_of
 from moellava.data.rows import Row
 from moellava.eval.metrics import is_exact_answer
-from moellava.model.generation import generate_texts
+from moellava.model.generation import generate_texts, turn_end_options
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -87,8 +87,14 @@ def _answer_batch(
         padding_side="left",
         return_tensors="pt",
     ).to(loaded.model.device)
+    ends = turn_end_options(loaded.model, processor.tokenizer, collator.chat_template)
     return generate_texts(
-        loaded.model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens, use_cache=True
+        loaded.model,
+        processor.tokenizer,
+        inputs,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        **ends,
     )
 
 

@@ -152,7 +152,7 @@ def _require_engine(recipe: Recipe) -> None:
 
 
 def _require_reporters(names: Iterable[str]) -> None:
-    available = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    available = get_available_reporting_integrations()
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise unknown_name("name in logging.report_to:", name, INTEGRATION_TO_CALLBACK)

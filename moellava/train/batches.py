@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from moellava.data import read_rows
 from moellava.data.chat_labels import num_chat_tokens
 from moellava.data.collate import ChatCollator, messages_of
-from moellava.data.images import load_image
 from moellava.data.rows import Row
+from moellava.images import load_image
 from moellava.messages import first_names
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.train.options import Recipe

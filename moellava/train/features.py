@@ -1,39 +1,21 @@
 """What a frozen tower makes of each image, encoded once into a file and read in every epoch."""
 
-import hashlib
 import logging
-import os
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from moellava.data.images import load_image
 from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
 from moellava.encoders.feature_file import FeatureFile, encode_files
-from moellava.model.checkpoint.tower_identity import weights_fingerprint
+from moellava.images import ImageLike, image_key, load_image
+from moellava.storage.weights import weights_fingerprint
 
 logger = logging.getLogger(__name__)
-
-
-def image_key(image: object) -> str:
-    """What an image is found by again: its path, or a hash of its bytes or pixels."""
-    if isinstance(image, str | os.PathLike):
-        return os.fspath(image)
-    if isinstance(image, bytes | bytearray):
-        return "sha256:" + hashlib.sha256(image).hexdigest()
-    pixels = np.asarray(image)
-    shape = f"{pixels.shape} {pixels.dtype} {image.mode if isinstance(image, Image.Image) else ''}"
-    return (
-        "sha256:"
-        + hashlib.sha256(shape.encode() + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-    )
 
 
 class ImageFeatures:
@@ -42,7 +24,7 @@ class ImageFeatures:
     def __init__(self, path: Path) -> None:
         self.file = FeatureFile(path)
 
-    def __call__(self, image: object) -> Tensor:
+    def __call__(self, image: ImageLike) -> Tensor:
         return self.file.tokens(image_key(image))
 
     def require(self, encoder: VisionEncoder, keys: Iterable[str], dtype: torch.dtype) -> None:

@@ -127,7 +127,7 @@ def _features(
             "data.features keeps what a frozen tower gives, but trainable names 'vision_tower'."
         )
     return encode_rows(
-        tower.to(arguments.device),
+        tower.to(arguments.device),  # type: ignore[arg-type]  # a decorator hides `to`'s signature
         [*data.train, *(data.evaluation or ())],
         file,
         dtype=torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16,

@@ -36,7 +36,7 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         if self.lengths is None:
             return iter(torch.randperm(self.num_rows, generator=generator).tolist())
-        grouped: list[int] = get_length_grouped_indices(  # type: ignore[no-untyped-call]
+        grouped: list[int] = get_length_grouped_indices(
             self.lengths, self.group_size, generator=generator
         )
         return iter(grouped)

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from moellava.model.build.assembly import configure
-from moellava.model.build.request import read_build_request
-from moellava.model.build.upcycle import upcycle_loaded, upcycled_config
+from moellava.model.builder.assembly import configure
+from moellava.model.builder.request import read_build_request
+from moellava.model.builder.upcycle import upcycle_loaded, upcycled_config
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
+from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
@@ -80,9 +81,8 @@ def outline_model(recipe: Recipe) -> LoadedModel:
     start = find_start(recipe)
     config: PreTrainedConfig
     if start is None:
-        config, processor = configure(
-            read_build_request(recipe.model), moe_config=False, dtype=_dtype(recipe)
-        )
+        options = LoadOptions(dtype=_dtype(recipe), moe_config=False)
+        config, processor = configure(read_build_request(recipe.model), options)
     else:
         config = load_model_config(start)
         if not isinstance(config, MoeLlavaConfig):  # a LLaVA: its sizes are known once it is read

@@ -1,4 +1,5 @@
-"""Data: DICOM against pydicom's own decoding, the loader against the tower, JSON against reading it whole.
+"""Data: DICOM against pydicom's decoding, the loader against the tower, JSON against reading it
+whole.
 
     python -m tests.benchmarks.data [dicom loader json]
 
@@ -24,9 +25,8 @@ from pydicom.data import get_testdata_file, get_testdata_files
 from torch.utils.data import DataLoader
 
 from moellava.data import read_rows
-from moellava.data.images import load_image
 from moellava.encoders import create_encoder
-from moellava.images import read_image
+from moellava.images import load_image, to_pil
 from moellava.testing import write_biomedclip
 from moellava.testing.datasets import picture
 
@@ -49,13 +49,12 @@ def row(name: str, ours: list[float], rival: list[float]) -> None:
     def text(values: list[float]) -> str:
         return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
-    print(
-        f"| {name} | {text(ours)} | {text(rival)} | {statistics.median(ours) / statistics.median(rival):.2f} |"
-    )
+    ratio = statistics.median(ours) / statistics.median(rival)
+    print(f"| {name} | {text(ours)} | {text(rival)} | {ratio:.2f} |")
 
 
 def large_file(folder: Path, side: int) -> str:
-    """A radiograph's size: 16 bits allocated, 12 stored, uncompressed, MONOCHROME1 with rescale and window."""
+    """A radiograph's size: 12 of 16 bits, uncompressed, MONOCHROME1 with rescale and window."""
     dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
     pixels = np.random.default_rng(0).integers(0, 4096, (side, side), dtype=np.uint16)
     dataset.Rows = dataset.Columns = side
@@ -77,7 +76,8 @@ def decode_with_pydicom(path: str) -> np.ndarray:
 
 def dicom(folder: Path) -> None:
     print(
-        "| file to 8-bit picture, ms | moellava: median (range) | pydicom's pixel_array | ratio, asked <= 1.3 |"
+        "| file to 8-bit picture, ms | moellava: median (range) | pydicom's pixel_array "
+        "| ratio, asked <= 1.3 |"
     )
     print("|---|---|---|---|")
     names = (
@@ -90,12 +90,10 @@ def dicom(folder: Path) -> None:
     files = [str(get_testdata_file(name, download=False)) for name in names]
     files += [large_file(folder, side) for side in (512, 1024, 2048)]
     for path in files:
-        ours, rival = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 30)
+        ours, rival = in_turns(partial(to_pil, path), partial(decode_with_pydicom, path), 30)
         row(Path(path).name, ours, rival)
     path = str(get_testdata_file("examples_ybr_color.dcm", download=False))
-    ours, rival = in_turns(
-        partial(read_image, path, frame=7), partial(decode_with_pydicom, path), 10
-    )
+    ours, rival = in_turns(partial(to_pil, path, frame=7), partial(decode_with_pydicom, path), 10)
     row("one of 30 frames, examples_ybr_color.dcm, against all", ours, rival)
     every_file()
 
@@ -109,7 +107,7 @@ def every_file() -> None:
         try:
             if int(pydicom.dcmread(path).get("NumberOfFrames", None) or 1) > 1:
                 continue
-            times = in_turns(partial(read_image, path), partial(decode_with_pydicom, path), 9)
+            times = in_turns(partial(to_pil, path), partial(decode_with_pydicom, path), 9)
         except Exception:  # pydicom raises what a broken file leads it to
             continue
         ours, rival = map(statistics.median, times)
@@ -117,7 +115,8 @@ def every_file() -> None:
     ratios, _, all_ours, all_rival = zip(*seen, strict=True)
     summed = sum(all_ours) / sum(all_rival)
     print(
-        f"\n{len(seen)} files: median ratio {statistics.median(ratios):.2f}, of the summed times {summed:.2f}"
+        f"\n{len(seen)} files: median ratio {statistics.median(ratios):.2f}, "
+        f"of the summed times {summed:.2f}"
     )
     print(
         "beyond 1.3: "
@@ -169,7 +168,8 @@ def loader(folder: Path) -> None:
             encoded.append(len(first) / (time.perf_counter() - start))
     rate = statistics.median(encoded)
     print(
-        f"loader, 1 worker: {loaded:.1f} images/s; tower, 1 thread: {rate:.2f}; ratio {loaded / rate:.1f}, asked 1.5"
+        f"loader, 1 worker: {loaded:.1f} images/s; tower, 1 thread: {rate:.2f}; "
+        f"ratio {loaded / rate:.1f}, asked 1.5"
     )
 
 
@@ -183,7 +183,8 @@ def json_rows(folder: Path) -> None:
     path.write_text(json.dumps(rows))
     ours, rival = in_turns(lambda: read_rows(path), lambda: json.loads(path.read_text()), 3)
     print(
-        f"\n100,000 rows, {path.stat().st_size / 1e6:.0f} MB: every row checked, against json.loads of the whole (ms)"
+        f"\n100,000 rows, {path.stat().st_size / 1e6:.0f} MB: every row checked, "
+        "against json.loads of the whole (ms)"
     )
     row("read_rows", ours, rival)
 

@@ -1,4 +1,5 @@
-"""Encoders at BiomedCLIP's real dimensions, each number a ratio to a rival measured in the same run.
+"""Encoders at BiomedCLIP's real dimensions, each number a ratio to a rival measured in the same
+run.
 
     python -m tests.benchmarks.encoders [load tokens preprocess folder]
 
@@ -27,7 +28,8 @@ from moellava.encoders import BiomedClipEncoder
 from moellava.encoders.feature_file import encode_files
 from moellava.testing import write_biomedclip
 
-# Run in a fresh process: the seconds, or the peak resident megabytes, that loading costs above the imports. One at a
+# Run in a fresh process: the seconds, or the peak resident megabytes, that loading costs above the
+# imports. One at a
 # time, because the thread that watches the memory takes its share of two cores.
 LOAD = """
 import sys, threading, time
@@ -88,7 +90,8 @@ def write_repo(folder: Path) -> Path:
         torch.randn(512, 640),
     )
     torch.save(state, file)
-    # open_clip asks for the text model's config by name; a folder spares it the hub (open_clip#772).
+    # open_clip asks for the text model's config by name; a folder spares it the hub
+    # (open_clip#772).
     BertConfig().save_pretrained(folder / "bert")
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["text_cfg"]["hf_model_name"] = str(folder / "bert")
@@ -97,7 +100,9 @@ def write_repo(folder: Path) -> Path:
 
 
 def random_images(count: int, seed: int = 0) -> list[Image.Image]:
-    """Grey and colour images of mixed sizes, 300 to 1200 pixels a side, as scans and photographs have."""
+    """Grey and colour images of mixed sizes, 300 to 1200 pixels a side, as scans and photographs
+    have.
+    """
     random = np.random.default_rng(seed)
     images = []
     for i in range(count):

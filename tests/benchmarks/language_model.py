@@ -2,7 +2,8 @@
 
     python tests/benchmarks/language_model.py {block,decode,upcycle,training,int8}
 
-Times are medians of interleaved rounds. `decode`, `upcycle` and `int8` need about 7 GB of memory, the others 3.
+Times are medians of interleaved rounds. `decode`, `upcycle` and `int8` need about 7 GB of memory,
+the others 3.
 """
 
 import argparse
@@ -57,13 +58,17 @@ def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     return {name: sorted(values)[len(values) // 2] for name, values in times.items()}
 
 
-# --- the sparse block ---------------------------------------------------------------------------------------------
+# --- the sparse block
+# ---------------------------------------------------------------------------------------------
 
 
 def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
-    """Against one LlamaMLP pass for each expert hit, over just its tokens, and against Mixtral's block."""
+    """Against one LlamaMLP pass for each expert hit, over just its tokens, and against Mixtral's
+    block.
+    """
     print(
-        "| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours fwd+bwd | Mixtral |"
+        "| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours "
+        "fwd+bwd | Mixtral |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     for dtype in dtypes:
@@ -141,11 +146,14 @@ def block_runs(ours, mixtral, mlps, x, parts, *, with_backward):  # type: ignore
     return {"bound": bound, "ours": lambda: run(ours, x), "mixtral": lambda: run(mixtral, x)}
 
 
-# --- decoding -----------------------------------------------------------------------------------------------------
+# --- decoding -------------------------------------------------------------------------------------
+# ----------------
 
 
 def bench_decode() -> None:
-    """One token a step, batch 1, bfloat16, against the read bandwidth and against a Mixtral of the same size."""
+    """One token a step, batch 1, bfloat16, against the read bandwidth and against a Mixtral of the
+    same size.
+    """
     model = build(LlamaMoeForCausalLM, LlamaMoeConfig(**TINYLLAMA))
     num_bytes, reads = memory_reads()
     seconds = medians({**reads, "ours": decode_step(model), "products": products(model)}, 9)
@@ -208,7 +216,9 @@ def decode_step(model: LlamaForCausalLM) -> Callable[[], None]:
 
 
 def products(model: LlamaMoeForCausalLM) -> Callable[[], None]:
-    """One `F.linear` of one row with each matrix that a token uses: what decoding costs torch, were there no model."""
+    """One `F.linear` of one row with each matrix that a token uses: what decoding costs torch, were
+    there no model.
+    """
     matrices: list[Tensor] = []
     for name, weight in model.named_parameters():
         if ".experts." in name:
@@ -247,11 +257,14 @@ def memory_reads() -> tuple[int, dict[str, Callable[[], object]]]:
     return matrix.numel() * 2, runs
 
 
-# --- upcycling ----------------------------------------------------------------------------------------------------
+# --- upcycling ------------------------------------------------------------------------------------
+# ----------------
 
 
 def bench_upcycle() -> None:
-    """Seconds against reading the file and writing the model's bytes once; peak memory against the model's bytes."""
+    """Seconds against reading the file and writing the model's bytes once; peak memory against the
+    model's bytes.
+    """
     for dtype in (torch.bfloat16, torch.float32):
         with tempfile.TemporaryDirectory() as folder:
             build(LlamaForCausalLM, LlamaConfig(**TINYLLAMA), dtype).save_pretrained(folder)
@@ -294,11 +307,14 @@ def peak_rss() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-# --- training -----------------------------------------------------------------------------------------------------
+# --- training -------------------------------------------------------------------------------------
+# ----------------
 
 
 def bench_training() -> None:
-    """Four layers at real width, float32, 128 tokens: against the dense model, by active and by held weights."""
+    """Four layers at real width, float32, 128 tokens: against the dense model, by active and by
+    held weights.
+    """
     found = {}
     for kind in ("dense", "mixture"):
         done = subprocess.run(
@@ -338,11 +354,14 @@ def train_once(kind: str) -> None:
     print(seconds, peak_rss() - base, held, active)
 
 
-# --- 8-bit weights ------------------------------------------------------------------------------------------------
+# --- 8-bit weights
+# ------------------------------------------------------------------------------------------------
 
 
 def bench_int8() -> None:
-    """Bytes before and after, and what happens to the logits of 64 tokens; random weights, all experts different."""
+    """Bytes before and after, and what happens to the logits of 64 tokens; random weights, all
+    experts different.
+    """
     model = LlamaMoeForCausalLM(LlamaMoeConfig(**TINYLLAMA)).to(torch.bfloat16).eval()
     ids = torch.randint(0, 32000, (1, 64))
     before = logits_and_routes(model, ids)

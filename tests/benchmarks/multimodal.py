@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.multimodal {build,answer,llava,prefill} [--batch 8] [--dtype float32]
 
-BiomedCLIP's ViT-B/16 and a 22-layer TinyLlama with 11 layers of 4 experts; random weights, bfloat16. `build` needs
+BiomedCLIP's ViT-B/16 and a 22-layer TinyLlama with 11 layers of 4 experts; random weights,
+bfloat16. `build` needs
 12 GB of disk and 8 GB of memory, the others 5 GB (10 GB in float32) and no disk. Times are medians of rounds in which
 the rivals take turns.
 """
@@ -37,7 +38,6 @@ from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
 from moellava.model import MoeLlavaConfig, MoeLlavaForConditionalGeneration, MoeLlavaProcessor
 from moellava.model.builder_enhanced import LoadedModel, load_tokenizer
 from moellava.model.chat_templates import multimodal_chat_template
-from moellava.model.checkpoint.strict import load_weights
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM
 from moellava.testing import write_biomedclip, write_tinyllama
 from tests.benchmarks.encoders import alternate
@@ -46,7 +46,8 @@ from tests.benchmarks.language_model import TINYLLAMA
 NEW_TOKENS = 32
 QUESTION = "What modality is this? Answer the question."
 
-# --- building, saving, reopening: each measurement in a process of its own, memory above the bare imports -----------
+# --- building, saving, reopening: each measurement in a process of its own, memory above the bare
+# imports -----------
 
 MEASURED = """
 import json, resource, sys, time
@@ -170,7 +171,8 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# --- answering ------------------------------------------------------------------------------------------------------
+# --- answering ------------------------------------------------------------------------------------
+# ------------------
 
 
 def random_model(
@@ -194,7 +196,9 @@ def random_model(
         is_scale = weight.dim() == 1 and name.endswith("weight")  # of a norm
         drawn = torch.empty(weight.shape, dtype=dtype)
         state_dict[name] = drawn.fill_(1.0) if is_scale else drawn.uniform_(-0.03, 0.03)
-    model = load_weights(None, "random weights", config=config, state_dict=state_dict, dtype=dtype)
+    model = MoeLlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=dtype
+    )
     model.generation_config.eos_token_id = None
     return model
 
@@ -235,7 +239,9 @@ def prompt(loaded: LoadedModel, images: list[Image.Image]) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """`answer`, from the picture to the text, against encoder and language model run one after the other by hand."""
+    """`answer`, from the picture to the text, against encoder and language model run one after the
+    other by hand.
+    """
     model = random_model(
         BiomedClipVisionConfig(), LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001}), dtype
     )
@@ -288,7 +294,9 @@ def bench_answer(batch: int, dtype: torch.dtype, rounds: int) -> None:
 
 @torch.inference_mode()
 def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """`generate` against that of transformers' LLaVA, the very same weights: CLIP ViT-B/16, a dense TinyLlama."""
+    """`generate` against that of transformers' LLaVA, the very same weights: CLIP ViT-B/16, a dense
+    TinyLlama.
+    """
     vision = CLIPVisionConfig(
         hidden_size=768,
         intermediate_size=3072,
@@ -336,7 +344,9 @@ def bench_llava(batch: int, dtype: torch.dtype, rounds: int) -> None:
 
 @torch.inference_mode()
 def bench_prefill(batch: int, dtype: torch.dtype, rounds: int) -> None:
-    """From the pixels to the first token: 49 image tokens by `pixel_shuffle` against the 196 of `mlp2x_gelu`."""
+    """From the pixels to the first token: 49 image tokens by `pixel_shuffle` against the 196 of
+    `mlp2x_gelu`.
+    """
     text = LlamaMoeConfig(**{**TINYLLAMA, "vocab_size": 32001})
     full = random_model(BiomedClipVisionConfig(), text, dtype)
     with torch.device("meta"):

@@ -54,7 +54,7 @@ def write_rows(folder: Path, count: int) -> Path:
 
 
 def write_parts(folder: Path, *, num_hidden_layers: int, sizes: dict[str, int]) -> dict[str, str]:
-    """BiomedCLIP's ViT-B/16 and a Llama; its vocabulary is small, which the trainer does not see."""
+    """BiomedCLIP's ViT-B/16 and a Llama whose vocabulary is small: the trainer does not see it."""
     model = write_tinyllama(
         folder / "llama",
         num_hidden_layers=num_hidden_layers,
@@ -107,7 +107,7 @@ class Turns(TrainerCallback):
 
 
 def step(folder: Path, steps: int = 12) -> None:
-    """Stage 3: a cycle of the trainer (batch, step, clipping, router counts, log) and a bare step."""
+    """Stage 3: a cycle of the trainer (batch, step, clipping, counts, log) and a bare step."""
     rows = write_rows(folder, 2 * steps)
     loaded = load_pretrained_model(
         write_parts(folder, num_hidden_layers=2, sizes=SIZES), moe_config=False

@@ -83,7 +83,9 @@ def test_dicom_is_asked_through_the_window_given(checkpoint):
 
 
 class TestErrors:
-    """What a shell user sees: one line on stderr, no traceback; status 2 for a wrong command line, else 1."""
+    """What a shell user sees: one line on stderr, no traceback; status 2 for a wrong command line,
+    else 1.
+    """
 
     def run(self, capsys, monkeypatch, *arguments: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["moellava", "ask", *arguments])
@@ -115,7 +117,7 @@ class TestErrors:
     def test_a_folder_that_is_no_checkpoint(self, capsys, monkeypatch, scans, tmp_path):
         status, error = self.run(capsys, monkeypatch, str(tmp_path), scans[0], "Why?")
         assert status == 1
-        assert "is no checkpoint: it has no config.json" in error
+        assert "is not a checkpoint: it has no config.json" in error
 
 
 def test_version_and_help():

@@ -54,8 +54,8 @@ def test_show_says_what_to_fetch_or_what_is_missing(tmp_path, no_network):
     code, text = run("encoders", "show", "openai/clip-not-here")
     assert code == 0
     assert (
-        "fetch hf download openai/clip-not-here config.json preprocessor_config.json model.safetensors"
-        in text
+        "fetch hf download openai/clip-not-here config.json preprocessor_config.json "
+        "model.safetensors" in text
     )
     code, text = run("encoders", "show", tmp_path / "nowhere")
     assert code == 1
@@ -152,7 +152,7 @@ def test_encode_takes_dicom_and_nifti_through_a_window(medical_folder, small_bio
 
 
 def test_encode_of_a_path_is_encode_of_its_picture(medical_folder, small_biomedclip):
-    from moellava.data.images import load_image
+    from moellava.images import load_image
 
     tower = create_encoder("biomedclip", small_biomedclip)
     for name in ("a.dcm", "v.nii.gz"):
@@ -176,3 +176,19 @@ def test_a_window_that_does_not_fit_is_said_before_anything_is_loaded(medical_fo
         "classify", medical_folder / "a.dcm", "--labels", "a,b", "--frame", "3", "--encoder", "none"
     )
     assert (code, "has no frame 3: it has 1, 0 to 0" in text) == (1, True)
+
+
+def test_encode_skips_a_structured_report_by_name(folder, small_biomedclip, tmp_path):
+    pydicom = pytest.importorskip("pydicom")
+    meta = pydicom.dataset.FileMetaDataset()
+    meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    meta.MediaStorageSOPClassUID = pydicom.uid.ComprehensiveSRStorage
+    meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+    report = pydicom.Dataset()
+    report.file_meta = meta
+    report.save_as(folder / "sub" / "report.dcm", enforce_file_format=True)
+    out = tmp_path / "features.safetensors"
+    code, text = run("encode", folder, "--out", out, "--encoder", small_biomedclip)
+    assert code == 0, text
+    assert "1 DICOM files without pixels are skipped: sub/report.dcm" in text
+    assert "5 images" in text

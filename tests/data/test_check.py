@@ -3,14 +3,12 @@
 import json
 from collections import Counter
 
-import imagehash
-import numpy as np
 import pytest
 from PIL import Image
 
 from moellava.data import read_rows
 from moellava.data.check import check_rows
-from moellava.data.fingerprints import fingerprint, near_pairs
+from moellava.data.fingerprints import fingerprint
 from moellava.testing.datasets import picture
 
 
@@ -142,22 +140,6 @@ class TestLeaks:
         ]
 
 
-def test_near_pairs_are_those_of_imagehash():
-    hashes = [fingerprint(np.asarray(picture(seed))).perceptual for seed in range(12)]
-    flipped = [bits.copy() for bits in hashes[:6]]
-    for count, bits in enumerate(flipped):
-        bits[:count] ^= True
-    pairs = {(i, j): distance for i, j, distance in near_pairs(hashes, flipped, 4)}
-    expected = {
-        (i, j): distance
-        for i, left in enumerate(hashes)
-        for j, right in enumerate(flipped)
-        if (distance := imagehash.ImageHash(left) - imagehash.ImageHash(right)) <= 4
-    }
-    assert pairs == expected
-    assert len(pairs) == 5
-
-
 def test_lengths_are_the_tokenizers_and_the_summary_counts(folder, hub_cache):
     from transformers import AutoTokenizer
 
@@ -188,3 +170,10 @@ def test_each_image_is_read_once(folder, monkeypatch):
     rows = [row(number, image="0.png") for number in range(5)]
     assert report_of(folder, rows).num_images == 1
     assert len(reads) == 1
+
+
+def test_a_row_without_an_answer_is_an_error(folder):
+    asked = [{"from": "human", "value": "<image>\nWhy?"}]
+    report = report_of(folder, [row(0), row(1, conversations=asked)])
+    assert found(report) == [("no answer", "row 1 (id 'r1')")]
+    assert report.num_errors == 1

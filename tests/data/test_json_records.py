@@ -71,6 +71,7 @@ def test_records_equal_the_lines(folder, values, ends_in_newline):
             '{\n "data": [\n  {"a": 1}\n ]\n}',
             r"neither a JSON list of rows nor JSON lines.*list to a file of its own",
         ),
+        ('[{"a": 1}] {"b": 2}', r"at byte 11, after 1 complete rows: '\{' follows the closing"),
         ("[]", "holds no rows"),
         ("", "holds no rows"),
     ],
@@ -88,13 +89,17 @@ def test_a_broken_line_is_an_error_of_its_own(folder):
     records = JsonRecords(path)
     assert (records[0], records[2]) == ({"a": 1}, {"a": 3})
     assert isinstance(list(records.scan())[1], RowError)
-    with pytest.raises(RowError, match="it is no JSON"):
+    with pytest.raises(RowError, match="it is not JSON"):
         records[1]
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_open_in_seconds_and_in_bounded_memory(tmp_path):
-    """Measured in a fresh process: the peak of reading 50 MB stays below half of the file's size."""
+def test_a_hundred_thousand_rows_open_in_bounded_memory_and_linear_time(tmp_path):
+    """Measured in a fresh process: the peak of reading 50 MB stays below half of the file's size.
+
+    The processor time is a small multiple of what the standard library's parser needs for the same
+    file; work that grew with the square of the rows would be thousands of times more.
+    """
     code = """
         import json, resource, sys, time
         from moellava.data import read_rows
@@ -104,18 +109,22 @@ def test_a_hundred_thousand_rows_open_in_seconds_and_in_bounded_memory(tmp_path)
         with open(path, "w") as file:
             file.write("[")
             for index in range(100_000):
-                turns = [{"from": "human", "value": "<image>\\n" + words}, {"from": "gpt", "value": str(index)}]
+                asked = {"from": "human", "value": "<image>\\n" + words}
+                turns = [asked, {"from": "gpt", "value": str(index)}]
                 row = {"id": f"r{index}", "image": f"{index}.jpg", "conversations": turns}
                 file.write(("," if index else "") + json.dumps(row))
             size = file.tell()
             file.write("]")
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
+        start = time.process_time()
         rows = read_rows(path)
-        seconds = time.perf_counter() - start
-        assert (len(rows), rows[-1].answer) == (100_000, "99999")
+        ours = time.process_time() - start
         peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        print(json.dumps([size, peak, seconds]))
+        assert (len(rows), rows[-1].answer) == (100_000, "99999")
+        start = time.process_time()
+        with open(path) as file:
+            json.load(file)
+        print(json.dumps([size, peak, ours / (time.process_time() - start)]))
     """
     run = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "big.json")],
@@ -123,7 +132,7 @@ def test_a_hundred_thousand_rows_open_in_seconds_and_in_bounded_memory(tmp_path)
         capture_output=True,
         text=True,
     )
-    size, peak, seconds = json.loads(run.stdout)
+    size, peak, times_the_parser = json.loads(run.stdout)
     assert size > 40e6
     assert peak < size / 2
-    assert seconds < 30
+    assert times_the_parser < 100

@@ -1,6 +1,8 @@
 """Files of patch tokens: written in batches, resumed after a kill, read by image."""
 
+import copy
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -8,11 +10,13 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from moellava.encoders import BiomedClipEncoder
+from moellava.encoders import BiomedClipEncoder, feature_file
 from moellava.encoders.feature_file import FeatureFile, encode_files
+from moellava.storage.locking import locked
 from tests.encoders.test_batches import random_images
 
 
@@ -40,36 +44,107 @@ def test_written_features_equal_encode(small_biomedclip, files, tmp_path, dtype)
 
 def test_unreadable_image_is_named_and_the_work_before_it_kept(encoder, files, tmp_path):
     paths, names = files
-    good = paths[4].read_bytes()
-    paths[4].write_bytes(good[:50])
+    good, facts = paths[4].read_bytes(), paths[4].stat()
+    paths[4].write_bytes(bytes(len(good)))
+    os.utime(paths[4], ns=(facts.st_atime_ns, facts.st_mtime_ns))
     out = tmp_path / "out.safetensors"
     with pytest.raises(ValueError, match=r"4\.png cannot be read as an image"):
         encode_files(encoder, paths, names, out, batch_size=2)
     assert not out.exists()
     paths[4].write_bytes(good)
+    os.utime(paths[4], ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert encode_files(encoder, paths, names, out, batch_size=2) >= 2
     assert torch.allclose(load_file(out)["patch_tokens"], encoder.encode(paths), atol=1e-5)
 
 
-def test_unfinished_work_of_another_tower_is_not_continued(
-    encoder, files, tmp_path, small_biomedclip
-):
-    paths, names = files
+@pytest.fixture
+def unfinished(encoder, files, tmp_path):
+    """(out, its partial file): the images before the last one are done."""
     out = tmp_path / "out.safetensors"
-    paths[4].unlink()
-    with pytest.raises(FileNotFoundError, match=r"4\.png does not exist"):
-        encode_files(encoder, paths, names, out, batch_size=2)
-    other = BiomedClipEncoder.from_pretrained(small_biomedclip, select_layer=-1)
-    with pytest.raises(
-        FileExistsError, match="unfinished work on other images or with another tower"
-    ):
-        encode_files(other, paths, names, out, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        encode_files(encoder, *files, out, batch_size=2, load_image=stopping_at(files[0][4]))
+    return out, out.with_name("out.safetensors.partial")
+
+
+def stopping_at(last):
+    def load(path):
+        if path == last:
+            raise KeyboardInterrupt
+        return Image.open(path)
+
+    return load
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda size, file: None,
+        lambda size, file: file.truncate(size - 7),  # a kill cut an image in two
+        lambda size, file: file.truncate(size - 196 * 192 * 4),
+    ],
+)
+def test_interrupted_work_is_resumed(encoder, files, unfinished, change):
+    out, partial = unfinished
+    with partial.open("rb+") as file:
+        change(partial.stat().st_size, file)
+    assert 2 <= encode_files(encoder, *files, out, batch_size=2) <= 4
+    assert torch.allclose(load_file(out)["patch_tokens"], encoder.encode(files[0]), atol=1e-5)
+    assert sorted(path.name for path in out.parent.glob("out*")) == ["out.safetensors"]
+
+
+@pytest.mark.parametrize("change", ["images", "layer", "weights", "too long", "header cut"])
+def test_unfinished_work_of_something_else_is_not_resumed(
+    encoder, files, unfinished, small_biomedclip, change
+):
+    out, partial = unfinished
+    if change == "images":  # the same names in another folder
+        Image.new("RGB", (30, 30)).save(files[0][0])
+    elif change == "layer":
+        encoder = BiomedClipEncoder.from_pretrained(small_biomedclip, select_layer=-1)
+    elif change == "weights":  # the same name, trained further
+        encoder = copy.deepcopy(encoder)
+        encoder.visual.trunk.cls_token.data += 1
+    elif change == "too long":
+        with partial.open("ab") as file:
+            file.write(bytes(196 * 192 * 4 * 2))
+    else:
+        os.truncate(partial, 100)
+    with pytest.raises(FileExistsError, match="unfinished work on other images or with another"):
+        encode_files(encoder, *files, out, batch_size=2)
+
+
+def test_two_processes_do_not_write_one_file(encoder, files, tmp_path):
+    out = tmp_path / "out.safetensors"
+    with locked(out), pytest.raises(OSError, match=r"in use by another process \(pid \d+ on"):
+        encode_files(encoder, *files, out)
+    assert encode_files(encoder, *files, out) == 0
+
+
+def test_a_tower_with_damaged_weights_is_refused(encoder, files, tmp_path):
+    damaged = copy.deepcopy(encoder)
+    damaged.visual.trunk.blocks[0].mlp.fc1.bias.data[3] = float("nan")
+    out = tmp_path / "out.safetensors"
+    with pytest.raises(ValueError, match="gives NaN or infinity: its weights are damaged"):
+        encode_files(damaged, *files, out)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="gives NaN or infinity: its weights are damaged"):
+        damaged.encode(files[0])
+
+
+def test_names_that_are_too_many_for_a_header_have_a_tensor(encoder, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_file, "MOST_NAMES_IN_HEADER", 10)
+    out = tmp_path / "out.safetensors"
+    encode_files(encoder, *files, out)
+    file = FeatureFile(out)
+    assert file.names == files[1]
+    assert "names" not in file.metadata
+    assert torch.equal(file.tokens("2.png"), load_file(out)["patch_tokens"][2])
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
-from moellava.encoders import BiomedClipEncoder
+from moellava.encoders import BiomedClipEncoder, feature_file
 from moellava.encoders.feature_file import encode_files
 encoder = BiomedClipEncoder.from_pretrained(sys.argv[1])
 encoder.register_forward_hook(lambda *call: time.sleep(1))
@@ -82,12 +157,13 @@ encode_files(encoder, paths, [path.name for path in paths], Path(sys.argv[2]), b
 def test_killed_run_continues_where_it_was(encoder, files, tmp_path, small_biomedclip):
     paths, names = files
     out = tmp_path / "out.safetensors"
-    journal = tmp_path / "out.safetensors.partial.done"
+    partial = tmp_path / "out.safetensors.partial"
+    one_image = encoder.num_patches * encoder.hidden_size * 4
     words = [sys.executable, "-c", KILLED, str(small_biomedclip), str(out), *map(str, paths)]
     process = subprocess.Popen(words)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (
-        journal.exists() and journal.read_text() in ("1", "2", "3")
+        partial.exists() and partial.stat().st_size > one_image
     ):
         time.sleep(0.05)
     process.kill()

@@ -1,11 +1,15 @@
-"""DICOM files built for a test: pydicom writes them, so that the readers under test meet real files."""
+"""DICOM files built for a test: written by pydicom, so that the readers meet real files."""
 
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
+from pydicom.data import get_testdata_file
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
+
+from moellava.images import View
+from moellava.images.dicom import decode_dicom
 
 CT_IMAGE, ENHANCED_CT, SECONDARY = (
     "1.2.840.10008.5.1.4.1.1.2",
@@ -15,7 +19,7 @@ CT_IMAGE, ENHANCED_CT, SECONDARY = (
 
 
 def dicom_dataset(pixels: np.ndarray, *, sop_class: str = SECONDARY, **elements) -> pydicom.Dataset:
-    """A dataset with the pixels (H, W), (H, W, 3) or, for several frames, one axis more, and the given elements."""
+    """A dataset with pixels (H, W) or (H, W, 3), for several frames with one axis more."""
     meta = pydicom.dataset.FileMetaDataset()
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, generate_uid()
@@ -59,6 +63,20 @@ def dicom_dataset(pixels: np.ndarray, *, sop_class: str = SECONDARY, **elements)
     for keyword, value in elements.items():
         setattr(dataset, keyword, value)
     return dataset
+
+
+def ramp(dtype=np.int16, low=-1024, high=3071, side=300) -> np.ndarray:
+    """Every value from low to high, more pixels than a table has entries."""
+    return np.resize(np.arange(low, high + 1), (side, side)).astype(dtype)
+
+
+def shipped(name: str) -> str:
+    """A file that comes with pydicom."""
+    return str(get_testdata_file(name, download=False))
+
+
+def decoded(path: Path | str, **view) -> np.ndarray:
+    return np.asarray(decode_dicom(Path(path), View(**view), str(path)))
 
 
 @pytest.fixture

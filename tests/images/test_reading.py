@@ -1,4 +1,4 @@
-"""Pictures that are not DICOM or NIfTI: 16 bits, CMYK, animations, limits, windows on plain grey files."""
+"""Pictures that are not DICOM or NIfTI: 16 bits, CMYK, animations, limits, windows."""
 
 import io
 
@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moellava.data.images import load_image
-from moellava.images import is_image_file, read_image, to_pil
+from moellava.images import is_image_file, load_image, to_pil
 
 
 def grey16(side=64) -> np.ndarray:
@@ -85,12 +84,12 @@ def test_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"a\.png is 4000x3000 pixels, beyond the limit of 10,000,000"
     ):
-        read_image(tmp_path / "a.png", max_pixels=10_000_000)
+        to_pil(tmp_path / "a.png", max_pixels=10_000_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
     with pytest.raises(
         ValueError, match=r"a\.png is larger than Pillow's limit: .*MAX_IMAGE_PIXELS"
     ):
-        read_image(tmp_path / "a.png")
+        to_pil(tmp_path / "a.png")
 
 
 def test_encoded_bytes_and_the_hubs_undecoded_images_are_read(tmp_path):

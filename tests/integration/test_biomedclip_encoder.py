@@ -1,4 +1,5 @@
-"""The check of the BiomedCLIP guide: the encoder alone, then the whole model. Runs under pytest and as a script:
+"""The check of the BiomedCLIP guide: the encoder alone, then the whole model. Runs under pytest and
+as a script:
 
 python tests/integration/test_biomedclip_encoder.py [TOWER] [LANGUAGE_MODEL]
 """

@@ -1,4 +1,6 @@
-"""The one call with an empty cache and a hub that answers: a server on this machine that speaks the hub's HTTP."""
+"""The one call with an empty cache and a hub that answers: a server on this machine that speaks the
+hub's HTTP.
+"""
 
 import hashlib
 import os
@@ -17,7 +19,11 @@ from moellava.testing import BIOMEDCLIP, REVISION, TINYLLAMA
 ANSWER = f"""
 from moellava.model.builder_enhanced import load_pretrained_model
 loaded = load_pretrained_model(
-    {{"model_name_or_path": "{TINYLLAMA}", "mm_vision_tower": "{BIOMEDCLIP}", "mm_hidden_size": 768}}
+    {{
+        "model_name_or_path": "{TINYLLAMA}",
+        "mm_vision_tower": "{BIOMEDCLIP}",
+        "mm_hidden_size": 768,
+    }}
 )
 from PIL import Image
 print(loaded.answer(Image.new("RGB", (300, 200)), "What is shown?", max_new_tokens=2))
@@ -26,7 +32,9 @@ print(loaded.model.config.vision_config.tower, loaded.model.config.vision_config
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves the snapshots of a Hugging Face cache under their repo ids, and remembers what was asked for."""
+    """Serves the snapshots of a Hugging Face cache under their repo ids, and remembers what was
+    asked for.
+    """
 
     def __init__(self, snapshots: dict[str, Path]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)

@@ -10,7 +10,7 @@ from moellava.testing import TINYLLAMA
 
 @pytest.fixture(scope="session")
 def parts(hub_cache, small_biomedclip) -> dict[str, str]:
-    """The description of a small model: TinyLlama's stand-in and a BiomedCLIP folder of width 192."""
+    """A small model's description: TinyLlama's stand-in and a BiomedCLIP folder of width 192."""
     return {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)}
 
 

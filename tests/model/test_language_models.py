@@ -1,4 +1,6 @@
-"""Other language models and towers than TinyLlama and BiomedCLIP: dense, mixtures, plain configs of transformers."""
+"""Other language models and towers than TinyLlama and BiomedCLIP: dense, mixtures, plain configs of
+transformers.
+"""
 
 import json
 
@@ -20,7 +22,7 @@ from transformers import (
 from moellava import LlamaMoeConfig, MoeLlavaConfig, MoeLlavaForConditionalGeneration
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.difference import load_trainable, save_trainable
-from moellava.testing import SMOLLM2, TINYLLAMA
+from moellava.testing import SMOLLM2, TINYLLAMA, in_fresh_memory
 
 TEXT = {
     "vocab_size": 32000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -113,7 +115,10 @@ class TestConfigsOfTransformers:
         model.save_pretrained(tmp_path)
         again = AutoModelForImageTextToText.from_pretrained(tmp_path)
         with torch.no_grad():
-            assert torch.equal(again(**inputs).logits, logits)
+            # What the guides claim for any memory; and the bits, in memory of equal alignment.
+            torch.testing.assert_close(again(**inputs).logits, logits, rtol=1e-6, atol=1e-6)
+            expected = in_fresh_memory(model)(**inputs).logits
+            assert torch.equal(in_fresh_memory(again)(**inputs).logits, expected)
 
     @pytest.mark.parametrize("vision", TOWERS)
     def test_the_patch_tokens_are_the_towers_own_hidden_states(self, vision):
@@ -172,7 +177,8 @@ class TestMixtures:
         assert not any("experts" in name for name in names)
         again = load_trainable(tmp_path / "difference", base={key: request[key] for key in parts})
         with torch.no_grad():
-            assert torch.equal(again.model(**ids).logits, loaded.model(**ids).logits)
+            expected = in_fresh_memory(loaded.model)(**ids).logits
+            assert torch.equal(in_fresh_memory(again.model)(**ids).logits, expected)
 
     def test_moe_llavas_mixture_is_read(self, parts, hub_cache, tmp_path):
         from moellava import LlamaMoeForCausalLM
@@ -204,7 +210,7 @@ class TestMixtures:
             text_model.layers[0].mlp.experts.down_proj, state["layers.0.mlp.experts.down_proj"]
         )
         with pytest.raises(
-            ValueError, match=r"is a mixture of experts already \('llama_moe'\).*moe_config=False"
+            ValueError, match=r"is already a mixture of experts \('llama_moe'\).*moe_config=False"
         ):
             load_pretrained_model(request, moe_config=False)
 
@@ -235,7 +241,7 @@ def test_the_config_of_transformers_survives_a_file(tmp_path):
     )
     config.save_pretrained(tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
-    assert again.to_dict() | {"_name_or_path": ""} == config.to_dict()
+    assert again.to_dict() == config.to_dict()
     assert (
         json.loads((tmp_path / "config.json").read_text())["vision_config"]["model_type"]
         == "moellava_clip_vision"
@@ -243,7 +249,9 @@ def test_the_config_of_transformers_survives_a_file(tmp_path):
 
 
 class TestSmolLM2:
-    """Tied embeddings, 49152 tokens, ChatML turns with a default system prompt, no <s> in front, pad = end of turn."""
+    """Tied embeddings, 49152 tokens, ChatML turns with a default system prompt, no <s> in front,
+    pad = end of turn.
+    """
 
     @pytest.fixture(scope="class")
     def loaded(self, small_biomedclip, hub_cache):
@@ -293,7 +301,8 @@ class TestSmolLM2:
         )
         text = loaded.tokenizer.decode(inputs["input_ids"][0]).replace("<image>" * 196, "<image>")
         assert text == (
-            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+            "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by "
+            "Hugging Face<|im_end|>\n"
             "<|im_start|>user\n<image>\nWhy?<|im_end|>\n<|im_start|>assistant\n"
         )
 

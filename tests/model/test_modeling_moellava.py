@@ -170,4 +170,10 @@ class TestLoss:
 def test_a_dense_language_model_has_no_router(parts, images):
     loaded = load_pretrained_model(parts, moe_config=False, dtype="float32")
     assert loaded.model.config.text_config.model_type == "llama"
-    assert isinstance(loaded.answer(images[0], "What is this?", max_new_tokens=2)[0], str)
+    pixels = loaded.image_processor(images[:1], return_tensors="pt")["pixel_values"]
+    ids = torch.tensor([prompt([196])])
+    with torch.no_grad():
+        output = loaded.model(input_ids=ids, pixel_values=pixels, output_router_logits=True)
+    assert output.logits.shape == (1, ids.shape[1], 32001)
+    assert output.router_logits is None
+    assert output.aux_loss is None

@@ -93,7 +93,8 @@ class TestTruncation:
     def test_rows_come_in_multiples_and_nested_settings_count(self, loaded, images):
         inputs = loaded.processor(
             text=LONG, images=images[:2], return_tensors="pt",
-            text_kwargs={"truncation": True, "max_length": 400, "padding": True, "pad_to_multiple_of": 64},
+            text_kwargs={"truncation": True, "max_length": 400, "padding": True,
+            "pad_to_multiple_of": 64},
         )  # fmt: skip
         assert inputs["input_ids"].shape == (1, 448)
         assert inputs["attention_mask"].sum() == 400
@@ -197,7 +198,7 @@ def test_a_saved_processor_comes_back_equal(loaded, images, tmp_path):
 def test_a_dicom_file_is_an_image_like_any_other(loaded, name):
     from pydicom.data import get_testdata_file
 
-    from moellava.data.images import load_image
+    from moellava.images import load_image
 
     path = str(get_testdata_file(name, download=False))
     chat = [
@@ -213,13 +214,15 @@ def test_a_dicom_file_is_an_image_like_any_other(loaded, name):
 
 
 def test_transformers_own_processors_get_images_that_they_can_read(loaded, hub_cache, tmp_path):
-    """CLIP's processor clamps 16-bit grey to white and knows no NIfTI; arrays stay its own business."""
+    """CLIP's processor clamps 16-bit grey to white and knows no NIfTI; arrays stay its own
+    business.
+    """
     import nibabel
     import numpy as np
     from PIL import Image
     from transformers import AutoImageProcessor
 
-    from moellava.data.images import load_image
+    from moellava.images import load_image
     from moellava.testing import OPENAI_CLIP
 
     clip = AutoImageProcessor.from_pretrained(OPENAI_CLIP)

@@ -1,3 +1,8 @@
+"""Every projector against what it promises, those of installed packages included."""
+
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -6,12 +11,12 @@ from moellava.model.projector import (
     PROJECTORS,
     AveragePool,
     PixelShuffle,
-    ProjectorKind,
     ProjectorShape,
     build_projector,
     num_projected_tokens,
     register_projector,
 )
+from moellava.plugins import load_plugins
 
 # Small enough to train in a test; the registry's defaults are the papers'.
 SMALL = {
@@ -129,28 +134,83 @@ def test_the_qformer_is_blip2s():
     torch.testing.assert_close(ours(tokens), ours.output_projection(expected))
 
 
+@pytest.fixture
+def registry():
+    """The registered types; those that a test adds are removed after it."""
+    before = dict(PROJECTORS)
+    yield PROJECTORS
+    PROJECTORS.clear()
+    PROJECTORS.update(before)
+    load_plugins.cache_clear()
+
+
+@pytest.mark.usefixtures("registry")
 def test_a_registered_projector_works_in_the_builder(parts, images):
-    def build(built_for: ProjectorShape, stride: int) -> torch.nn.Module:
-        class EveryNth(torch.nn.Linear):
-            def forward(self, patch_tokens):
-                return super().forward(patch_tokens[:, ::stride])
+    class EveryNth(torch.nn.Linear):
+        def __init__(self, built_for: ProjectorShape, stride: int) -> None:
+            super().__init__(built_for.vision_width, built_for.text_width)
+            self.stride = stride
 
-        return EveryNth(built_for.vision_width, built_for.text_width)
+        def forward(self, patch_tokens):
+            return super().forward(patch_tokens[:, :: self.stride])
 
-    kind = ProjectorKind(
-        build=build, num_tokens=lambda s, stride: -(-s.num_patches // stride), options={"stride": 3}
+    register_projector(
+        "every_nth",
+        EveryNth,
+        num_tokens=lambda built_for, stride: -(-built_for.num_patches // stride),
+        options={"stride": 3},
     )
-    register_projector("every_nth", kind)
-    try:
-        loaded = load_pretrained_model(
-            parts | {"projector_type": "every_nth", "projector_options": {"stride": 10}}
-        )
-        assert loaded.processor.num_image_tokens == 20
-        assert loaded.answer(images[0], "Why?", max_new_tokens=2)
-        with pytest.raises(ValueError, match="'every_nth' is taken"):
-            register_projector("every_nth", kind)
-    finally:
-        del PROJECTORS["every_nth"]
+    loaded = load_pretrained_model(
+        parts | {"projector_type": "every_nth", "projector_options": {"stride": 10}}
+    )
+    assert loaded.processor.num_image_tokens == 20
+    assert loaded.answer(images[0], "Why?", max_new_tokens=2)
+    with pytest.raises(ValueError, match="'every_nth' is taken"):
+        register_projector("every_nth", EveryNth)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_projector_without_a_count_keeps_every_patch():
+    def build(built_for: ProjectorShape) -> torch.nn.Module:
+        return torch.nn.Linear(built_for.vision_width, built_for.text_width)
+
+    register_projector("plain", build)
+    assert num_projected_tokens("plain", shape()) == 24
+
+
+def test_the_guides_package_adds_a_projector_that_opens_where_it_is_installed(
+    registry, hub_cache, no_network, images, tmp_path, monkeypatch
+):
+    guide = (Path(__file__).parents[2] / "docs" / "add_a_projector.md").read_text()
+    package, example = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    (entry_points,) = re.findall(r"```toml\n(.*?)```", guide, re.DOTALL)
+    site = tmp_path / "site-packages"
+    metadata = site / "row_pool-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (site / "row_pool.py").write_text(package)
+    (metadata / "METADATA").write_text("Name: row_pool\nVersion: 1.0\n")
+    points = entry_points.replace('[project.entry-points."', "[").replace('"]', "]")
+    (metadata / "entry_points.txt").write_text(points.replace('"', ""))
+    load_plugins.cache_clear()
+    with monkeypatch.context() as installed:
+        installed.syspath_prepend(site)
+        variables: dict[str, object] = {}
+        exec(example, variables)
+        loaded = variables["loaded"]
+        assert str(loaded.processor.num_image_tokens) in guide.split("```")[-1].splitlines()[2]
+        answer = loaded.answer(images[0], "Why?", max_new_tokens=2)
+        loaded.model.save_pretrained(tmp_path / "saved")
+        loaded.processor.save_pretrained(tmp_path / "saved")
+
+    # A new process is one that has registered nothing and looks for entry points again.
+    del registry["row_pool"]
+    load_plugins.cache_clear()
+    with pytest.raises(ValueError, match="Unknown projector_type 'row_pool'"):
+        load_pretrained_model(tmp_path / "saved")
+    load_plugins.cache_clear()
+    monkeypatch.syspath_prepend(site)
+    reopened = load_pretrained_model(tmp_path / "saved")
+    assert reopened.answer(images[0], "Why?", max_new_tokens=2) == answer
 
 
 class TestBadInput:
@@ -180,3 +240,26 @@ class TestBadInput:
             ValueError, match="4x6 grid, but the tower gives 25 tokens, the class token among them"
         ):
             num_projected_tokens("pixel_shuffle", shape(num_patches=25))
+
+    @pytest.mark.parametrize(
+        ("projector_type", "options", "message"),
+        [
+            ("perceiver", {"num_latents": 10**9}, r"num_latents in projector 'perceiver' asks for"),
+            ("qformer", {"num_layers": 10**7}, r"num_layers in projector 'qformer' asks for"),
+            ("mlp10000000x_gelu", {}, r"projector_type 'mlp10000000x_gelu' asks for 10,000,000"),
+            ("mlp" + "9" * 5000 + "x_gelu", {}, "asks for 999,999,999"),
+            ("perceiver", {"num_latents": 0}, "num_latents of the projector is 0"),
+            ("qformer", {"hidden_size": -64}, "hidden_size of the Q-Former is -64"),
+            (
+                "perceiver",
+                {"num_latents": "64"},
+                r"num_latents .* is '64'; expected int, such as 64",
+            ),
+            ("pixel_shuffle", {"factor": None}, "factor .* is None; expected int"),
+        ],
+    )
+    def test_options_that_nothing_can_be_built_of_are_refused(
+        self, projector_type, options, message
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_projector(projector_type, shape(), options)

@@ -1,4 +1,6 @@
-"""`load_in_8bit` of the builder: what is int8, how far the logits move, that it is saved and opens again."""
+"""`load_in_8bit` of the builder: what is int8, how far the logits move, that it is saved and opens
+again.
+"""
 
 import pytest
 import torch

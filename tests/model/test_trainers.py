@@ -30,8 +30,10 @@ def rows(images):
 
 def arguments(make, folder, **options):
     return make(
-        output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-3, report_to="none",
-        save_strategy="no", use_cpu=True, bf16=False, remove_unused_columns=False, disable_tqdm=True, **options,
+        output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, remove_unused_columns=False,
+        disable_tqdm=True, **options,
     )  # fmt: skip
 
 

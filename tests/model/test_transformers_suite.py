@@ -1,6 +1,8 @@
-"""transformers' own ModelTesterMixin on our classes. It is in the source package and not in the wheel, so by hand:
+"""transformers' own ModelTesterMixin on our classes. It is in the source package and not in the
+wheel, so by hand:
 
-    pip download transformers==5.24.0 --no-deps --no-binary transformers && tar xzf transformers-5.24.0.tar.gz
+    pip download transformers==5.24.0 --no-deps --no-binary transformers
+    tar xzf transformers-5.24.0.tar.gz
     pip install parameterized
     export TRANSFORMERS_SOURCE=transformers-5.24.0
     pytest -o addopts=--import-mode=importlib tests/model/test_transformers_suite.py
@@ -27,7 +29,9 @@ if SOURCE is None:
 
 
 def _mixin():
-    """The mixin, from a package of its own name; two modules that it imports are in no source package."""
+    """The mixin, from a package of its own name; two modules that it imports are in no source
+    package.
+    """
     package = types.ModuleType("transformers_tests")
     package.__path__ = [os.path.join(SOURCE, "tests")]
     sys.modules["transformers_tests"] = package
@@ -74,7 +78,8 @@ class Inputs:
             image_size=28,
             patch_size=14,
         )
-        # By default the last block and norm are left out, and get no gradient: here every weight must have one.
+        # By default the last block and norm are left out, and get no gradient: here every weight
+        # must have one.
         vision = ClipVisionConfig(tower_config=tower.to_dict(), select_layer=-1, final_norm=True)
         return MoeLlavaConfig(
             vision_config=vision, text_config=self.text_config, image_token_id=self.image_token_id
@@ -92,7 +97,8 @@ class Inputs:
 
 
 TEXT = {
-    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.1, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip

@@ -46,7 +46,7 @@ def test_a_plan_reads_no_weights_of_the_language_model_and_names_what_training_w
     recipe = tiny_recipe(tiny, stage, tmp_path / "out", **more)
     expected, _ = prepare_model(recipe)
     monkeypatch.setattr("moellava.train.prepare.load_pretrained_model", None)
-    monkeypatch.setattr("moellava.model.build.assembly.load_weights", None)
+    monkeypatch.setattr("moellava.model.builder.assembly.model_from_tensors", None)
     model, _ = prepare_model(recipe, on_meta=True)
     named = {
         name: (tuple(weight.shape), weight.dtype, weight.requires_grad)

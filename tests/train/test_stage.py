@@ -67,7 +67,7 @@ def register_polish():
 def test_keys_that_a_stage_does_not_use_are_refused():
     register_stage(row(unused=("data.packing",)))
     assert load_recipe({"stage": "polish", "moe": {"noise": 0.1}}).moe.noise == 0.1
-    with pytest.raises(ValueError, match="data.packing does nothing in stage 'polish'"):
+    with pytest.raises(ValueError, match=r"data\.packing does nothing in stage 'polish'"):
         load_recipe({"stage": "polish", "data": {"packing": True}})
 
 

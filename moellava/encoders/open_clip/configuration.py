@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 
 from moellava.encoders.configuration import VisionEncoderConfig, image_height_width
+from moellava.storage.sources import JsonObject
 
 # The tower that is loaded if none is named, and what its open_clip_config.json says.
 DEFAULT_BIOMEDCLIP = "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224"
@@ -27,12 +28,12 @@ class BiomedClipVisionConfig(VisionEncoderConfig):
 
     model_type = "biomedclip_vision"
 
-    vision_cfg: dict[str, Any] | None = None
+    vision_cfg: JsonObject | None = None
     embed_dim: int = 512
     quick_gelu: bool = False
-    preprocess_cfg: dict[str, Any] | None = None
-    text_cfg: dict[str, Any] | None = None  # None: no text tower
-    text_model_config: dict[str, Any] | None = None  # of a Hugging Face text model
+    preprocess_cfg: JsonObject | None = None
+    text_cfg: JsonObject | None = None  # None: no text tower
+    text_model_config: JsonObject | None = None  # of a Hugging Face text model
     has_logit_bias: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:

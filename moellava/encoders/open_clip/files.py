@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moellava.storage.sources import (
+    JsonObject,
     Source,
     commit_of,
     file_exists,
@@ -76,9 +76,9 @@ def resolve(source: Source, *, download: bool = False) -> Resolved:
     raise OSError(_not_fetched(source, WEIGHT_FILES, "no file of weights was found"))
 
 
-def read_open_clip_config(path: Path) -> dict[str, Any]:
+def read_open_clip_config(path: Path) -> JsonObject:
     """The parsed `open_clip_config.json`, the text keys' old spellings brought to the new ones."""
-    config: dict[str, Any] = read_json(path)
+    config: JsonObject = read_json(path)
     model_cfg = config.get("model_cfg")
     if not isinstance(model_cfg, dict) or not isinstance(model_cfg.get("vision_cfg"), dict):
         raise ValueError(

@@ -12,18 +12,19 @@ import torch
 from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import (
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
     ChannelDimension,
     PILImageResampling,
     SizeDict,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.processing_utils import ImagesKwargs, Unpack
-from transformers.utils import TensorType
+from transformers.processing_utils import ImagesKwargs
+from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils.generic import TensorType
+from typing_extensions import Unpack
 
-from moellava.images import to_eight_bit, to_pil
+from moellava.images import Images, to_eight_bit, to_pil
 from moellava.images.threads import as_image_list, map_in_threads
+from moellava.storage.sources import JsonObject
 
 RESIZE_MODES = ("shortest", "longest", "squash")
 INTERPOLATIONS = {"bicubic": PILImageResampling.BICUBIC, "bilinear": PILImageResampling.BILINEAR}
@@ -65,7 +66,7 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
 
     @classmethod
     def from_open_clip(
-        cls, preprocess_cfg: dict[str, Any], image_size: int | Sequence[int]
+        cls, preprocess_cfg: JsonObject, image_size: int | Sequence[int]
     ) -> "BiomedClipImageProcessor":
         """The processor that open_clip's `preprocess_cfg` describes, for an image size."""
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -94,7 +95,7 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
         )
 
     def _prepare_image_like_inputs(
-        self, images: Any, *args: Any, **kwargs: Any
+        self, images: Images, *args: object, **kwargs: object
     ) -> list[Image.Image]:
         return [to_pil(image) for image in as_image_list(images)]
 
@@ -140,7 +141,7 @@ class BiomedClipImageProcessor(CLIPImageProcessorPil):
         return BatchFeature(data={"pixel_values": values})
 
 
-def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
+def _normalised(images: np.ndarray, settings: JsonObject) -> torch.Tensor:
     """(B, H, W, 3) uint8 -> (B, 3, H, W) float32, as torchvision's ToTensor and Normalize do."""
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2)
     pixels = pixels.to(settings.get("device"), torch.float32, memory_format=torch.contiguous_format)
@@ -158,7 +159,7 @@ def _normalised(images: np.ndarray, settings: dict[str, Any]) -> torch.Tensor:
     return pixels
 
 
-def _refuse_foreign_settings(settings: dict[str, Any]) -> None:
+def _refuse_foreign_settings(settings: JsonObject) -> None:
     """Refuse transformers' common settings that open_clip's transform does not have."""
     if not settings["do_convert_rgb"]:
         raise ValueError("do_convert_rgb=False: the tower takes three channels. Leave it out.")

@@ -9,7 +9,7 @@ load_tokenizer      its tokenizer
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
-from moellava.storage.sources import Source, find_file, parse_source, read_json
+from moellava.encoders.open_clip.files import CONFIG_FILE
+from moellava.storage.errors import reading
+from moellava.storage.sources import JsonObject, Source, find_file, parse_source, read_json
 from moellava.storage.weights import read_weights, require_fit
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
     "special_tokens_map.json",
 )
+# What `tokenizer_kwargs` may set: open_clip's own settings.
+TOKENIZER_OPTIONS = (
+    *("clean", "strip_sep_token", "language"),
+    *("additional_special_tokens", "reduction_mask"),
+)
 # A config of the text model that lies beside the weights, for machines that see no hub.
 TEXT_CONFIG_FILE = "text_config.json"
 # BiomedBERT's published config is BERT-base's own default; it was renamed from PubMedBERT.
@@ -35,6 +42,12 @@ BERT_BASE_REPOS = (
     "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract",
     "microsoft/BiomedNLP-PubMedBERT-base-uncased-abstract",
 )
+
+
+class Tokenizer(Protocol):
+    """What open_clip's tokenizers do: (B, T) ids of texts."""
+
+    def __call__(self, texts: list[str]) -> Tensor: ...
 
 
 class ClipText(nn.Module):
@@ -62,7 +75,7 @@ class ClipText(nn.Module):
         )
 
 
-def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path) -> dict[str, Any]:
+def text_settings(model_cfg: JsonObject, source: Source, weights_file: Path) -> JsonObject:
     """The config fields of the text side: open_clip's `text_cfg`, and its text model's config.
 
     Raises:
@@ -80,7 +93,7 @@ def text_settings(model_cfg: dict[str, Any], source: Source, weights_file: Path)
     return settings
 
 
-def without_local_paths(text_cfg: dict[str, Any]) -> dict[str, Any]:
+def without_local_paths(text_cfg: JsonObject) -> JsonObject:
     """`text_cfg` as it may be saved: a folder of this machine is called by its own name only.
 
     A saved encoder carries the text model's config and tokenizer, so that nothing is looked for
@@ -118,26 +131,48 @@ def load_text(config: BiomedClipVisionConfig, weights_file: Path) -> ClipText:
     return text
 
 
-def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Any:
+def load_tokenizer(config: BiomedClipVisionConfig, source: Source) -> Tokenizer:
     """open_clip's tokenizer for the text tower, from the checkpoint's own files if it has any."""
     from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 
     text_cfg = config.text_cfg or {}
     context_length = text_cfg.get("context_length", 77)
-    options = text_cfg.get("tokenizer_kwargs") or {}
+    options = _tokenizer_options(text_cfg)
     name = text_cfg.get("hf_tokenizer_name")
     if not name:
-        return SimpleTokenizer(context_length=context_length, **options)
+        simple: Tokenizer = SimpleTokenizer(context_length=context_length, **options)
+        return simple
     files = [find_file(source, file, download=True, required=False) for file in TOKENIZER_FILES]
     found = next((file for file in files if file is not None), None)
     location = str(found.parent) if found is not None else name
-    return HFTokenizer(
-        location,
-        context_length=context_length,
-        tokenizer_mode=text_cfg.get("tokenizer_mode"),
-        **({} if found is not None else {"local_files_only": source.hub.local_files_only}),
-        **options,
-    )
+    hub = {} if found is not None else {"local_files_only": source.hub.local_files_only}
+    with reading(location, "a tokenizer"):
+        tokenizer: Tokenizer = HFTokenizer(
+            location,
+            context_length=context_length,
+            tokenizer_mode=text_cfg.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **hub,
+            **options,
+        )
+    return tokenizer
+
+
+def _tokenizer_options(text_cfg: JsonObject) -> JsonObject:
+    """`tokenizer_kwargs` of an open_clip config, of which a file may set only some.
+
+    They go on to transformers, where others read files of any name or run code.
+    """
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    if not isinstance(options, dict):
+        raise ValueError(f"tokenizer_kwargs is {options!r}; expected a mapping.")
+    for name in options:
+        if name not in TOKENIZER_OPTIONS:
+            raise ValueError(
+                f"tokenizer_kwargs of {CONFIG_FILE} sets {name!r}; known: "
+                f"{', '.join(TOKENIZER_OPTIONS)}. Remove it from the file."
+            )
+    return options
 
 
 def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
@@ -146,13 +181,17 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
 
     text_cfg = dict(config.text_cfg or {})
     if not text_cfg.get("hf_model_name"):
-        return _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
-    model_config = AutoConfig.for_model(**(config.text_model_config or {}))
+        own: nn.Module = _build_text_tower(config.embed_dim, text_cfg, config.quick_gelu)
+        return own
+    settings = dict(config.text_model_config or {})
+    settings.pop("auto_map", None)  # names code that is not ours to run
+    with reading(config.tower or "the text tower", "a text model's config"):
+        model_config = AutoConfig.for_model(**settings)
     if model_config.is_encoder_decoder:
         raise ValueError(
             f"{text_cfg['hf_model_name']} is an encoder-decoder text tower; load_text=False."
         )
-    tower = HFTextEncoder(
+    tower: nn.Module = HFTextEncoder(
         text_cfg["hf_model_name"],
         output_dim=config.embed_dim,
         config=model_config,  # with it, open_clip asks no hub for one (open_clip#772)
@@ -162,10 +201,11 @@ def _build_tower(config: BiomedClipVisionConfig) -> nn.Module:
     )
     if text_cfg.get("hf_pooler_type") != "cls_pooler" and hasattr(tower.transformer, "pooler"):
         tower.transformer.pooler = None  # open_clip 3.3 adds one here that no checkpoint has
-    return tower
+    text_tower: nn.Module = tower
+    return text_tower
 
 
-def text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> dict[str, Any]:
+def text_model_config(name: str, source: Source, state: dict[str, Tensor]) -> JsonObject:
     """The Hugging Face config of the text model, without a network where that can be."""
     if os.path.isdir(name):
         return read_json(Path(name) / "config.json")

@@ -1,6 +1,8 @@
 """open_clip's image towers, built from their config, and their positions at another size."""
 
 import copy
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +15,19 @@ from moellava.encoders.open_clip.configuration import BiomedClipVisionConfig
 from moellava.messages import first_names
 from moellava.storage.weights import read_weights
 
+OpenClipModule = Any  # a module of open_clip or timm, which are not typed
+
 
 class _NoInitOnMeta(TorchFunctionMode):
     """Skips in-place operations on tensors without storage: building is mostly initialisation."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         name = getattr(func, "__name__", "")
         is_in_place = name.endswith("_") and not name.endswith("__")
         if is_in_place and args and isinstance(args[0], Tensor) and args[0].is_meta:
@@ -25,7 +35,7 @@ class _NoInitOnMeta(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def build_visual(config: BiomedClipVisionConfig) -> Any:
+def build_visual(config: BiomedClipVisionConfig) -> OpenClipModule:
     """open_clip's image tower for a config, with fresh weights, at the config's image size.
 
     Raises:
@@ -43,7 +53,13 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
     vision_cfg = copy.deepcopy(config.vision_cfg) | {
         "timm_model_pretrained": False
     }  # never a download
-    is_timm = bool(vision_cfg.get("timm_model_name"))
+    name = vision_cfg.get("timm_model_name")
+    if name and re.search(r"[:/\\]", str(name)):  # timm would ask the hub, or read any folder
+        raise ValueError(
+            f"timm_model_name is {name!r}; expected the name of an architecture, such as "
+            "'vit_base_patch16_224'."
+        )
+    is_timm = bool(name)
     height, width = config.image_hw
     if not is_timm:
         vision_cfg["image_size"] = height if height == width else (height, width)
@@ -55,7 +71,7 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
     try:
         with _NoInitOnMeta():
             visual = _build_vision_tower(config.embed_dim, vision_cfg, config.quick_gelu)
-    except (TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # whatever the architecture's own code makes of these settings
         raise ValueError(
             f"open_clip cannot build the image tower {config.vision_cfg}: {error}"
         ) from error
@@ -64,7 +80,7 @@ def build_visual(config: BiomedClipVisionConfig) -> Any:
     return visual
 
 
-def interpolate_positions(visual: Any, config: BiomedClipVisionConfig) -> None:
+def interpolate_positions(visual: OpenClipModule, config: BiomedClipVisionConfig) -> None:
     """Resize the positions of open_clip's own towers, in place, with open_clip's own function."""
     from open_clip.model import resize_pos_embed
 
@@ -99,10 +115,12 @@ def fill_computed_buffers(module: nn.Module) -> bool:
         for name in names:
             empty = torch.empty_like(child.get_buffer(name), device="cpu")
             child.register_buffer(name, empty, persistent=False)
-        init_buffers: Any = getattr(child, "init_non_persistent_buffers", None)
-        if names and init_buffers is None:
-            return False
+        init_buffers: Callable[[], None] | None = getattr(
+            child, "init_non_persistent_buffers", None
+        )
         if names:
+            if init_buffers is None:
+                return False
             init_buffers()
     return True
 

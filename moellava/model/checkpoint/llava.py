@@ -1,34 +1,47 @@
-"""A LLaVA checkpoint in, the parts of our model out: transformers' `LlavaForConditionalGeneration` with CLIP and Llama.
+"""A LLaVA of transformers (CLIP and Llama) in, the parts of our model out.
 
-Public names: `read_llava`, `LlavaParts`, `read_mm_projector`. `load_pretrained_model(folder_or_id)` is the way in.
+| name | what it does |
+|---|---|
+| `read_llava` | config, weights and processor of a `LlavaForConditionalGeneration` |
+| `read_mm_projector` | the projector's weights of the original code |
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from torch import Tensor
+from transformers import (
+    AutoProcessor,
+    BaseImageProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from typing_extensions import Unpack
 
 from moellava.encoders._transformers import plain_config
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.clip import ClipEncoder, ClipVisionConfig
 from moellava.messages import first_names
 from moellava.model.chat_templates import multimodal_chat_template
+from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.checkpoint.tower_identity import tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes
+from moellava.model.language_model.checkpoint import Shape, causal_lm_shapes
 from moellava.model.language_model.upcycling import (
+    Upcycling,
     moe_config_from_dense,
     split_moe_options,
     upcycled_tensors,
 )
+from moellava.model.load_options import MoeChoice
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.storage.sources import HubOptions, Origin, origin_of
+from moellava.storage.sources import HubKeywords, HubOptions, Origin, origin_of
 from moellava.storage.weights import read_weights, require_loaded
 
 PROJECTOR_TYPE = "mlp2x_gelu"
@@ -42,21 +55,22 @@ class LlavaParts(NamedTuple):
     config: MoeLlavaConfig
     state_dict: dict[str, Tensor]
     processor: MoeLlavaProcessor
+    dtype: torch.dtype
 
 
 def read_llava(
     source: str | os.PathLike[str],
     *,
-    moe_config: Mapping[str, Any] | bool = True,
+    moe_config: MoeChoice = True,
     dtype: torch.dtype | None = None,
     seed: int = 0,
-    **hub: Any,
+    **hub: Unpack[HubKeywords],
 ) -> LlavaParts:
     """Read a `LlavaForConditionalGeneration` checkpoint with a CLIP tower and a Llama.
 
     Args:
         source: its folder or hub id.
-        moe_config: as in `load_pretrained_model`; with False the model computes what LLaVA computes.
+        moe_config: as in `load_pretrained_model`; False gives LLaVA's own function.
         dtype: of the weights; None keeps the checkpoint's.
         seed: of the routers, the only weights that the checkpoint does not hold.
         **hub: `revision`, `cache_dir`, `local_files_only`, as in transformers.
@@ -66,13 +80,13 @@ def read_llava(
         ValueError: if it is another kind of LLaVA, or its weights do not fit its config.
     """
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
-    llava_config: Any = LlavaConfig.from_pretrained(name, **hub)
+    llava_config: Any = load_model_config(name, **hub)
     _require_clip_and_llama(name, llava_config)
-    llava = _load_llava(name, **hub)
+    llava = _load_llava(name, HubOptions(**hub))
     dtype = dtype or llava.dtype
-    processor = _load_processor(name, llava_config, **hub)
+    own_processor = _load_processor(name, llava_config, HubOptions(**hub))
     origin = origin_of(name, HubOptions(**hub))
-    encoder = _clip_encoder(origin, llava, processor.image_processor)
+    encoder = _clip_encoder(origin, llava, own_processor.image_processor)
 
     text_config = llava_config.text_config
     reader = LanguageModelOf(name, llava)
@@ -81,7 +95,8 @@ def read_llava(
     else:
         options, upcycling = split_moe_options(moe_config)
         text_config = moe_config_from_dense(text_config, **options)
-        tensors = dict(upcycled_tensors(reader, text_config, dtype=dtype, seed=seed, **upcycling))
+        how = Upcycling(seed=seed, **upcycling)
+        tensors = dict(upcycled_tensors(reader, text_config, how, dtype=dtype))
 
     state_dict = {joined_name(key): value for key, value in tensors.items()}
     tower = {f"tower.{key}": value for key, value in llava.model.vision_tower.state_dict().items()}
@@ -101,24 +116,27 @@ def read_llava(
     )
     processor = MoeLlavaProcessor(
         encoder.image_processor,
-        processor.tokenizer,
+        own_processor.tokenizer,
         num_image_tokens=config.num_image_tokens,
-        chat_template=processor.chat_template or multimodal_chat_template(processor.tokenizer),
+        chat_template=own_processor.chat_template
+        or multimodal_chat_template(own_processor.tokenizer),
     )
-    return LlavaParts(config, state_dict, processor)
+    return LlavaParts(config, state_dict, processor, dtype)
 
 
 def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """The projector of an original LLaVA, MoE-LLaVA or Med-MoE run, under our projector's names.
 
     Args:
-        path: `mm_projector.bin` or `non_lora_trainables.bin`, whose names are `model.mm_projector.0.weight`, ...
-            (`mm_projector.weight` where it is a single linear layer); the weights file of a
-            `LlavaForConditionalGeneration` (`multi_modal_projector.linear_1.weight`, ...); or a projector's own
-            state dict. The folder of one of them will do. Pickles are read with `weights_only=True`.
+        path: `mm_projector.bin` or `non_lora_trainables.bin`, whose names are
+            `model.mm_projector.0.weight`, ... (`mm_projector.weight` if it is a single linear
+            layer); the weights file of a `LlavaForConditionalGeneration`
+            (`multi_modal_projector.linear_1.weight`, ...); or a projector's own state dict. The
+            folder of one of them will do. Pickles are read with `weights_only=True`.
 
     Returns:
-        name to tensor, as `build_projector(...).load_state_dict` takes them: `0.weight`, `0.bias`, `2.weight`, ...
+        name to tensor, as `build_projector(...).load_state_dict` takes them: `0.weight`, `0.bias`,
+        `2.weight`, ...
 
     Raises:
         OSError: if there is no such file.
@@ -132,7 +150,12 @@ def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             break
     else:
         found = weights
-    found = {_own_projector_key(key): value for key, value in found.items()}
+    # MoE-LLaVA and Med-MoE keep a projector for images beside one for videos.
+    found = {
+        _own_projector_key(key.removeprefix("image_spatial_proj.")): value
+        for key, value in found.items()
+        if not key.startswith("video_")
+    }
     strange = [
         key
         for key in found
@@ -140,8 +163,8 @@ def read_mm_projector(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ]
     if strange:
         raise ValueError(
-            f"{file} holds no projector: expected names such as 'model.mm_projector.0.weight', found "
-            f"{first_names(sorted(weights))}. Give LLaVA's mm_projector.bin."
+            f"{file} holds no projector: expected names such as 'model.mm_projector.0.weight', "
+            f"found {first_names(sorted(weights))}. Give LLaVA's mm_projector.bin."
         )
     return found
 
@@ -163,14 +186,14 @@ def _own_projector_key(key: str) -> str:
     return f"{PROJECTOR_KEYS[layer]}.{kind}" if layer in PROJECTOR_KEYS else key
 
 
-def _projector_of(llava: Any) -> dict[str, Tensor]:
-    return {
-        _own_projector_key(key): value
-        for key, value in llava.model.multi_modal_projector.state_dict().items()
-    }
+def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+    weights = llava.model.multi_modal_projector.state_dict()
+    return {_own_projector_key(key): value for key, value in weights.items()}
 
 
 def _require_clip_and_llama(name: str, config: Any) -> None:
+    if config.model_type != LlavaConfig.model_type:
+        raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint, not a LLaVA.")
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
         "text_config.model_type": (config.text_config.model_type, "llama"),
@@ -180,42 +203,57 @@ def _require_clip_and_llama(name: str, config: Any) -> None:
     for field, (found, wanted) in expected.items():
         if found != wanted:
             raise ValueError(
-                f"The LLaVA checkpoint {name!r} has {field}={found!r}, but only {wanted!r} can be read. To join its "
-                "parts anew, give {'model_name_or_path': ..., 'mm_vision_tower': ...}."
+                f"The LLaVA checkpoint {name!r} has {field}={found!r}, but only {wanted!r} can be "
+                "read. To join its parts anew, give {'model_name_or_path': ..., "
+                "'mm_vision_tower': ...}."
             )
 
 
-def _load_llava(name: str, **hub: Any) -> Any:
+def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
     loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        name, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **hub
+        name,
+        trust_remote_code=False,
+        dtype="auto",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
     )
+    llava: LlavaForConditionalGeneration
     llava, info = loaded
     require_loaded(name, info)
     return llava
 
 
-def _load_processor(name: str, config: LlavaConfig, **hub: Any) -> Any:
+def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
-        processor: Any = AutoProcessor.from_pretrained(name, **hub)
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
     except (OSError, ValueError) as error:
         raise OSError(
-            f"The LLaVA checkpoint {name!r} has no processor that can be read (processor_config.json, "
-            f"preprocessor_config.json and the tokenizer's files belong to it): {error}"
+            f"The LLaVA checkpoint {name!r} has no processor that can be read "
+            "(processor_config.json, preprocessor_config.json and the tokenizer's files belong to "
+            f"it): {error}"
         ) from error
     tokenizer = getattr(processor, "tokenizer", None)
     found = None if tokenizer is None else tokenizer.get_vocab().get("<image>")
     if found != config.image_token_index:
+        has = "no token <image>" if found is None else f"<image> at {found}"
         raise ValueError(
-            f"In {name!r} the config has image_token_index={config.image_token_index}, but the tokenizer has "
-            f"{'no token <image>' if found is None else f'<image> at {found}'}. The two files are of different models."
+            f"In {name!r} the config has image_token_index={config.image_token_index}, but the "
+            f"tokenizer has {has}. The two files are of different models."
         )
     return processor
 
 
-def _clip_encoder(origin: Origin, llava: Any, image_processor: Any) -> VisionEncoder:
-    """The tower as an encoder without weights: its config measures the shapes, its image processor is LLaVA's."""
+def _clip_encoder(
+    origin: Origin, llava: LlavaForConditionalGeneration, image_processor: BaseImageProcessor
+) -> VisionEncoder:
+    """The tower as an encoder without weights, with LLaVA's image processor.
+
+    Its config measures the shapes.
+    """
     llava_config = llava.config
+    assert isinstance(llava_config.vision_config, PreTrainedConfig)
     config = ClipVisionConfig(
         tower_config=plain_config(llava_config.vision_config),
         processor_config=plain_config(image_processor),
@@ -228,18 +266,14 @@ def _clip_encoder(origin: Origin, llava: Any, image_processor: Any) -> VisionEnc
         return ClipEncoder(config)
 
 
-class LanguageModelOf(CheckpointReader):
-    """The Llama inside a loaded multimodal model, a LLaVA or ours, read like a checkpoint of its own."""
+class LanguageModelOf:
+    """The Llama inside a loaded multimodal model, a LLaVA or ours: a `TensorReader`."""
 
-    def __init__(self, source: str, llava: Any) -> None:
+    def __init__(self, source: str, model: PreTrainedModel) -> None:
         self.source = source
-        self.model_type = llava.config.text_config.model_type
-        self._config = llava.config.text_config
-        modules: dict[str, nn.Module] = {
-            "model": llava.model.language_model,
-            "lm_head": llava.lm_head,
-        }
-        self._tensors = {
+        self._config = model.config.get_text_config()
+        modules = {"model": model.model.language_model, "lm_head": model.lm_head}
+        self._tensors: dict[str, Tensor] = {
             f"{prefix}.{key}": value
             for prefix, module in modules.items()
             for key, value in module.state_dict().items()
@@ -251,8 +285,9 @@ class LanguageModelOf(CheckpointReader):
     def names(self) -> list[str]:
         return sorted(self._tensors)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def shape(self, name: str) -> Shape:
         return tuple(self._tensors[name].shape)
 
     def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        return self._tensors[name].to(dtype)
+        tensor = self._tensors[name]
+        return tensor if dtype is None else tensor.to(dtype)

@@ -1,59 +1,74 @@
 """Saved models: `open_saved` opens one of ours, whole or a difference, or a LLaVA."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moellava.model.checkpoint.configs import load_generation_config, load_model_config
-from moellava.model.checkpoint.difference import is_trainable_folder, load_trainable
+from moellava.model.checkpoint.difference import is_trainable_folder, open_trainable
 from moellava.model.checkpoint.llava import read_llava
-from moellava.model.checkpoint.strict import load_weights
+from moellava.model.checkpoint.strict import model_from_tensors, read_model
 from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.sources import HubOptions
 
 
-def open_saved(
-    name: str,
-    *,
-    moe_config: Mapping[str, Any] | bool,
-    seed: int,
-    device_map: Any,
-    build: Mapping[str, Any],
-    hub: Mapping[str, Any],
-) -> LoadedModel:
-    """Open a folder or hub id that holds a model of ours, whole or by `save_trainable`, or a LLaVA of transformers.
+def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
+    """Open a model of ours, whole or by `save_trainable`, or a LLaVA of transformers.
 
-    `build` and `hub` as in `moellava.model.build.assembly.assemble`; other arguments as in `load_pretrained_model`.
+    Args:
+        name: its folder or hub id.
+
+    Raises:
+        OSError: if there is no such model, or a file of it cannot be read.
+        ValueError: if it is another kind of model, or an option does not apply to it.
     """
-    config = load_model_config(name, **hub)
+    config = load_model_config(name, **hub.keywords)
     if config.model_type == "llava":
-        parts = read_llava(name, moe_config=moe_config, dtype=build["dtype"], seed=seed, **hub)
-        options = {**build, "dtype": parts.config.dtype, "device_map": device_map}
-        model = load_weights(
-            None, name, config=parts.config, state_dict=parts.state_dict, **options
-        )
-        model.generation_config = load_generation_config(name, parts.processor.tokenizer, **hub)
-        model.built_from = {"model_name_or_path": name, "mm_vision_tower": name}
-        return LoadedModel(model, parts.processor)
+        return _open_llava(name, options, hub)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(
-            f"{name!r} is a {config.model_type!r} checkpoint, not a model that this library saved. To join it with an "
-            f"image encoder, give {{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
+            f"{name!r} is a {config.model_type!r} checkpoint, not a model that this library saved. "
+            "To join it with an image encoder, give "
+            f"{{'model_name_or_path': {name!r}, 'mm_vision_tower': ...}}."
         )
-    if moe_config is not True:
+    if options.moe_config is not True:
         raise ValueError(
-            f"{name!r} is a saved model, whose layers are fixed: leave out moe_config={moe_config!r}, or give a "
-            "mapping to build a new model."
+            f"{name!r} is a saved model, whose layers are fixed: leave out "
+            f"moe_config={options.moe_config!r}, or give a mapping to build a new model."
         )
     if is_trainable_folder(name):
-        if device_map is not None:
+        if options.device_map is not None:
             raise ValueError(
-                f"device_map is for a whole model, but {name!r} holds a difference from its base. Leave it out."
+                f"device_map is for a whole model, but {name!r} holds a difference from its base. "
+                "Leave it out."
             )
-        return load_trainable(name, **build, **hub)
-    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = load_weights(
-        path, name, device_map=device_map, **{**build, "dtype": build["dtype"] or "auto"}, **hub
+        return open_trainable(Path(name), {}, options, hub)
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    model = read_model(place, name, options, hub)
+    processor = MoeLlavaProcessor.from_pretrained(
+        place,
+        trust_remote_code=False,
+        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
     )
-    return LoadedModel(model, MoeLlavaProcessor.from_pretrained(path, **hub))
+    return LoadedModel(model, processor)
+
+
+def _open_llava(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
+    parts = read_llava(
+        name,
+        moe_config=options.moe_config,
+        dtype=options.dtype,
+        seed=options.seed,
+        **hub.keywords,
+    )
+    return model_from_tensors(
+        parts.state_dict,
+        parts.config,
+        parts.processor,
+        name=name,
+        dtype=parts.dtype,
+        options=options,
+        generation_config=load_generation_config(name, parts.processor.tokenizer, **hub.keywords),
+        built_from={"model_name_or_path": name, "mm_vision_tower": name},
+    )

@@ -1,6 +1,11 @@
-"""A trained projector on disk and the tower that it was trained for: `save_projector`, `read_projector`.
+"""A trained projector on disk and the tower that it was trained for.
 
 A projector reads the patch tokens of one tower: `TrainedProjector.require_fit` refuses another.
+
+| name | what it does |
+|---|---|
+| `save_projector` | writes the projector of a joined model |
+| `read_projector` | reads one, also of a saved model or of LLaVA's code |
 """
 
 import json
@@ -17,13 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moellava.messages import first_names
 from moellava.model.checkpoint.llava import read_mm_projector
 from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX
 from moellava.model.projector import ProjectorShape, build_projector
-from moellava.storage.weights import read_weights
+from moellava.storage.weights import read_weights, require_fit
+from moellava.storage.writing import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +38,7 @@ HEADER = "moellava_projector"  # the key of our description in the file's own he
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedProjector:
-    """The weights of a projector with all that is known of it; `tower` is None where the file does not say."""
+    """The weights of a projector with all that is known of it; `tower` is None if unknown."""
 
     path: str
     projector_type: str
@@ -44,12 +49,13 @@ class TrainedProjector:
     state_dict: dict[str, Tensor]
 
     def require_fit(self, shape: ProjectorShape, tower: TowerIdentity) -> None:
-        """Raise `ValueError` unless the projector fits these widths and was trained for this tower; both are named."""
+        """Raise `ValueError` unless the projector fits these widths and belongs to this tower."""
         if (self.vision_width, self.text_width) != (shape.vision_width, shape.text_width):
             raise ValueError(
-                f"The projector {self.path} goes from width {self.vision_width} to {self.text_width}, but the tower "
-                f"{tower} gives patch tokens of width {shape.vision_width} and the language model takes "
-                f"{shape.text_width}. Take the parts that it was trained between, or train a new projector."
+                f"The projector {self.path} goes from width {self.vision_width} to "
+                f"{self.text_width}, but the tower {tower} gives patch tokens of width "
+                f"{shape.vision_width} and the language model takes {shape.text_width}. Take the "
+                "parts that it was trained between, or train a new projector."
             )
         if self.tower is None:
             logger.warning(
@@ -58,30 +64,32 @@ class TrainedProjector:
             )
         elif differing := self.tower.differs_from(tower):
             raise ValueError(
-                f"The projector {self.path} was trained for the tower {self.tower}, but this model has {tower}: they "
-                f"differ in {', '.join(differing)}. Use that tower and setting, or train a new projector. To start "
-                "with its weights all the same, put read_projector(path).state_dict into the built model yourself."
+                f"The projector {self.path} was trained for the tower {self.tower}, but this model "
+                f"has {tower}: they differ in {', '.join(differing)}. Use that tower and setting, "
+                "or train a new projector. To start with its weights all the same, put "
+                "read_projector(path).state_dict into the built model yourself."
             )
         with torch.device("meta"):
             expected = build_projector(self.projector_type, shape, self.options).state_dict()
-        found = {name: tuple(tensor.shape) for name, tensor in self.state_dict.items()}
-        wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
-        wrong = sorted(
-            name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name)
+        mismatched = [
+            f"{name}: {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in self.state_dict.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ]
+        require_fit(
+            f"the projector {self.path}, a {self.projector_type} with {dict(self.options or {})},",
+            missing=expected.keys() - self.state_dict.keys(),
+            unexpected=self.state_dict.keys() - expected.keys(),
+            mismatched=mismatched,
         )
-        if wrong:
-            raise ValueError(
-                f"The projector {self.path} is no {self.projector_type} with {dict(self.options or {})}: {wrong[0]} is "
-                f"{found.get(wrong[0], 'missing')}, expected {wanted.get(wrong[0], 'nothing')}. "
-                f"Differing in all: {first_names(wrong)}."
-            )
 
 
 def save_projector(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Path:
-    """Write a joined model's projector into `folder`/projector.safetensors, with the tower that it belongs to.
+    """Write a joined model's projector, and which tower it belongs to.
 
     Args:
         model: a `MoeLlavaForConditionalGeneration`.
+        folder: created if missing; receives `projector.safetensors`.
 
     Returns:
         The file, which `load_pretrained_model(..., projector_config={"path": ...})` reads.
@@ -102,13 +110,9 @@ def save_projector(model: PreTrainedModel, folder: str | os.PathLike[str]) -> Pa
     folder.mkdir(parents=True, exist_ok=True)
     state = joined.model.multi_modal_projector.state_dict()
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    # Written beside and then moved: the model may be mapped to the very file that is replaced.
-    save_file(
-        state,
-        folder / f"{PROJECTOR_FILE}.part",
-        metadata={"format": "pt", HEADER: json.dumps(description)},
-    )
-    os.replace(folder / f"{PROJECTOR_FILE}.part", folder / PROJECTOR_FILE)
+    metadata = {"format": "pt", HEADER: json.dumps(description)}
+    with replacing(folder / PROJECTOR_FILE) as part:
+        save_file(state, part, metadata=metadata)
     return folder / PROJECTOR_FILE
 
 
@@ -116,8 +120,9 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
     """Read a trained projector and what its source says about it.
 
     Args:
-        path: the folder or file of `save_projector`; the folder of a saved model, whole or by `save_trainable`; or a
-            projector of the original LLaVA's code, as `moellava.model.checkpoint.llava.read_mm_projector` takes it.
+        path: the folder or file of `save_projector`; the folder of a saved model, whole or by
+            `save_trainable`; or a projector of the original LLaVA's code, as
+            `moellava.model.checkpoint.llava.read_mm_projector` takes it.
 
     Raises:
         OSError: if there is no such file.
@@ -150,13 +155,12 @@ def _from_saved_model(folder: Path) -> TrainedProjector:
         raise ValueError(f"{folder} holds no weights of a projector. Is the checkpoint complete?")
     tower = _without_prefix(state, TOWER_PREFIX)
     identity = tower_identity(config.vision_config, tower)
-    if (
-        folder / "base.json"
-    ).is_file():  # by save_trainable: of the tower there is only what was trained
+    if (folder / "base.json").is_file():  # by save_trainable: only what was trained of the tower
         if tower:
             raise ValueError(
-                f"The projector in {folder} was trained together with its tower, which is no published one then. "
-                f"Open the model, load_pretrained_model({str(folder)!r}), and use save_projector."
+                f"The projector in {folder} was trained together with its tower, which is then not "
+                "a published one. Open the model, load_pretrained_model("
+                f"{str(folder)!r}), and use save_projector."
             )
         identity = TowerIdentity(**config.projector_tower) if config.projector_tower else identity
     shape = config.projector_shape
@@ -178,7 +182,7 @@ def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _saved_tensors(folder: Path, prefixes: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint's safetensors files whose names start so, mapped to their files."""
+    """The tensors of a checkpoint whose names start with one of `prefixes`, mapped."""
     tensors: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors |= read_weights(path, prefixes)
@@ -196,17 +200,12 @@ def _from_llava(place: Path, settings: Mapping[str, Any]) -> TrainedProjector:
         projector_type = f"mlp{num_layers}x_gelu"
     else:
         raise ValueError(
-            f"{place} holds layers {', '.join(sorted(layers))}, which are no projector of LLaVA's code. Write it with "
-            "moellava.model.checkpoint.projector_file.save_projector."
+            f"{place} holds layers {', '.join(sorted(layers))}, which are not a projector of "
+            "LLaVA's code. Write it with moellava.model.checkpoint.projector_file.save_projector."
         )
-    name = settings.get("mm_vision_tower") or settings.get(
-        "mm_image_tower"
-    )  # the second is MoE-LLaVA's
-    tower = (
-        TowerIdentity(tower=name, select_layer=settings.get("mm_vision_select_layer"))
-        if name
-        else None
-    )
+    name = settings.get("mm_vision_tower") or settings.get("mm_image_tower")  # MoE-LLaVA's
+    layer = settings.get("mm_vision_select_layer")
+    tower = TowerIdentity(tower=name, select_layer=layer) if name else None
     return TrainedProjector(
         path=str(place),
         projector_type=projector_type,

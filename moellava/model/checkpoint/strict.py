@@ -1,33 +1,113 @@
-"""The weights of a joined model, read strictly: `load_weights`."""
+"""Weights that fit exactly → a model: `read_model` from files, `model_from_tensors` from memory."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig
 
+from moellava.messages import first_names
+from moellava.model.checkpoint.configs import savable
+from moellava.model.configuration_moellava import MoeLlavaConfig
+from moellava.model.load_options import LoadOptions
+from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.sources import HubOptions
 from moellava.storage.weights import require_loaded
 
 
-def load_weights(path: str | None, name: str, **options: Any) -> MoeLlavaForConditionalGeneration:
-    """`from_pretrained`, but strict: transformers only logs missing tensors, and leaves some of them uninitialised."""
+def read_model(
+    place: str, name: str, options: LoadOptions, hub: HubOptions
+) -> MoeLlavaForConditionalGeneration:
+    """The model that `save_pretrained` wrote, without a tensor too many or too few.
+
+    Args:
+        place: its folder or hub id.
+        name: what the user called it, for messages.
+    """
+    keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
+    model = _from_pretrained(place, name, **keywords)
+    if model.generation_config is not None:
+        savable(model.generation_config)
+    return model
+
+
+def model_from_tensors(
+    state_dict: Mapping[str, Tensor],
+    config: MoeLlavaConfig,
+    processor: MoeLlavaProcessor,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    options: LoadOptions | None = None,
+    generation_config: GenerationConfig | None = None,
+    built_from: Mapping[str, str] | None = None,
+) -> LoadedModel:
+    """A model around its weights, in evaluation mode.
+
+    Args:
+        state_dict: under the names of `MoeLlavaForConditionalGeneration`.
+        name: what the weights are called in messages.
+        dtype: of all weights but the routers.
+        generation_config: None keeps what transformers makes of the config.
+        built_from: where the parts lie, for `save_trainable`, which reads the base again. These
+            are paths of this machine, so they are not part of the config.
+    """
+    keywords = (options or LoadOptions()).keywords
+    model = _from_pretrained(
+        None, name, config=config, state_dict=state_dict, dtype=dtype, **keywords
+    )
+    if generation_config is not None:
+        model.generation_config = generation_config
+    model.built_from = None if built_from is None else dict(built_from)
+    model.eval()  # type: ignore[no-untyped-call]
+    return LoadedModel(model, processor)
+
+
+def _from_pretrained(
+    place: str | None, name: str, **keywords: object
+) -> MoeLlavaForConditionalGeneration:
+    """transformers only logs a missing tensor, and leaves some of them uninitialised."""
     try:
         loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
-            path, output_loading_info=True, **options
+            place, output_loading_info=True, trust_remote_code=False, **keywords
         )
     except SafetensorError as error:  # it does not say which file
-        broken = [
-            file.name
-            for file in sorted(Path(path or "").glob("*.safetensors"))
-            if not _is_readable(file)
-        ]
+        files = sorted(Path(place or "").glob("*.safetensors"))
+        broken = ", ".join(file.name for file in files if not _is_readable(file))
         raise OSError(
-            f"A weights file of {name!r} cannot be read; is it complete? {', '.join(broken)} ({error}). Copy or save "
-            "it again."
+            f"A weights file of {name!r} cannot be read; is it complete? {broken} ({error}). Copy "
+            "or save it again."
         ) from error
+    model: MoeLlavaForConditionalGeneration
     model, info = loaded
     require_loaded(name, info)
+    _require_finite(name, model)
     return model
+
+
+def _require_finite(name: str, model: MoeLlavaForConditionalGeneration) -> None:
+    """Refuse weights of a training that diverged.
+
+    Of each tensor the first and last 64 values are looked at, so that mapped files stay unread: a
+    step with a non-finite gradient spoils whole tensors.
+    """
+    spoilt = []
+    for key, weight in model.named_parameters():
+        if weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
+            continue
+        values = weight.detach().reshape(-1)
+        if not torch.isfinite(torch.cat([values[:64], values[-64:]])).all():
+            spoilt.append(key)
+    if spoilt:
+        raise ValueError(
+            f"The weights of {name} hold NaN or infinite values: {first_names(spoilt)}. The "
+            "training diverged, or a file is damaged: use an earlier checkpoint."
+        )
 
 
 def _is_readable(file: Path) -> bool:

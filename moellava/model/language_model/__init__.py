@@ -1,8 +1,13 @@
 """The mixture-of-experts language model, registered with transformers' Auto classes.
 
-`configuration_llama_moe`: layers and experts. `moe`: router, experts, losses. `modeling_llama_moe`: the model.
-`upcycling`: a dense checkpoint becomes a mixture. `checkpoint`: reading weights. `mixtures`: published mixtures.
-`quantization`: 8-bit weights. `router_weights`: one router for all.
+configuration_llama_moe   which layers are sparse, how many experts they have
+moe                       router, experts, losses
+modeling_llama_moe        the model
+upcycling                 a dense checkpoint becomes a mixture
+mixtures                  published mixtures become ours
+checkpoint                reading weights
+router_weights            one router for all layers
+quantization              8-bit weights
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -19,12 +24,13 @@ from moellava.model.language_model.moe import (
     add_router_losses,
     expert_load,
     has_router_penalty,
+    lm_outputs,
     load_balancing_loss,
     router_penalty,
     router_z_loss,
 )
 from moellava.model.language_model.quantization import quantization_config, weight_bytes
-from moellava.model.language_model.router_weights import load_router
+from moellava.model.language_model.router_weights import load_router, write_router
 from moellava.model.language_model.upcycling import (
     layers_with_differing_experts,
     moe_config_from_dense,
@@ -49,6 +55,7 @@ __all__ = [
     "import_mixture",
     "imported_state_dict",
     "layers_with_differing_experts",
+    "lm_outputs",
     "load_balancing_loss",
     "load_router",
     "moe_config_from_dense",
@@ -60,4 +67,5 @@ __all__ = [
     "upcycle",
     "upcycled_state_dict",
     "weight_bytes",
+    "write_router",
 ]

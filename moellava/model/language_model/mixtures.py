@@ -1,26 +1,37 @@
-"""A published mixture of experts in, our layout out: Mixtral's, MoE-LLaVA's and Med-MoE's Llama-based checkpoints.
+"""A published mixture in, ours out: Mixtral's, and MoE-LLaVA's and Med-MoE's on a Llama.
 
 E experts, I expert width, H hidden width.
 
-Public names: `import_mixture`, `imported_state_dict`, `LAYOUTS`.
+import_mixture        the language model
+imported_state_dict   its config and weights
+LAYOUTS               where each kind of checkpoint keeps what
 """
-
-from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from typing_extensions import Unpack
 
 from moellava.messages import unknown_name
-from moellava.model.language_model.checkpoint import CheckpointReader, causal_lm_shapes, is_harmless
+from moellava.model.language_model.checkpoint import (
+    CheckpointReader,
+    Shape,
+    is_harmless,
+    require_float,
+    require_tensors,
+)
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
-from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, require_exact
+from moellava.model.language_model.modeling_llama_moe import (
+    LlamaMoeForCausalLM,
+    with_weights,
+)
+from moellava.storage.errors import reading
+from moellava.storage.sources import HubKeywords, HubOptions
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +47,9 @@ LANGUAGE_FIELDS = {field.name for field in fields(LlamaConfig)} | {"rope_theta",
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where a checkpoint keeps what: `{layer}` and `{expert}` are numbers, a block's names start at its layer."""
+    """Where a checkpoint keeps what; `{layer}` and `{expert}` are numbers."""
 
-    block: str  # of one sparse layer
+    block: str  # prefix of one sparse layer's MLP
     expert: str  # of one expert, within the block
     parts: dict[str, str]  # our gate_proj, up_proj, down_proj to its names
     router: str
@@ -51,54 +62,51 @@ def import_mixture(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    **hub: Any,
+    **hub: Unpack[HubKeywords],
 ) -> LlamaMoeForCausalLM:
     """The language model of a published mixture, in evaluation mode.
 
     Args:
+        source, dtype, **hub: as in `imported_state_dict`, and so are the errors.
         device: where the model goes; `None` leaves it on the CPU.
-        source, dtype, **hub: as `imported_state_dict`.
-
-    Raises: as `imported_state_dict`.
     """
     config, state_dict = imported_state_dict(source, dtype=dtype, **hub)
     dtype = dtype or state_dict["model.embed_tokens.weight"].dtype
-    loaded: Any = LlamaMoeForCausalLM.from_pretrained(
-        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
-    )
-    model, info = loaded
-    require_exact(info)
-    return model if device is None else model.to(device)
+    return with_weights(str(source), config, state_dict, dtype=dtype, device=device)
 
 
 def imported_state_dict(
     source: str | os.PathLike[str],
     *,
     dtype: torch.dtype | None = None,
-    **hub: Any,
+    **hub: Unpack[HubKeywords],
 ) -> tuple[LlamaMoeConfig, dict[str, Tensor]]:
     """The config and the weights of a published mixture as `LlamaMoeForCausalLM` has them.
 
-    Read are `mixtral` (without a sliding window) and `moe_llava_llama`: MoE-LLaVA, and Med-MoE with its meta expert
-    and router bias. DeepSpeed's gate weighs the one expert of top-1 by its raw probability and normalises top-2, so
-    `norm_topk_prob` is k > 1 there; its noise and its dropped tokens are left out.
+    It reads `mixtral` (without a sliding window) and `moe_llava_llama`: MoE-LLaVA, and Med-MoE with
+    its meta expert and router bias. DeepSpeed's gate weighs the one expert of top-1 by its raw
+    probability and normalises top-2, so `norm_topk_prob` is k > 1 there; its noise and its dropped
+    tokens are left out.
 
     Args:
         source: folder or hub id.
         dtype: of the weights but the router's, which is float32; `None` keeps the file's.
-        **hub: `revision`, `cache_dir`, `local_files_only`, `token`, as in transformers' `from_pretrained`.
+        **hub: as in transformers' `from_pretrained`.
 
     Raises:
         OSError: if there is no such checkpoint.
-        ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that do not fit.
+        ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that
+            do not fit.
     """
-    reader = CheckpointReader(source, **hub)
+    require_float(dtype)
+    reader = CheckpointReader(source, HubOptions(**hub))
     if reader.model_type not in LAYOUTS:
         raise _unreadable(reader)
     layout = LAYOUTS[reader.model_type]
-    config = layout.config(reader)
-    shapes = causal_lm_shapes(config)
-    reader.require(_source_shapes(layout, config, shapes), may_have=_may_have(shapes))
+    with reading(reader.source, "a mixture's config"):
+        config = layout.config(reader)
+    shapes = reader.expected_shapes(config)
+    require_tensors(reader, _source_shapes(layout, config, shapes), may_have=_may_have(shapes))
     ignored = [name for name in reader.names() if name.startswith(NOT_LANGUAGE_MODEL)]
     if ignored:
         logger.info("%s: %d tensors of the image side are not read", reader.source, len(ignored))
@@ -109,7 +117,7 @@ def _converted(
     reader: CheckpointReader,
     layout: Layout,
     config: LlamaMoeConfig,
-    shapes: dict[str, tuple[int, ...]],
+    shapes: dict[str, Shape],
     dtype: torch.dtype | None,
 ) -> Iterator[tuple[str, Tensor]]:
     for name, shape in shapes.items():
@@ -146,8 +154,8 @@ def _sources(layout: Layout, config: LlamaMoeConfig, name: str) -> list[str]:
 
 
 def _source_shapes(
-    layout: Layout, config: LlamaMoeConfig, shapes: dict[str, tuple[int, ...]]
-) -> dict[str, tuple[int, ...]]:
+    layout: Layout, config: LlamaMoeConfig, shapes: dict[str, Shape]
+) -> dict[str, Shape]:
     expected = {}
     for name, shape in shapes.items():
         if ".mlp.experts." in name:
@@ -157,8 +165,8 @@ def _source_shapes(
     return expected
 
 
-def _may_have(shapes: dict[str, tuple[int, ...]]) -> Callable[[str], bool]:
-    harmless = is_harmless({"lm_head.weight"} - shapes.keys())
+def _may_have(shapes: dict[str, Shape]) -> Callable[[str], bool]:
+    harmless = is_harmless(shapes)
     return lambda name: name.startswith(NOT_LANGUAGE_MODEL) or harmless(name)
 
 
@@ -166,8 +174,9 @@ def _mixtral_config(reader: CheckpointReader) -> LlamaMoeConfig:
     config = reader.config()
     if config.sliding_window is not None:
         raise ValueError(
-            f"{reader.source} has sliding_window={config.sliding_window}, but Llama's attention sees everything, so "
-            "the logits would differ beyond that length. Load it with transformers' MixtralForCausalLM."
+            f"{reader.source} has sliding_window={config.sliding_window}, but Llama's attention "
+            "sees everything, so the logits would differ beyond that length. Load it with "
+            "transformers' MixtralForCausalLM."
         )
     if config.router_jitter_noise:
         logger.warning(
@@ -194,15 +203,16 @@ def _moe_llava_config(reader: CheckpointReader) -> LlamaMoeConfig:
     missing = [key for key in required if not moe.get(key)]
     if missing:
         raise ValueError(
-            f"The config of {reader.source} lacks {missing} under 'moe'. Take the one of stage III."
+            f"The config of {reader.source} lacks {missing} under 'moe'. Use the one of stage III."
         )
     if len(set(moe["num_experts"])) != 1:
         raise ValueError(
-            f"{reader.source} has {moe['num_experts']} experts in its layers, but LlamaMoe has one number for all."
+            f"{reader.source} has {moe['num_experts']} experts in its layers, but LlamaMoe has one "
+            "number for all."
         )
     if moe.get("use_residual"):
         raise ValueError(
-            f"{reader.source} has use_residual=True (residual experts), which LlamaMoe does not have."
+            f"{reader.source} has use_residual=True (residual experts), which LlamaMoe lacks."
         )
     names = reader.names()
     layers = list(moe["moe_layers_idx"])
@@ -214,7 +224,7 @@ def _moe_llava_config(reader: CheckpointReader) -> LlamaMoeConfig:
         norm_topk_prob=moe["top_k_experts"] > 1,
         meta_expert=any(".mlp.meta_moe." in name for name in names),
         router_bias=any(name.endswith(".deepspeed_moe.gate.wg.bias") for name in names),
-        # MoE-LLaVA sums its loss over the layers, ours is their mean
+        # MoE-LLaVA sums its loss over the layers; ours is their mean
         router_aux_loss_coef=moe.get("router_aux_loss_coef", 0.01) * len(layers),
     )
 
@@ -224,10 +234,11 @@ def _unreadable(reader: CheckpointReader) -> ValueError:
     known_other = other.get(reader.model_type)
     if known_other:
         return ValueError(
-            f"{reader.source} is a MoE-LLaVA on {known_other} ({reader.model_type!r}); only those on a Llama "
-            "('moe_llava_llama') can be read so far."
+            f"{reader.source} is a MoE-LLaVA on {known_other} ({reader.model_type!r}); only those "
+            "on a Llama ('moe_llava_llama') can be read so far."
         )
-    return unknown_name("mixture architecture", reader.model_type, LAYOUTS)
+    error = unknown_name("mixture architecture", reader.model_type, LAYOUTS)
+    return ValueError(f"{reader.source}: {error}")
 
 
 _LLAMA_PARTS = {part: part for part in ("gate_proj", "up_proj", "down_proj")}

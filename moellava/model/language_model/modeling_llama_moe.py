@@ -1,20 +1,19 @@
 """transformers' Llama with a sparse mixture of experts in the chosen layers: token ids to logits.
 
 B batch, T positions, H hidden width, V vocabulary, E experts.
-
-Public names: `LlamaMoeForCausalLM`, `LlamaMoeModel`, `LlamaMoePreTrainedModel`.
 """
 
-from __future__ import annotations
-
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
@@ -34,20 +33,21 @@ from moellava.model.language_model.moe import (
     LlamaMoeExperts,
     LlamaMoeRouter,
     LlamaMoeSparseBlock,
-    add_router_losses,
-    has_router_penalty,
+    lm_outputs,
 )
+from moellava.storage.weights import require_fit, require_loaded
 
 
 class LlamaMoeDecoderLayer(LlamaDecoderLayer):
     def __init__(self, config: LlamaMoeConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
         if config.is_sparse(layer_idx):
-            self.mlp: nn.Module = LlamaMoeSparseBlock(config)  # type: ignore[assignment]  # called like LlamaMLP
+            # called like LlamaMLP
+            self.mlp: nn.Module = LlamaMoeSparseBlock(config)  # type: ignore[assignment]
 
 
 class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
-    """What both models share: initialisation, recorded outputs, and loading that never invents an expert."""
+    """What both models share: initialisation, recorded outputs, loading without random weights."""
 
     config: LlamaMoeConfig
     config_class = LlamaMoeConfig
@@ -61,7 +61,7 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for the decorator's text in this module, but the experts live in moe.py
+        # transformers looks for the decorator's text in this module, but the experts are in moe.py
         return True
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
@@ -70,7 +70,7 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if isinstance(module, LlamaMoeExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
             init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
@@ -81,23 +81,23 @@ class LlamaMoePreTrainedModel(LlamaPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As transformers', but weights that the checkpoint lacks or has in another shape are an error.
+        """As transformers', but every weight must be in the checkpoint, in its shape.
 
         Raises:
-            ValueError: naming the missing or misshapen weights; transformers would draw random ones.
+            ValueError: naming missing or misshapen weights; transformers would draw random ones.
         """
         kwargs["ignore_mismatched_sizes"] = True  # our error names them, transformers' does not
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
-        require_complete(info)
+        _require_complete((args and args[0]) or "the state dict", info)
         for module in model.modules():
-            if isinstance(module, LlamaMoeRouter):  # loading has made new parameters, all trainable
+            if isinstance(module, LlamaMoeRouter):  # loading makes new parameters, all trainable
                 module.requires_grad_(not module.frozen)
         return (model, info) if output_loading_info else model
 
 
 class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
-    """The decoder without a head; `router_logits` hold one (B*T, E) float32 tensor per sparse layer."""
+    """The decoder without a head; `router_logits` has one (B*T, E) float32 per sparse layer."""
 
     def __init__(self, config: LlamaMoeConfig) -> None:
         PreTrainedModel.__init__(self, config)  # LlamaModel's would build the dense layers first
@@ -113,11 +113,11 @@ class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
-        """As `LlamaModel`; only the output class differs, since capture has put the router logits into it."""
+        """As `LlamaModel`, but the output class has a place for the recorded router logits."""
         return MoeModelOutputWithPast(**super().forward(*args, **kwargs))
 
 
@@ -129,10 +129,10 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
         self.model = LlamaMoeModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
-    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
-    @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -148,77 +148,67 @@ class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationM
     ) -> MoeCausalLMOutputWithPast:
         """Logits (B, T, V), and with `labels` (B, T; -100 is left out) the loss.
 
-        In training the loss contains `router_aux_loss_coef` times the load-balancing loss and `router_z_loss_coef`
-        times the z-loss; in evaluation it is the language-model loss alone. `aux_loss`, the load-balancing loss
-        before its coefficient, and `router_logits` are returned with `output_router_logits`, and `aux_loss` in training
-        too. Padding is known from a 2-D `attention_mask` only.
+        In training the loss contains `router_aux_loss_coef` times the load-balancing loss and
+        `router_z_loss_coef` times the z-loss; in evaluation it is the language-model loss alone.
+        `aux_loss`, the load-balancing loss before its coefficient, and `router_logits` are returned
+        with `output_router_logits`, and `aux_loss` in training too. Padding is known from a 2-D
+        `attention_mask` only.
         """
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        is_penalised = self.training and labels is not None and has_router_penalty(self.config)
-        outputs = self.model(
+        decode = partial(
+            self.model,
             input_ids=input_ids,
-            attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            output_router_logits=output_router_logits or is_penalised,
+        )
+        fields, _ = lm_outputs(
+            self,
+            self.config,
+            decode,
+            attention_mask=attention_mask,
+            labels=labels,
+            output_router_logits=output_router_logits,
+            logits_to_keep=logits_to_keep,
             **kwargs,
         )
-        logits = self.lm_head(
-            slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
-        )  # (B, T, V)
-
-        loss: Tensor | None = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
-            )
-        loss, aux_loss = add_router_losses(
-            self.config,
-            loss,
-            outputs.router_logits,
-            attention_mask,
-            is_penalised=is_penalised,
-            labels=labels,
-            num_items_in_batch=kwargs.get("num_items_in_batch"),
-        )
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            cache=outputs.cache,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits if output_router_logits else None,
-        )
+        return MoeCausalLMOutputWithPast(**fields)  # type: ignore[arg-type]  # tuple[Tensor] there
 
 
-def require_complete(loading_info: dict[str, Any]) -> None:
-    """Raise `ValueError` unless every weight of the model was in the checkpoint, in its shape.
+def with_weights(
+    where: str,
+    config: LlamaMoeConfig,
+    state_dict: dict[str, Tensor],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+) -> LlamaMoeForCausalLM:
+    """The model of a config with exactly these weights, in evaluation mode.
 
     Args:
-        loading_info: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        where: what the weights are, for the message.
+        device: where the model goes; None leaves it on the CPU.
+
+    Raises:
+        ValueError: naming weights that are missing, unexpected or misshapen.
     """
-    _require_none(loading_info, ("missing", "mismatched"))
+    model, info = LlamaMoeForCausalLM.from_pretrained(
+        None, config=config, state_dict=state_dict, dtype=dtype, output_loading_info=True
+    )
+    require_loaded(where, info)
+    assert isinstance(model, LlamaMoeForCausalLM)
+    if device is not None:
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides its signature
+    return model
 
 
-def require_exact(loading_info: dict[str, Any]) -> None:
-    """As `require_complete`, and a weight that the model has no place for is an error too."""
-    _require_none(loading_info, ("missing", "mismatched", "unexpected"))
-
-
-def _require_none(loading_info: dict[str, Any], kinds: tuple[str, ...]) -> None:
-    found = {kind: sorted(str(key) for key in loading_info[f"{kind}_keys"]) for kind in kinds}
-    if any(found.values()):
-        text = "; ".join(
-            f"{len(keys)} {kind}, such as {', '.join(keys[:3])}"
-            for kind, keys in found.items()
-            if keys
-        )
+def _require_complete(where: object, info: Mapping[str, Collection[object]]) -> None:
+    missing, mismatched = info["missing_keys"], info["mismatched_keys"]
+    try:
+        require_fit(where, missing=missing, mismatched=mismatched)
+    except ValueError as error:
         raise ValueError(
-            f"The checkpoint does not fit LlamaMoe: {text}. Nothing is filled in at random: turn a dense Llama into a "
-            "mixture with moellava.model.language_model.upcycle(source), and load a mixture with the config it was "
-            "saved with."
-        )
+            f"{error} Nothing is filled in at random: turn a dense Llama into a mixture with "
+            "moellava.model.language_model.upcycle(source), and load a mixture with the config "
+            "that it was saved with."
+        ) from None

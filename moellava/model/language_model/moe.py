@@ -1,24 +1,25 @@
-"""The sparse block: a token's hidden state goes through the router to k of E experts, whose outputs are summed.
+"""The sparse block: a token's hidden state goes to k of E experts, whose outputs are summed.
 
-B batch, T positions, H hidden width, I expert width, E experts, k experts per token, N = B*T tokens.
+B batch, T positions, H hidden width, I expert width, E experts, k experts per token, N = B*T
+tokens.
 
-Public names, in reading order: `LlamaMoeSparseBlock`, `LlamaMoeRouter`, `LlamaMoeExperts`,
-`eager_experts_forward`, `fastest_experts_forward`, `expert_load`, `load_balancing_loss`, `router_z_loss`,
-`router_penalty`, `has_router_penalty`, `add_router_losses`.
+LlamaMoeSparseBlock, LlamaMoeRouter, LlamaMoeExperts   the modules
+eager_experts_forward, fastest_experts_forward         how experts are computed
+expert_load, load_balancing_loss, router_z_loss        what the router is measured and trained by
+lm_outputs                                             the end of both causal models' `forward`
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypedDict, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
-from transformers.integrations import use_experts_implementation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.cache_utils import Cache
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
+from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import maybe_autocast
 
@@ -31,20 +32,23 @@ DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None`
 class LlamaMoeSparseBlock(nn.Module):
     """Stands where `LlamaMLP` stood: same call, same return, (B, T, H) to (B, T, H).
 
-    y = sum_{i in top k} w_i E_i(x), plus E_meta(x) with `meta_expert` (Med-MoE, arXiv 2404.10237, eq. 3). No token is
-    dropped and no noise is added, so a token's output does not depend on its neighbours.
+    y = sum_{i in top k} w_i E_i(x), plus E_meta(x) with `meta_expert` (Med-MoE, arXiv 2404.10237,
+    eq. 3). No token is dropped and no noise is added, so a token's output does not depend on its
+    neighbours.
     """
 
     def __init__(self, config: LlamaMoeConfig) -> None:
         super().__init__()
         self.gate = LlamaMoeRouter(config)
         self.experts = LlamaMoeExperts(config)
-        self.meta_expert = LlamaMLP(config) if config.meta_expert else None
+        self.meta_expert: LlamaMLP | None = None
+        if config.meta_expert:
+            self.meta_expert = LlamaMLP(config)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         tokens = hidden_states.reshape(-1, hidden_states.shape[-1])  # (N, H)
         _, top_k_weights, top_k_index = self.gate(tokens)
-        output = self.experts(tokens, top_k_index, top_k_weights)  # (N, H)
+        output: Tensor = self.experts(tokens, top_k_index, top_k_weights)  # (N, H)
         if self.meta_expert is not None:
             output = output + self.meta_expert(tokens)
         return output.reshape(hidden_states.shape)
@@ -70,7 +74,8 @@ class LlamaMoeRouter(nn.Module):
             hidden_states: (N, H).
 
         Returns:
-            router_logits (N, E) float32, weights of the chosen experts (N, k) float32, their indices (N, k) int64.
+            router_logits (N, E) float32, weights of the chosen experts (N, k) float32, their
+            indices (N, k) int64.
         """
         weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
         if self.frozen:  # a trainer that sets requires_grad on everything must not thaw it
@@ -87,10 +92,10 @@ class LlamaMoeRouter(nn.Module):
 
 @use_experts_implementation
 class LlamaMoeExperts(nn.Module):
-    """E gated MLPs as two fused parameters: `gate_up_proj` (E, 2I, H), gate above up, and `down_proj` (E, H, I).
+    """E gated MLPs as two parameters: `gate_up_proj` (E, 2I, H), gate first, `down_proj` (E, H, I).
 
-    `forward` is the plain form, chosen by `experts_implementation="eager"`; the decorator sends a call to the
-    implementation that the model was loaded with.
+    `forward` is the plain form, chosen by `experts_implementation="eager"`; the decorator sends a
+    call to the implementation that the model was loaded with.
     """
 
     def __init__(self, config: LlamaMoeConfig) -> None:
@@ -113,12 +118,11 @@ class LlamaMoeExperts(nn.Module):
 def eager_experts_forward(
     experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """One expert after the other, each on its tokens; the form that the others are tested against."""
+    """One expert after the other, each on its tokens; the others are tested against this form."""
     output = torch.zeros_like(hidden_states)
     gate_up_proj, down_proj = _per_expert(experts.gate_up_proj), _per_expert(experts.down_proj)
-    for expert in range(
-        experts.num_experts
-    ):  # an index equal to num_experts means: on another rank
+    # An index equal to num_experts means: on another rank.
+    for expert in range(experts.num_experts):
         token, slot = torch.where(top_k_index == expert)
         if token.numel() == 0:
             continue
@@ -132,12 +136,13 @@ def eager_experts_forward(
 def fastest_experts_forward(
     experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """transformers' implementation that is fastest at this shape, by tests/benchmarks/language_model.py.
+    """The implementation that is fastest at this shape, by tests/benchmarks/language_model.py.
 
-    `grouped_mm`, except: one product after the other for a single token on the CPU, where sorting costs more than it
-    saves; `batched_mm` off the CPU for up to E assignments, since it gathers a copy of the weights for each, which
-    bounds the copies by the experts' own size; and `eager` where a row of the weights is no multiple of 16 bytes,
-    which `grouped_mm` refuses, or where the weights are quantised.
+    `grouped_mm`, except: one product after the other for a single token on the CPU, where sorting
+    costs more than it saves; `batched_mm` off the CPU for up to E assignments, since it gathers a
+    copy of the weights for each, which bounds the copies by the experts' own size; and `eager` if a
+    row of the weights is not a multiple of 16 bytes, which `grouped_mm` refuses, or if the weights
+    are quantised.
     """
     weight = experts.gate_up_proj
     if is_quantized(weight):
@@ -148,11 +153,12 @@ def fastest_experts_forward(
         return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     is_small = weight.device.type != "cpu" and top_k_index.numel() <= experts.num_experts
     name = "batched_mm" if is_small else "grouped_mm"
-    return ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+    output: Tensor = ALL_EXPERTS_FUNCTIONS[name](experts, hidden_states, top_k_index, top_k_weights)
+    return output
 
 
 def _is_plain_inference(experts: LlamaMoeExperts) -> bool:
-    """Neither training, nor a compiler that cannot follow values into Python, nor weights spread over ranks."""
+    """Neither training, nor compiling, where values cannot go to Python, nor sharded weights."""
     is_plain = type(experts.gate_up_proj.data) is Tensor
     return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
@@ -160,7 +166,7 @@ def _is_plain_inference(experts: LlamaMoeExperts) -> bool:
 def _single_token_forward(
     experts: LlamaMoeExperts, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    """Decoding's shape: (1, H) tokens, (1, k) indices and weights to (1, H), reading each chosen expert once."""
+    """Decoding's shape, (1, H) and (1, k) to (1, H); each chosen expert is read once."""
     output = torch.zeros_like(
         hidden_states, dtype=torch.promote_types(hidden_states.dtype, top_k_weights.dtype)
     )
@@ -176,9 +182,8 @@ def _per_expert(weight: Tensor) -> Sequence[Tensor]:
     if is_quantized(weight):  # no unbind there
         with torch.inference_mode(False):  # torchao's views cannot be made inside inference mode
             return [weight[expert] for expert in range(weight.shape[0])]
-    return weight.unbind(
-        0
-    )  # one backward for all: indexing would add E gradients of the whole weight's size
+    # One backward for all: indexing would add E gradients of the whole weight's size.
+    return weight.unbind(0)
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)
@@ -189,7 +194,7 @@ def expert_load(
 ) -> Tensor:
     """F, the share of one layer's assignments that each expert received: (E,) float32, sums to 1.
 
-    Args: as `load_balancing_loss`, for one layer.
+    Arguments are those of `load_balancing_loss`, for one layer.
     """
     top_k_index = router_logits.topk(top_k, dim=-1).indices  # (N, k)
     assigned = F.one_hot(top_k_index, num_experts).sum(dim=1).float()  # (N, E)
@@ -204,22 +209,23 @@ def load_balancing_loss(
 ) -> Tensor:
     """Penalty for uneven routing: the mean over layers of E * sum_i F_i P_i, padding left out.
 
-    F_i is the share of assignments that expert i received and P_i its mean probability (Switch Transformer, arXiv
-    2101.03961, eq. 4-6). The scale: 1.0 when balanced, under any k; E when all tokens go to one expert under top-1.
-    transformers counts F per token instead, so its value is k times this one, and it pools F and P over the layers
-    before multiplying, which lets two unbalanced layers cancel out; MoE-LLaVA sums over layers instead of averaging,
-    so its coefficient c is c * (number of sparse layers) here.
+    F_i is the share of assignments that expert i received and P_i its mean probability (Switch
+    Transformer, arXiv 2101.03961, eq. 4-6). The scale: 1.0 when balanced, under any k; E when all
+    tokens go to one expert under top-1. transformers counts F per token instead, so its value is k
+    times this one, and it pools F and P over the layers before multiplying, which lets two
+    unbalanced layers cancel out. MoE-LLaVA sums over layers instead of averaging, so its
+    coefficient c is c * (number of sparse layers) here.
 
     Args:
         router_logits: one (B*T, E) tensor per sparse layer, before the softmax.
-        attention_mask: (B, T), 1 for tokens and 0 for padding. A longer one, which also covers cached tokens,
-            is cut to its last T columns.
+        attention_mask: (B, T), 1 for tokens and 0 for padding. A longer one, which also covers
+            cached tokens, is cut to its last T columns.
 
     Returns:
         A float32 scalar.
 
     Raises:
-        ValueError: if there are no logits, or if the mask does not fit them; both numbers are given.
+        ValueError: if there are no logits, or the mask does not fit them; both numbers are given.
     """
     if len(router_logits) == 0:
         raise ValueError(
@@ -234,9 +240,9 @@ def load_balancing_loss(
 
 
 def router_z_loss(router_logits: Sequence[Tensor], attention_mask: Tensor | None = None) -> Tensor:
-    """The mean over layers and tokens of logsumexp(logits)^2, which keeps logits small (ST-MoE, arXiv 2202.08906).
+    """The mean over layers and tokens of logsumexp(logits)^2, which keeps the logits small.
 
-    Args and errors: as `load_balancing_loss`.
+    From ST-MoE, arXiv 2202.08906. Arguments and errors are those of `load_balancing_loss`.
     """
     if len(router_logits) == 0:
         raise ValueError(
@@ -257,10 +263,11 @@ def router_penalty(
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> Tensor:
-    """What the router adds to the training loss: both losses, each times its coefficient in `config`.
+    """What the router adds to the training loss: both losses times their coefficients in `config`.
 
-    With `num_items_in_batch`, the language-model loss of a micro-batch is its share of a larger batch's mean; the
-    penalty is scaled by the same share of the labels, so that gradient accumulation leaves its weight unchanged.
+    With `num_items_in_batch`, the language-model loss of a micro-batch is its share of a larger
+    batch's mean; the penalty is scaled by the same share of the labels, so that gradient
+    accumulation leaves its weight unchanged.
     """
     penalty = config.router_aux_loss_coef * load_balancing_loss(
         router_logits, config.num_experts, config.num_experts_per_tok, attention_mask
@@ -268,9 +275,8 @@ def router_penalty(
     if config.router_z_loss_coef:
         penalty = penalty + config.router_z_loss_coef * router_z_loss(router_logits, attention_mask)
     if labels is not None and num_items_in_batch is not None:
-        penalty = penalty * ((labels[..., 1:] != -100).sum() / num_items_in_batch).to(
-            penalty.device
-        )
+        share = (labels[..., 1:] != -100).sum() / num_items_in_batch
+        penalty = penalty * share.to(penalty.device)
     return penalty
 
 
@@ -284,21 +290,22 @@ def add_router_losses(
     config: LlamaMoeConfig,
     loss: Tensor | None,
     router_logits: Sequence[Tensor] | None,
-    attention_mask: Any,
+    attention_mask: object,
     *,
     is_penalised: bool,
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`loss` with the router's penalty where `is_penalised`, and `aux_loss`, the load-balancing loss by itself.
+    """`loss`, with the router's penalty if `is_penalised`, and `aux_loss`, the load-balancing loss.
 
-    Padding is known from a 2-D `attention_mask` only. Without router logits: `loss` as it came, and None.
+    Padding is known from a 2-D `attention_mask` only. Without router logits: `loss` as it came, and
+    None.
     """
     if not router_logits:
         return loss, None
-    mask = (
-        attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
-    )
+    mask = None
+    if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        mask = attention_mask
     aux_loss = load_balancing_loss(
         router_logits, config.num_experts, config.num_experts_per_tok, mask
     )
@@ -306,10 +313,102 @@ def add_router_losses(
         penalty = router_penalty(
             config, router_logits, mask, labels=labels, num_items_in_batch=num_items_in_batch
         )
-        loss = loss + penalty.to(
-            loss.device
-        )  # not +=: FSDP2 warns about in-place changes of outputs
+        # not +=: FSDP2 warns about in-place changes of outputs
+        loss = loss + penalty.to(loss.device)
     return loss, aux_loss
+
+
+class Decoded(Protocol):
+    """What a decoder returns, with a place for router logits."""
+
+    last_hidden_state: Tensor
+    cache: Cache | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+    router_logits: tuple[Tensor, ...] | None
+
+
+class CausalLM(Protocol):
+    """A decoder's owner: what `lm_outputs` uses of it."""
+
+    training: bool
+    lm_head: nn.Module
+    loss_function: Callable[..., Tensor]
+
+
+class CausalLMFields(TypedDict):
+    """Fields of transformers' outputs of causal language models with experts."""
+
+    loss: Tensor | None
+    aux_loss: Tensor | None
+    logits: Tensor
+    cache: Cache | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+    router_logits: tuple[Tensor, ...] | None
+
+
+DecodedT = TypeVar("DecodedT", bound=Decoded)
+
+
+def lm_outputs(
+    model: CausalLM,
+    config: PreTrainedConfig,
+    decode: Callable[..., DecodedT],
+    *,
+    attention_mask: object,
+    labels: Tensor | None,
+    output_router_logits: bool | None,
+    logits_to_keep: int | Tensor,
+    **kwargs: Any,
+) -> tuple[CausalLMFields, DecodedT]:
+    """Decode, then logits (B, T, V), losses and router logits, for any causal model with experts.
+
+    Args:
+        config: the language model's; a dense one has no router losses.
+        decode: the model without its head, called with `attention_mask`, `output_router_logits` and
+            `kwargs`.
+        output_router_logits: None means what `config` says.
+        **kwargs: for `decode` and for the model's `loss_function`.
+
+    Returns:
+        Fields for the output class, and what `decode` returned.
+    """
+    if output_router_logits is None:
+        output_router_logits = getattr(config, "output_router_logits", False)
+    is_penalised = model.training and labels is not None and has_router_penalty(config)
+    decoded = decode(
+        attention_mask=attention_mask,
+        output_router_logits=output_router_logits or is_penalised,
+        **kwargs,
+    )
+    logits: Tensor = model.lm_head(slice_logits_to_keep(decoded.last_hidden_state, logits_to_keep))
+    loss: Tensor | None = None
+    if labels is not None:
+        loss = model.loss_function(
+            logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs
+        )
+    loss, aux_loss = add_router_losses(
+        cast(
+            LlamaMoeConfig, config
+        ),  # a dense model has no router logits, and its config is unused
+        loss,
+        decoded.router_logits,
+        attention_mask,
+        is_penalised=is_penalised,
+        labels=labels,
+        num_items_in_batch=kwargs.get("num_items_in_batch"),
+    )
+    fields: CausalLMFields = {
+        "loss": loss,
+        "aux_loss": aux_loss,
+        "logits": logits,
+        "cache": decoded.cache,
+        "hidden_states": decoded.hidden_states,
+        "attentions": decoded.attentions,
+        "router_logits": decoded.router_logits if output_router_logits else None,
+    }
+    return fields, decoded
 
 
 def _masked_mean(values: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -318,19 +417,13 @@ def _masked_mean(values: Tensor, attention_mask: Tensor | None) -> Tensor:
         return values.mean(dim=0)
     num_rows, batch_size = values.shape[0], attention_mask.shape[0]
     length = num_rows // batch_size
-    if (
-        attention_mask.dim() != 2
-        or length * batch_size != num_rows
-        or length > attention_mask.shape[1]
-    ):
+    covers = length * batch_size == num_rows and length <= attention_mask.shape[-1]
+    if attention_mask.dim() != 2 or not covers:
         raise ValueError(
-            f"The attention mask is {tuple(attention_mask.shape)}, but there are router logits of {num_rows} tokens. "
-            "Give a (B, T) mask with one row per sample."
+            f"The attention mask is {tuple(attention_mask.shape)}, but there are router logits of "
+            f"{num_rows} tokens. Give a (B, T) mask with one row per sample."
         )
-    is_token = (
-        attention_mask[:, attention_mask.shape[1] - length :]
-        .reshape(-1)
-        .to(values.device, values.dtype)
-    )
+    of_these = attention_mask[:, attention_mask.shape[1] - length :]
+    is_token = of_these.reshape(-1).to(values.device, values.dtype)
     is_token = is_token.view(-1, *[1] * (values.dim() - 1))
     return (values * is_token).sum(dim=0) / is_token.sum().clamp(min=1)

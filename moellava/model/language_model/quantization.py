@@ -1,9 +1,11 @@
-"""8-bit weights by torchao: a config for `from_pretrained`, experts included, router and head left out.
+"""8-bit weights by torchao, for `from_pretrained`: experts included, router and head left out.
 
-Public names: `quantization_config`, `weight_bytes`, `held_bytes`, `held_dtype`, `is_quantized`.
+quantization_config                    what `from_pretrained` takes
+weight_bytes, held_bytes, held_dtype   what a model's weights take
+is_quantized                           whether a weight is one of torchao's
 """
 
-from __future__ import annotations
+from __future__ import annotations  # TorchAoConfig is imported for type checking only
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TorchAoConfig
 
-# Fully matched names: only the language model's own layers, whether it stands alone or in a multimodal model.
+# Fully matched names: only the language model's layers, alone or in a multimodal model.
 _LAYER = r"re:(model\.)?(language_model\.)?layers\.\d+\."
 QUANTIZED_MODULES = (
     _LAYER + r"self_attn\.[qkvo]_proj",
@@ -24,21 +26,22 @@ QUANTIZED_PARAMETERS = (_LAYER + r"mlp\.experts\.(gate_up|down)_proj",)
 
 
 def quantization_config(bits: int = 8) -> TorchAoConfig:
-    """The `quantization_config` argument of `from_pretrained` for int8 weights, one scale per output row.
+    """The `quantization_config` argument of `from_pretrained` for int8 weights.
 
-    Quantised are the attention and MLP matrices of every layer and the fused experts, which bitsandbytes and
-    torchao's defaults pass over in silence. Embeddings, norms, `lm_head` and the router keep their dtype, and so does
-    everything outside the language model. Activations are not quantised.
+    Quantised, with one scale per output row, are the attention and MLP matrices of every layer and
+    the fused experts, which bitsandbytes and torchao's defaults skip silently. Embeddings, norms,
+    `lm_head` and the router keep their dtype, and so does everything outside the language model.
+    Activations are not quantised.
 
     Raises:
         ImportError: without torchao.
-        ValueError: for other bits than 8: torchao's 4-bit formats hold matrices only, no fused experts, and 4-bit
-            attention beside 16-bit experts would save next to nothing.
+        ValueError: unless `bits` is 8: torchao's 4-bit formats hold matrices only, not fused
+            experts, and 4-bit attention beside 16-bit experts would save next to nothing.
     """
     if bits != 8:
         raise ValueError(
-            f"bits is {bits}, but only 8 is supported: torchao's 4-bit formats cannot hold the fused experts, "
-            "which are most of the weights. Use bits=8."
+            f"bits is {bits}, but only 8 is supported: torchao's 4-bit formats cannot hold the "
+            "fused experts, which are most of the weights. Use bits=8."
         )
     if find_spec("torchao") is None:
         raise ImportError("8-bit weights need torchao. Install it: pip install torchao")
@@ -51,29 +54,28 @@ def quantization_config(bits: int = 8) -> TorchAoConfig:
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all weights as they are held, scales of quantised ones included; tied weights count once."""
+    """Bytes of all weights as they are held, scales included; tied weights count once."""
     weights = {id(parameter): parameter for parameter in model.parameters()}
     return sum(held_bytes(weight) for weight in weights.values())
 
 
 def is_quantized(weight: Tensor) -> bool:
-    """Whether a weight is one of torchao's tensor types, which only know indexing and matrix products."""
-    return (
-        type(weight) not in (Tensor, torch.nn.Parameter)
-        and hasattr(weight, "dequantize")
-        and hasattr(weight, "qdata")
-    )
+    """Whether a weight is one of torchao's, which only know indexing and matrix products."""
+    is_plain = type(weight) in (Tensor, torch.nn.Parameter)
+    return not is_plain and hasattr(weight, "dequantize") and hasattr(weight, "qdata")
 
 
 def held_dtype(weight: Tensor) -> torch.dtype:
-    """What the values are stored in; a quantised weight calls itself what it dequantises to."""
-    return weight.qdata.dtype if is_quantized(weight) else weight.dtype  # type: ignore[attr-defined]
+    """What the values are stored in; a quantised weight's `dtype` is what it dequantises to."""
+    stored: Tensor = getattr(weight, "qdata") if is_quantized(weight) else weight  # noqa: B009
+    return stored.dtype
 
 
 def held_bytes(weight: Tensor) -> int:
     """Bytes of one weight as it is held."""
-    if not is_quantized(weight):
-        return weight.numel() * weight.element_size()
-    names = (*weight.tensor_data_names, *getattr(weight, "optional_tensor_data_names", ()))  # type: ignore[attr-defined]
-    held = (getattr(weight, name, None) for name in names)
-    return sum(part.numel() * part.element_size() for part in held if part is not None)
+    parts = [weight]
+    if is_quantized(weight):
+        lists = ("tensor_data_names", "optional_tensor_data_names")
+        names = [name for listed in lists for name in getattr(weight, listed, ())]
+        parts = [part for name in names if (part := getattr(weight, name, None)) is not None]
+    return sum(part.numel() * part.element_size() for part in parts)

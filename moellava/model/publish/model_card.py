@@ -1,16 +1,19 @@
-"""A model card from what the model's config knows: tower, projector, language model, mixture, licence, data.
+"""A model card of what the config knows: tower, projector, language model, mixture, licence, data.
 
-Public names: `model_card`, `push_to_hub`.
+| name | what it does |
+|---|---|
+| `model_card` | the card of a joined model |
+| `push_to_hub` | uploads model, processor and card |
 """
 
 import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moellava.model.describe import count_active_parameters
 from moellava.model.publish.remote_code import write_remote_code
@@ -18,37 +21,57 @@ from moellava.storage.sources import Origin
 
 logger = logging.getLogger(__name__)
 
-TEXT = """# {title}
+TEXT = """\
+---
+{{ card_data }}
+---
+
+# {{ title }}
 
 A vision-language model: an image encoder, a projector and a language model, joined by moellava.
 
 | part | what it is |
 |---|---|
-| image encoder | {tower} |
-| projector | {projector} |
-| language model | {language_model} |
-| mixture of experts | {mixture} |
-| parameters | {parameters} |
+| image encoder | {{ tower }} |
+| projector | {{ projector }} |
+| language model | {{ language_model }} |
+| mixture of experts | {{ mixture }} |
+| parameters | {{ parameters }} |
 
 ## Data
 
-{data}
+{{ data }}
 
 ## Licence
 
-{licence}
+{{ licence }}
 
 ## Use
 
 ```python
 from moellava import load_pretrained_model
 
-loaded = load_pretrained_model("{name}")
+loaded = load_pretrained_model("{{ name }}")
 print(loaded.answer("image.png", "What modality is this?"))
 ```
 
 For research only. Not a medical device: do not use its answers for diagnosis or treatment.
 """
+
+
+class PushOptions(TypedDict, total=False):
+    """The keywords of `push_to_hub`, but for the processor."""
+
+    licence: str | None
+    datasets: Sequence[str]
+    remote_code: bool
+    commit_message: str
+    commit_description: str | None
+    private: bool | None
+    token: bool | str | None
+    revision: str | None
+    create_pr: bool
+    max_shard_size: int | str
 
 
 def model_card(
@@ -63,41 +86,47 @@ def model_card(
         datasets: what it was trained on: dataset ids of the hub, or plain words.
 
     Returns:
-        The card, with the hub's metadata (`base_model`, `license`, `datasets`, `pipeline_tag`); `str(card)` is the
-        text of a README.md.
+        The card, with the hub's metadata (`base_model`, `license`, `datasets`, `pipeline_tag`);
+        `str(card)` is the text of a README.md.
     """
     config = model.config
-    vision, origins = config.vision_config, _origins(config)
-    text = TEXT.format(
-        title=name.rstrip("/").rsplit("/", 1)[-1],
-        name=name,
-        tower=f"{origins[1] or 'not recorded'}: {vision.num_patches} patch tokens of width {vision.hidden_size} from "
-        f"images of {vision.image_size} pixels, layer {vision.select_layer}",
-        projector=f"`{config.projector_type}`: {config.num_image_tokens} image tokens per image",
-        language_model=f"{origins[0] or 'not recorded'}: `{config.text_config.model_type}`, "
-        f"{config.text_config.num_hidden_layers} layers of width {config.text_config.hidden_size}",
-        mixture=_mixture(config.text_config),
-        parameters=f"{model.num_parameters():,}, of which {count_active_parameters(model):,} meet each text token",
-        data="\n".join(f"- {name}" for name in datasets)
-        or "The authors have not said what it was trained on.",
-        licence=_licence(licence, origins),
-    )
-    data = ModelCardData(
+    vision, text = config.vision_config, config.text_config
+    language_model, tower = _origins(config)
+    card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["moellava", "mixture-of-experts", "medical-imaging"],
         license=licence,
-        base_model=[origin.name for origin in origins if origin and origin.revision] or None,
+        base_model=[part.name for part in (language_model, tower) if part and part.revision]
+        or None,
         datasets=[dataset for dataset in datasets if _is_repo_id(dataset)] or None,
     )
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+    card: ModelCard = ModelCard.from_template(
+        card_data,
+        template_str=TEXT,
+        title=name.rstrip("/").rsplit("/", 1)[-1],
+        name=name,
+        tower=f"{tower or 'not recorded'}: {vision.num_patches} patch tokens of width "
+        f"{vision.hidden_size} from images of {vision.image_size} pixels, layer "
+        f"{vision.select_layer}",
+        projector=f"`{config.projector_type}`: {config.num_image_tokens} image tokens per image",
+        language_model=f"{language_model or 'not recorded'}: `{text.model_type}`, "
+        f"{text.num_hidden_layers} layers of width {text.hidden_size}",
+        mixture=_mixture(text),
+        parameters=f"{model.num_parameters():,}, of which {count_active_parameters(model):,} meet "
+        "each text token",
+        data="\n".join(f"- {dataset}" for dataset in datasets)
+        or "The authors have not said what it was trained on.",
+        licence=_licence(licence, (language_model, tower)),
+    )
+    return card
 
 
 def push_to_hub(
     model: PreTrainedModel,
     repo_id: str,
     *,
-    processor: Any = None,
+    processor: ProcessorMixin | None = None,
     licence: str | None = None,
     datasets: Sequence[str] = (),
     remote_code: bool = False,
@@ -109,16 +138,16 @@ def push_to_hub(
     create_pr: bool = False,
     max_shard_size: int | str = "50GB",
 ) -> str:
-    """Upload a model, its processor and its card to the hub, in one commit; a card that is there already stays.
+    """Upload a model, its processor and its card, in one commit; a card on the hub stays as it is.
 
     Args:
         model: a `MoeLlavaForConditionalGeneration`.
-        processor: uploaded too where it is given.
+        processor: uploaded too if given.
         licence, datasets: as in `model_card`.
-        remote_code: upload the model's code too, so that `trust_remote_code=True` opens it without moellava; needs
-            the processor.
-        commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in transformers'
-            `push_to_hub`.
+        remote_code: upload the model's code too, so that `trust_remote_code=True` opens it without
+            moellava; needs the processor.
+        commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as
+            in transformers' `push_to_hub`.
 
     Returns:
         The URL of the commit.
@@ -147,7 +176,7 @@ def push_to_hub(
     return str(commit)
 
 
-def _origins(config: Any) -> tuple[Origin | None, Origin | None]:
+def _origins(config: PreTrainedConfig) -> tuple[Origin | None, Origin | None]:
     """Of the language model and of the tower."""
     vision = config.vision_config
     return (
@@ -158,7 +187,7 @@ def _origins(config: Any) -> tuple[Origin | None, Origin | None]:
     )
 
 
-def _mixture(text_config: Any) -> str:
+def _mixture(text_config: PreTrainedConfig) -> str:
     layers = getattr(text_config, "moe_layer_indices", None)
     if not layers:
         return "none, dense"

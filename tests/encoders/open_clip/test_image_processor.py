@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, CLIPImageProcessor
 
 from moellava.encoders import BiomedClipImageProcessor, BiomedClipVisionConfig
-from moellava.images import read_image, to_eight_bit, to_pil
+from moellava.images import to_eight_bit, to_pil
 
 CHANNELS = {"L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4}
 
@@ -174,7 +174,7 @@ def test_unreadable_files_are_named(tmp_path):
     for content in (b"", b"not an image", buffer.getvalue()[:300]):
         broken.write_bytes(content)
         with pytest.raises(ValueError, match=r"chest\.png cannot be read as an image"):
-            read_image(broken)
+            to_pil(broken)
     with pytest.raises(FileNotFoundError, match=r"no_such\.png does not exist"):
         pixel_values(str(tmp_path / "no_such.png"))
     with pytest.raises(TypeError, match="Cannot read an image from a dict"):

@@ -1,4 +1,6 @@
-"""One of two gloo processes: run a saved mixture in parallel and write what rank 0 saw. Started by test_distributed.
+"""One of two gloo processes: run a saved mixture in parallel and write what rank 0 saw.
+
+Started by test_distributed.
 
 torchrun --nproc-per-node 2 distributed_worker.py {tensor,expert,fsdp} CHECKPOINT RESULT
 """
@@ -45,9 +47,12 @@ def main(mode: str, checkpoint: str, result: str) -> None:
     if hasattr(gradient, "full_tensor"):
         gradient = gradient.full_tensor()
     found = {
-        "logits": logits.detach(), "loss": output.loss.detach(), "aux_loss": output.aux_loss.detach(),
-        "gate_gradient": gradient, "num_local_experts": local,
-    }  # fmt: skip
+        "logits": logits.detach(),
+        "loss": output.loss.detach(),
+        "aux_loss": output.aux_loss.detach(),
+        "gate_gradient": gradient,
+        "num_local_experts": local,
+    }
     if mode == "fsdp":
         state_dict = get_model_state_dict(
             model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -65,10 +65,19 @@ def test_wrong_type_is_refused_by_name():
 
 def test_config_round_trips_through_auto_config(tmp_path):
     config = LlamaMoeConfig(
-        moe_layers=[1, 3], num_hidden_layers=4, num_experts=6, num_experts_per_tok=3, norm_topk_prob=False,
-        moe_intermediate_size=24, meta_expert=True, router_bias=True, router_frozen=True, output_router_logits=True,
-        router_aux_loss_coef=0.5, router_z_loss_coef=0.25,
-    )  # fmt: skip
+        moe_layers=[1, 3],
+        num_hidden_layers=4,
+        num_experts=6,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        moe_intermediate_size=24,
+        meta_expert=True,
+        router_bias=True,
+        router_frozen=True,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.25,
+    )
     config.save_pretrained(tmp_path)
     loaded = AutoConfig.from_pretrained(tmp_path)
     assert isinstance(loaded, LlamaMoeConfig)

@@ -1,4 +1,4 @@
-"""Two gloo processes on the CPU give what one process gives, for each engine that splits the model."""
+"""Two gloo processes on the CPU give what one gives, for each engine that splits the model."""
 
 import os
 import subprocess
@@ -20,9 +20,16 @@ pytestmark = pytest.mark.slow
 def checkpoint(tmp_path, ids):
     torch.manual_seed(0)
     config = LlamaMoeConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, initializer_range=0.2, meta_expert=True, router_aux_loss_coef=0.1,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        meta_expert=True,
+        router_aux_loss_coef=0.1,
+    )
     LlamaMoeForCausalLM(config).save_pretrained(tmp_path / "mixture")
     torch.save(ids % 96, tmp_path / "mixture" / "ids.pt")
     return tmp_path / "mixture"

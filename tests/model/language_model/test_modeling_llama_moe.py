@@ -1,4 +1,4 @@
-"""The whole model against Mixtral and Llama of transformers, in training, generation and round trips."""
+"""The model against transformers' Mixtral and Llama: training, generation, round trips."""
 
 import subprocess
 import sys
@@ -26,13 +26,20 @@ from moellava.model.language_model import (
     LlamaMoeModel,
     load_balancing_loss,
 )
+from moellava.testing import in_fresh_memory
 
 
 def make_mixture(seed=0, **fields):
     small = {
-        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "pad_token_id": 0,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(seed)
     return LlamaMoeForCausalLM(LlamaMoeConfig(**{**small, **fields})).eval()
 
@@ -45,10 +52,18 @@ def mixture():
 def mixtral_of(mixture):
     """transformers' Mixtral with the same weights; possible where every layer is sparse."""
     names = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-        "num_key_value_heads", "num_experts_per_tok", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_experts_per_tok",
+        "rms_norm_eps",
+        "rope_parameters",
+        "tie_word_embeddings",
         "router_aux_loss_coef",
-    )  # fmt: skip
+    )
     fields = {name: getattr(mixture.config, name) for name in names}
     mixtral = MixtralForCausalLM(
         MixtralConfig(num_local_experts=mixture.config.num_experts, **fields)
@@ -64,7 +79,7 @@ def left_padded(ids, num_pad, pad_token=0):
     return ids, mask
 
 
-# --- the same function as other people's models ---------------------------------------------------------------
+# --- the same function as other people's models ---
 
 
 def test_all_sparse_layers_equal_mixtral_bit_for_bit(ids):
@@ -100,16 +115,24 @@ def test_another_top_k_differs_from_mixtral(ids):
 
 @settings(deadline=None, max_examples=12)
 @given(
-    layers=st.integers(1, 3), experts=st.integers(1, 5), heads=st.sampled_from([1, 2, 4]), tied=st.booleans(),
+    layers=st.integers(1, 3),
+    experts=st.integers(1, 5),
+    heads=st.sampled_from([1, 2, 4]),
+    tied=st.booleans(),
     data=st.data(),
-)  # fmt: skip
+)
 def test_any_configuration_equals_mixtral(layers, experts, heads, tied, data):
     top_k = data.draw(st.integers(1, experts))
     kv_heads = data.draw(st.sampled_from([h for h in (1, 2, 4) if heads % h == 0]))
     mixture = make_mixture(
-        moe_layers="dense", num_hidden_layers=layers, num_experts=experts, num_experts_per_tok=top_k,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
-    )  # fmt: skip
+        moe_layers="dense",
+        num_hidden_layers=layers,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
     ids = torch.randint(1, 99, (2, 5), generator=torch.Generator().manual_seed(layers))
     torch.testing.assert_close(mixture(ids).logits, mixtral_of(mixture)(ids).logits)
 
@@ -124,7 +147,7 @@ def test_only_the_chosen_layers_are_sparse():
     assert type(mixture.model.layers[0].self_attn) is type(dense.model.layers[0].self_attn)
 
 
-# --- losses -----------------------------------------------------------------------------------------------------
+# --- losses ---
 
 
 def test_aux_loss_is_that_of_the_returned_router_logits_and_leaves_padding_out(mixture, ids):
@@ -195,7 +218,7 @@ def test_two_runs_are_equal_bit_for_bit(ids):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-# --- generation ---------------------------------------------------------------------------------------------------
+# --- generation ---
 
 
 @pytest.mark.parametrize(
@@ -292,17 +315,17 @@ def test_every_dtype_generates_close_to_float32(dtype, device, ids):
     assert low.generate(ids.to(device), max_new_tokens=3, pad_token_id=0).shape[0] == 2
 
 
-# --- a Hugging Face model -----------------------------------------------------------------------------------------
+# --- a Hugging Face model ---
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_saved_model_comes_back_through_the_auto_classes_bit_for_bit(tied, ids, tmp_path):
     mixture = make_mixture(tie_word_embeddings=tied, meta_expert=True, router_bias=True)
     mixture.save_pretrained(tmp_path, max_shard_size="100KB")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = in_fresh_memory(AutoModelForCausalLM.from_pretrained(tmp_path))
     assert isinstance(loaded, LlamaMoeForCausalLM)
     assert torch.equal(loaded(ids).logits, mixture(ids).logits)
-    base = AutoModel.from_pretrained(tmp_path)
+    base = in_fresh_memory(AutoModel.from_pretrained(tmp_path))
     assert isinstance(base, LlamaMoeModel)
     assert torch.equal(base(ids).last_hidden_state, mixture.model(ids).last_hidden_state)
 
@@ -312,8 +335,9 @@ def test_router_stays_float32_in_a_bfloat16_model(mixture, tmp_path):
     loaded = LlamaMoeForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     dtypes = {name: parameter.dtype for name, parameter in loaded.named_parameters()}
     assert {name for name, dtype in dtypes.items() if dtype == torch.float32} == {
-        "model.layers.0.mlp.gate.weight", "model.layers.2.mlp.gate.weight",
-    }  # fmt: skip
+        "model.layers.0.mlp.gate.weight",
+        "model.layers.2.mlp.gate.weight",
+    }
 
 
 def test_frozen_router_is_still_frozen_after_loading(tmp_path):
@@ -338,7 +362,7 @@ def test_missing_expert_is_an_error_and_not_random(mixture, tmp_path):
     del state_dict["model.layers.2.mlp.experts.down_proj"]
     mixture.save_pretrained(tmp_path, state_dict=state_dict)
     with pytest.raises(
-        ValueError, match=r"1 missing, such as model\.layers\.2\.mlp\.experts\.down_proj"
+        ValueError, match=r"missing keys: model\.layers\.2\.mlp\.experts\.down_proj\."
     ):
         LlamaMoeForCausalLM.from_pretrained(tmp_path)
 
@@ -346,7 +370,9 @@ def test_missing_expert_is_an_error_and_not_random(mixture, tmp_path):
 def test_expert_of_another_shape_is_an_error(mixture, tmp_path):
     mixture.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, num_experts=8)
-    with pytest.raises(ValueError, match=r"6 mismatched.*experts.down_proj.*4, 32, 48.*8, 32, 48"):
+    with pytest.raises(
+        ValueError, match=r"mismatched keys: .*experts.down_proj.*4, 32, 48.*8, 32, 48.* and 1 more"
+    ):
         LlamaMoeForCausalLM.from_pretrained(tmp_path, config=config)
 
 
@@ -356,7 +382,7 @@ def test_dense_checkpoint_is_not_loaded_as_a_mixture(dense_folder):
     config = LlamaMoeConfig(
         **{**AutoConfig.from_pretrained(dense_folder).to_dict(), "model_type": "llama_moe"}
     )
-    with pytest.raises(ValueError, match=r"6 missing.*upcycle\(source\)"):
+    with pytest.raises(ValueError, match=r"missing keys: .* and 1 more\..*upcycle\(source\)"):
         LlamaMoeForCausalLM.from_pretrained(dense_folder, config=config)
 
 
@@ -391,7 +417,8 @@ def test_load_balancing_loss_of_the_model_feeds_the_trainers_aux_loss(mixture, i
 
 def test_import_loads_no_training_or_quantisation_library():
     code = (
-        "import sys, transformers.models.llama.modeling_llama; before = set(sys.modules);"  # it loads torchao if it can
+        # transformers' Llama loads torchao if it can
+        "import sys, transformers.models.llama.modeling_llama; before = set(sys.modules);"
         "import moellava.model.language_model;"
         "names = {'peft', 'torchao', 'bitsandbytes', 'deepspeed', 'trl'};"
         "print(sorted(names & (sys.modules.keys() - before)))"

@@ -1,4 +1,4 @@
-"""Router, experts and losses of one sparse block, against transformers' and against plain formulas."""
+"""Router, experts and losses of one sparse block, against transformers' and plain formulas."""
 
 import pytest
 import torch
@@ -107,8 +107,10 @@ def test_one_expert_equals_the_dense_mlp_in_values_and_gradients():
     mlp = LlamaMLP(LlamaMoeConfig(hidden_size=32, intermediate_size=48))
     gate, up = block.experts.gate_up_proj.data[0].chunk(2)
     for linear, weight in (
-        (mlp.gate_proj, gate), (mlp.up_proj, up), (mlp.down_proj, block.experts.down_proj.data[0]),
-    ):  # fmt: skip
+        (mlp.gate_proj, gate),
+        (mlp.up_proj, up),
+        (mlp.down_proj, block.experts.down_proj.data[0]),
+    ):
         linear.weight.data.copy_(weight)
     x, x_dense = hidden(2, 5, 32).requires_grad_(), hidden(2, 5, 32).requires_grad_()
     y, y_dense = block(x), mlp(x_dense)
@@ -177,9 +179,12 @@ def test_gradients_reach_the_router_and_every_expert_that_got_a_token(implementa
 
 @settings(deadline=None, max_examples=25)
 @given(
-    num_tokens=st.integers(1, 20), num_experts=st.integers(1, 7), data=st.data(), norm=st.booleans(),
+    num_tokens=st.integers(1, 20),
+    num_experts=st.integers(1, 7),
+    data=st.data(),
+    norm=st.booleans(),
     seed=st.integers(0, 2**16),
-)  # fmt: skip
+)
 def test_routing_weights_are_probabilities_of_distinct_experts(
     num_tokens, num_experts, data, norm, seed
 ):

@@ -1,4 +1,4 @@
-"""A dense checkpoint becomes a mixture with the same logits, and an untrained mixture becomes dense again."""
+"""A dense checkpoint becomes a mixture with the same logits, and an untrained one dense again."""
 
 import logging
 
@@ -18,7 +18,7 @@ from moellava.model.language_model import (
     upcycle,
     upcycled_state_dict,
 )
-from moellava.testing import TINYLLAMA
+from moellava.testing import TINYLLAMA, in_fresh_memory
 
 KEPT = {
     "default": {},
@@ -40,17 +40,24 @@ KEPT = {
 }
 LLAMAS = {
     "TinyLlama": {},
-    "SmolLM2": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0}},
+    "SmolLM2": {
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+    },
     "Llama-3.2": {
         "tie_word_embeddings": True,
         "head_dim": 16,
         "max_position_embeddings": 64,
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
         },
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options", KEPT.values(), ids=KEPT)
@@ -67,7 +74,7 @@ def test_every_llama_keeps_its_logits_and_greedy_tokens(
 ):
     dense = make_dense(**fields)
     dense.save_pretrained(tmp_path, max_shard_size=shard_size)
-    mixture = upcycle(tmp_path)
+    mixture = in_fresh_memory(upcycle(tmp_path))
     torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, atol=2e-5, rtol=1e-5)
     options = {"max_new_tokens": 8, "pad_token_id": 0}
     assert torch.equal(mixture.generate(ids, **options), dense.generate(ids, **options))
@@ -100,9 +107,13 @@ def test_real_repo_id_is_upcycled_from_the_cache_without_network(hub_cache, no_n
     deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    layers=st.integers(1, 3), copies=st.integers(1, 3), pieces=st.sampled_from([1, 2, 4]), data=st.data(),
-    tied=st.booleans(), heads=st.sampled_from([2, 4]),
-)  # fmt: skip
+    layers=st.integers(1, 3),
+    copies=st.integers(1, 3),
+    pieces=st.sampled_from([1, 2, 4]),
+    data=st.data(),
+    tied=st.booleans(),
+    heads=st.sampled_from([2, 4]),
+)
 def test_any_configuration_keeps_the_function(
     layers, copies, pieces, data, tied, heads, make_dense, tmp_path_factory
 ):
@@ -117,9 +128,12 @@ def test_any_configuration_keeps_the_function(
     )
     dense.save_pretrained(folder)
     mixture = upcycle(
-        folder, moe_layers=chosen, num_experts=copies * pieces, num_experts_per_tok=used * pieces,
+        folder,
+        moe_layers=chosen,
+        num_experts=copies * pieces,
+        num_experts_per_tok=used * pieces,
         moe_intermediate_size=64 // pieces,
-    )  # fmt: skip
+    )
     ids = torch.randint(1, 99, (2, 6), generator=torch.Generator().manual_seed(layers))
     torch.testing.assert_close(mixture(ids).logits, dense(ids).logits, atol=5e-5, rtol=1e-4)
     torch.testing.assert_close(
@@ -214,7 +228,7 @@ def test_untrained_mixture_becomes_the_dense_checkpoint_again(
 ):
     dense = to_dense(upcycle(dense_folder))
     dense.save_pretrained(tmp_path / "again")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    loaded = in_fresh_memory(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
     assert type(loaded) is LlamaForCausalLM
     assert torch.equal(loaded(ids).logits, make_dense()(ids).logits)
 
@@ -259,10 +273,13 @@ def test_meta_expert_mixture_does_not_become_dense(dense_folder):
         ),
         (
             {"moe_intermediate_size": 16, "num_experts": 16},
-            "num_experts_per_tok=2 is no multiple of 4",
+            "num_experts_per_tok=2 is not a multiple of 4",
         ),
-        ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is no multiple of 2"),
+        ({"moe_intermediate_size": 32, "num_experts": 5}, "num_experts=5 is not a multiple of 2"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"noise": float("nan")}, "noise is nan"),
+        ({"noise": float("inf")}, "noise is inf"),
+        ({"num_experts": 10**9}, r"num_experts asks for 1,000,000,000.*MOELLAVA_MAX_EXPERTS="),
     ],
 )
 def test_impossible_options_are_refused(options, message, dense_folder):
@@ -285,7 +302,7 @@ def test_other_architecture_is_refused_by_name(tmp_path):
 def test_mixture_is_not_upcycled_twice(dense_folder, tmp_path):
     upcycle(dense_folder).save_pretrained(tmp_path / "mixture")
     with pytest.raises(
-        ValueError, match=r"mixture of experts already.*LlamaMoeForCausalLM\.from_pretrained"
+        ValueError, match=r"already a mixture of experts.*LlamaMoeForCausalLM\.from_pretrained"
     ):
         upcycle(tmp_path / "mixture")
 

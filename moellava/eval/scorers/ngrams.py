@@ -1,0 +1,69 @@
+"""BLEU and ROUGE of one answer, from nltk and rouge-score: `bleu`, `rouge`."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
+from typing import Protocol
+
+Words = tuple[str, ...]
+# Weights of the n-grams of order 1 to 4.
+INDIVIDUAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+CUMULATIVE_WEIGHTS = tuple(tuple([1 / order] * order) for order in range(1, 5))
+
+
+@lru_cache(maxsize=1 << 16)
+def bleu(
+    truth: Words, answer: Words, weights: tuple[tuple[float, ...], ...], smoothed: bool = False
+) -> Sequence[float]:
+    """nltk's `sentence_bleu` of an answer against one truth, once for each of the weights.
+
+    Args:
+        smoothed: with `SmoothingFunction.method1`, else without smoothing.
+    """
+    if not set(truth) & set(answer):  # nltk gives 0, too, but takes 100 times as long
+        return [0.0] * len(weights)
+    sentence_bleu, method1 = _nltk()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "0 counts of 4-gram overlaps", for every short answer
+        smoothing = method1 if smoothed else None
+        return [
+            float(value)
+            for value in sentence_bleu(
+                [truth], answer, weights=weights, smoothing_function=smoothing
+            )
+        ]
+
+
+@lru_cache(maxsize=1 << 16)
+def rouge(truth: str, answer: str) -> dict[str, float]:
+    """F measures `rouge1`, `rouge2`, `rougeL` of rouge-score, without stemming."""
+    return {
+        kind: float(score.fmeasure) for kind, score in _rouge_scorer().score(truth, answer).items()
+    }
+
+
+@cache
+def _nltk() -> tuple[Callable[..., Sequence[float]], Callable[..., object]]:
+    try:
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
+    except ImportError as error:
+        raise ImportError("BLEU needs nltk. Type: pip install 'moellava[eval]'") from error
+    return sentence_bleu, SmoothingFunction().method1
+
+
+class _RougeScore(Protocol):
+    fmeasure: float
+
+
+class _RougeScorer(Protocol):
+    def score(self, target: str, prediction: str) -> dict[str, _RougeScore]: ...
+
+
+@cache
+def _rouge_scorer() -> _RougeScorer:
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise ImportError("ROUGE needs rouge-score. Type: pip install 'moellava[eval]'") from error
+    scorer: _RougeScorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    return scorer

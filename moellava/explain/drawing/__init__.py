@@ -1,0 +1,1 @@
+"""Arrays → matplotlib figures; nothing here knows a model."""

@@ -1,0 +1,257 @@
+"""A DICOM file, its bytes or a dataset → the elements of its picture and its stored values.
+
+Only the elements named here are kept when a file is read: those of the patient and the study are
+never looked at.
+"""
+
+import functools
+import io
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from moellava.images.dicom_error import DicomError, reason_without_values
+from moellava.images.dicom_grey import GREY_ELEMENTS
+from moellava.images.image_like import DicomDataset
+from moellava.images.optional import load_optional
+from moellava.storage.limits import require_within
+
+_COLOURS = ("Red", "Green", "Blue")
+# Fewer names also mean less time: pydicom converts each of them per file.
+_KEPT = (
+    "SOPClassUID",
+    "NumberOfFrames",
+    "ExtendedOffsetTable",
+    "ExtendedOffsetTableLengths",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+    "Rows",
+    "Columns",
+    "SamplesPerPixel",
+    "PhotometricInterpretation",
+    "PlanarConfiguration",
+    "PixelPresentation",
+    "BitsAllocated",
+    "HighBit",
+    *GREY_ELEMENTS,
+    *(f"{colour}PaletteColorLookupTableDescriptor" for colour in _COLOURS),
+    *(f"{colour}PaletteColorLookupTableData" for colour in _COLOURS),
+    *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
+)
+_PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
+_META_BYTES = 4096  # of the file, in which its transfer syntax stands
+_DEFLATED = b"1.2.840.10008.1.2.1.99"
+READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
+GREY = ("MONOCHROME1", "MONOCHROME2")
+
+_OPENJPEG = "pylibjpeg pylibjpeg-openjpeg"
+# By the UID of the transfer syntax: which package decodes it, beyond Pillow.
+_DECODERS = {
+    "1.2.840.10008.1.2.4.51": "pylibjpeg pylibjpeg-libjpeg  (GPLv3)",
+    "1.2.840.10008.1.2.4.57": "python-gdcm",
+    "1.2.840.10008.1.2.4.70": "python-gdcm",
+    "1.2.840.10008.1.2.4.80": "pyjpegls",
+    "1.2.840.10008.1.2.4.81": "pyjpegls",
+    "1.2.840.10008.1.2.4.90": _OPENJPEG,
+    "1.2.840.10008.1.2.4.91": _OPENJPEG,
+    "1.2.840.10008.1.2.4.201": _OPENJPEG,
+    "1.2.840.10008.1.2.4.202": _OPENJPEG,
+    "1.2.840.10008.1.2.4.203": _OPENJPEG,
+}
+
+
+@dataclass(frozen=True)
+class DicomFile:
+    """One file, and how its pixels are reached.
+
+    Args:
+        source: the file, its bytes, or a dataset.
+        header: the elements of the picture; of a small file, with the pixels.
+        pixels_at: the byte at which the pixels of a large file begin; None if they are in `header`.
+        name: for messages.
+    """
+
+    source: Path | bytes | DicomDataset
+    header: DicomDataset
+    pixels_at: int | None
+    name: str
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.header.get("NumberOfFrames", None) or 1)
+
+    def values(self, frame: int) -> np.ndarray:
+        """(H, W), or (H, W, 3) with colours converted to RGB, of one frame.
+
+        Other frames are not decoded. Grey values of 16 allocated bits still have what stands in
+        their unused bits.
+        """
+        mapped = self.mapped_values(frame)
+        return self.decoded_values(frame) if mapped is None else mapped
+
+    def mapped_values(self, frame: int) -> np.ndarray | None:
+        """(H, W) of a large, uncompressed grey file of 16 allocated bits; None of any other."""
+        header, uid = self.header, pydicom_module().uid
+        # Bytes before the pixels (PS3.5, 7.1).
+        heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}
+        head_bytes = heads.get(header.file_meta.TransferSyntaxUID)
+        is_plain = self._is_grey_of_16_bits() and header.get("SamplesPerPixel") == 1
+        if not isinstance(self.source, Path) or self.pixels_at is None:
+            return None
+        if head_bytes is None or not is_plain:
+            return None
+        with self.source.open("rb") as file:
+            file.seek(self.pixels_at)
+            head = file.read(head_bytes)
+        rows, columns = int(header.Rows), int(header.Columns)
+        start = self.pixels_at + len(head)
+        begin = start + frame * rows * columns * 2
+        there = start + int.from_bytes(head[-4:], "little")
+        if head[:4] != b"\xe0\x7f\x10\x00" or begin + rows * columns * 2 > there:
+            return None  # float or broken: pydicom says what is wrong
+        if there > (size := self.source.stat().st_size):
+            raise DicomError(
+                f"{self.name} is cut short: its pixels should end at byte {there:,}, "
+                f"and it has {size:,}."
+            )
+        kind = "<i2" if header.get("PixelRepresentation") else "<u2"
+        return np.asarray(np.memmap(self.source, kind, "r", begin, (rows, columns)))
+
+    def decoded_values(self, frame: int) -> np.ndarray:
+        """The same through pydicom's decoders, of any file."""
+        pydicom, header = pydicom_module(), self.header
+        syntax = header.file_meta.TransferSyntaxUID
+        # pydicom would copy all pixels and shift them to and fro; the table of what is shown does
+        # that per value.
+        corrects = not self._is_grey_of_16_bits()
+        decode = functools.partial(
+            pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects
+        )
+        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
+        values: np.ndarray
+        try:
+            if any(tag in header for tag in _PIXELS):
+                # Not copied; nothing here writes into it.
+                values = decode(header, view_only=True)
+            elif isinstance(self.source, Path) and not is_deflated:
+                values = decode(self.source, transfer_syntax_uid=syntax)
+            else:
+                values = decode(
+                    pydicom.dcmread(self.source, specific_tags=[*_kept_tags(), *_PIXELS])
+                )
+        except (RuntimeError, NotImplementedError) as error:
+            package = _DECODERS.get(str(syntax))
+            hint = f" Type: pip install {package}" if package else ""
+            raise DicomError(
+                f"{self.name}: no installed decoder reads its pixels "
+                f"({_uid_name(syntax) or 'an unknown transfer syntax'}).{hint} "
+                f"({reason_without_values(error)})"
+            ) from None
+        except AttributeError as error:
+            if "pixel data" in str(error).lower():
+                raise DicomError(f"{self.name} is a DICOM file without pixel data.") from None
+            raise
+        return values
+
+    def _is_grey_of_16_bits(self) -> bool:
+        kind, bits = (
+            self.header.get(name) for name in ("PhotometricInterpretation", "BitsAllocated")
+        )
+        return kind in GREY and bits == 16
+
+
+def read_dicom(source: Path | bytes | DicomDataset, name: str) -> DicomFile:
+    """The elements of a picture with its pixels; of a large file, those before the pixels.
+
+    Raises:
+        ImportError: pydicom is not installed.
+        DicomError: there is no picture in it.
+    """
+    pydicom = pydicom_module(name)
+    pixels_at = None
+    header: DicomDataset
+    if isinstance(source, Path | bytes):
+        _refuse_deflated_bomb(source, name)
+    if not isinstance(source, Path | bytes):
+        header = source
+    elif isinstance(source, bytes) or source.stat().st_size <= READ_WHOLE:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        header = pydicom.dcmread(file, specific_tags=[*_kept_tags(), *_PIXELS], force=True)
+    else:
+        with source.open("rb") as opened:
+            header = pydicom.dcmread(
+                opened, stop_before_pixels=True, specific_tags=[*_kept_tags()], force=True
+            )
+            pixels_at = opened.tell()
+    _complete_meta(header)
+    _refuse_without_picture(header, name)
+    return DicomFile(source, header, pixels_at, name)
+
+
+def pydicom_module(name: str = "This") -> ModuleType:
+    return load_optional("pydicom", f"{name} is a DICOM file", extra="dicom")
+
+
+def _refuse_deflated_bomb(source: Path | bytes, name: str) -> None:
+    """pydicom inflates a deflated file whole, so that its size is counted first."""
+    with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
+        start = file.read(_META_BYTES)
+        if _DEFLATED not in start or start[128:136] != b"DICM\x02\0\0\0":
+            return
+        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        inflate, total = zlib.decompressobj(wbits=-15), 0
+        try:
+            while chunk := inflate.unconsumed_tail or file.read(1 << 16):
+                total += len(inflate.decompress(chunk, 1 << 20))
+                require_within("unpacked", total, name)
+        except zlib.error:
+            return  # broken: pydicom says so
+
+
+@functools.cache
+def _kept_tags() -> tuple[int, ...]:
+    return tuple(map(pydicom_module().tag.Tag, _KEPT))
+
+
+def _complete_meta(header: DicomDataset) -> None:
+    """Give a file without a header of the file format the transfer syntax that pydicom guessed."""
+    pydicom = pydicom_module()
+    meta, uid = getattr(header, "file_meta", None), pydicom.uid
+    if meta is not None and "TransferSyntaxUID" in meta:
+        return
+    header.file_meta = meta = meta if meta is not None else pydicom.dataset.FileMetaDataset()
+    is_implicit, is_little = header.original_encoding
+    explicit = uid.ExplicitVRLittleEndian if is_little else uid.ExplicitVRBigEndian
+    meta.TransferSyntaxUID = uid.ImplicitVRLittleEndian if is_implicit else explicit
+
+
+def _refuse_without_picture(header: DicomDataset, name: str) -> None:
+    if header.get("Rows") is None or header.get("Columns") is None:
+        uid = pydicom_module().uid
+        kind = uid.UID(
+            str(
+                header.get("SOPClassUID", "") or header.file_meta.get("MediaStorageSOPClassUID", "")
+            )
+        )
+        if kind == uid.MediaStorageDirectoryStorage:
+            raise DicomError(
+                f"{name} is a DICOMDIR, the index of a disc. "
+                "Give one of the image files that it lists."
+            )
+        known = _uid_name(kind)
+        what = f" of the class {known!r}" if known else ""
+        raise DicomError(
+            f"{name} is a DICOM file{what} without a picture: it has no rows and columns."
+        )
+    frames = header.get("NumberOfFrames", None)
+    if frames is not None and not str(frames or "1").isdigit():
+        raise DicomError(f"{name} has a broken Number of Frames; expected a whole number.")
+
+
+def _uid_name(uid: object) -> str:
+    """The name of a UID of the standard; empty for any other, which may be an identifier."""
+    names = pydicom_module().uid.UID_dictionary
+    return str(names[str(uid)][0]) if str(uid) in names else ""

@@ -1,0 +1,100 @@
+"""What Pillow reads (PNG, JPEG, TIFF, GIF, ...), seen through the frame and window asked for."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from moellava.images.eight_bit import to_eight_bit
+from moellava.images.view import View, grid_shape, window_to_eight_bit
+
+
+def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
+    """A file or its bytes, in the mode that the file has.
+
+    Raises:
+        ValueError: broken, too large, or without the frame or window asked for.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            view.check_size(*image.size, name)  # Pillow has read the header only
+            chosen = seen(image, view, name)
+            chosen.load()
+            return chosen.copy() if chosen is image and image.fp is not None else chosen
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{name} is larger than Pillow's limit: {error} "
+            "Give it smaller, or set PIL.Image.MAX_IMAGE_PIXELS."
+        ) from error
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} cannot be read as an image: its format is unknown.") from error
+
+
+def seen(image: Image.Image, view: View, name: str) -> Image.Image:
+    """The frame asked for of an animation or TIFF, or the first, seen through the window.
+
+    The picture is turned as its EXIF orientation says.
+    """
+    view.refuse_plane(name)
+    view.check_size(*image.size, name)
+    if view.frame is not None:
+        count = getattr(image, "n_frames", 1)
+        frames = view.frames(count, name, default=0)
+        if len(frames) > 1:
+            return _grid(image, frames, view, name)
+        if count > 1:
+            image.seek(frames[0])
+    return _through_window(image, view, name)
+
+
+def windowed(values: np.ndarray, view: View, name: str) -> np.ndarray:
+    """Grey values (H, W) seen through the window of a view that has one, in 8 bits."""
+    if values.ndim != 2:
+        raise ValueError(f"{name} is in colour; a window is for grey images. Leave window out.")
+    if view.window == "full":
+        return np.asarray(to_eight_bit(Image.fromarray(values)))
+    limits = view.limits()
+    if limits is None:
+        raise ValueError(
+            f"{name} has no windows of its own to number. Give (center, width) or a preset."
+        )
+    return window_to_eight_bit(values, *limits)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF orientation says, if there is one that can be read."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        is_turned = isinstance(orientation, int) and 2 <= orientation <= 8
+        return ImageOps.exif_transpose(image) if is_turned else image
+    except (OSError, MemoryError):
+        raise
+    except Exception:  # whatever a broken block of EXIF leads Pillow to; the picture may be sound
+        return image
+
+
+def _through_window(image: Image.Image, view: View, name: str) -> Image.Image:
+    image = _upright(image)
+    if view.window is None:
+        return image
+    return Image.fromarray(windowed(np.asarray(image), view, name))
+
+
+def _grid(image: Image.Image, frames: Sequence[int], view: View, name: str) -> Image.Image:
+    """The frames side by side, in cells as large as the largest: those of a TIFF may differ."""
+    rows, columns = grid_shape(len(frames))
+    view.check_size(columns * image.width, rows * image.height, name)  # before any is decoded
+    pictures = []
+    for frame in frames:
+        image.seek(frame)
+        pictures.append(to_eight_bit(_through_window(image, view, name)).convert("RGB"))
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    view.check_size(columns * width, rows * height, name)
+    grid = Image.new("RGB", (columns * width, rows * height))
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        grid.paste(picture, (column * width, row * height))
+    return grid

@@ -1,0 +1,59 @@
+import pytest
+import torch
+
+from moellava.model.builder_enhanced import (
+    load_pretrained_model,
+)
+
+
+class TestBadInput:
+    def test_a_checkpoint_without_one_tensor_is_refused(self, loaded, tmp_path):
+        from safetensors.torch import load_file, save_file
+
+        loaded.model.save_pretrained(tmp_path)
+        loaded.processor.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        del state["model.vision_tower.visual.trunk.cls_token"]
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(
+            ValueError, match=r"missing keys: model\.vision_tower\.visual\.trunk\.cls_token"
+        ):
+            load_pretrained_model(tmp_path)
+
+    @pytest.fixture
+    def sharded(self, loaded, tmp_path):
+        loaded.model.save_pretrained(tmp_path, max_shard_size="10MB")
+        loaded.processor.save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_a_missing_shard_is_named(self, sharded):
+        shard = sorted(sharded.glob("model-*.safetensors"))[1]
+        shard.unlink()
+        with pytest.raises(OSError, match=shard.name):
+            load_pretrained_model(sharded)
+
+    def test_a_half_written_shard_is_named(self, sharded):
+        shard = sorted(sharded.glob("model-*.safetensors"))[1]
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        with pytest.raises((OSError, ValueError), match=shard.name):
+            load_pretrained_model(sharded)
+
+    def test_a_folder_without_weights_is_refused(self, loaded, tmp_path):
+        loaded.model.config.save_pretrained(tmp_path)
+        loaded.processor.save_pretrained(tmp_path)
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            load_pretrained_model(tmp_path)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    @pytest.mark.parametrize("part", ["multi_modal_projector.0.weight", "layers.1.input_layernorm"])
+    def test_weights_of_a_diverged_training_are_refused(self, loaded, tmp_path, value, part):
+        from safetensors.torch import load_file, save_file
+
+        loaded.model.save_pretrained(tmp_path)
+        loaded.processor.save_pretrained(tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        name = next(name for name in state if part in name)
+        state[name] = torch.full_like(state[name], value)
+        save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"NaN or infinite values: {name}"):
+            load_pretrained_model(tmp_path)
