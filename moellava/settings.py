@@ -9,6 +9,7 @@ Values are checked and converted by pydantic against the types that the dataclas
 | `known_keys`, `unknown_key` | all keys of a dataclass, and the error that suggests one of them |
 """
 
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -132,6 +133,8 @@ def _prepared(cls: type, settings: Mapping[str, object], prefix: str) -> dict[st
 
 def _prepare(hint: object, value: object, key: str) -> object:
     """What pydantic would take otherwise: a bool for a number, and a word for a list of words."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} is {value}; expected a finite number.")
     options = _options(hint)
     section = section_class(hint)
     if section is not None and not isinstance(value, section):

@@ -77,7 +77,7 @@ def test_settings_override_the_file_and_leave_the_rest():
         ("optim.max_steps=0", r"optim.max_steps is 0; expected more than 0"),
         ("saving.keep=-1", r"saving.keep is -1; expected more than 0"),
         ("saving.keep=0", r"saving.keep is 0; expected more than 0"),
-        ("moe.noise=.nan", r"moe.noise is nan; expected 0 or more"),
+        ("moe.noise=.nan", r"moe.noise is nan; expected a finite number"),
         ("optim.learning_rate=.inf", r"optim.learning_rate is inf; expected a finite number"),
         ("model=[", r"model=\[ is not valid YAML"),
         ("outputdir=a", r"Did you mean 'output_dir'\?"),
