@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
+from moellava.cli.ask import default_device
 from moellava.cli.image_options import Frame, Plane, Window, view_options
 
 if TYPE_CHECKING:
@@ -157,13 +158,9 @@ def routing(
 
 
 def _load(checkpoint: str, device: str | None) -> "LoadedModel":
-    import torch
-
     from moellava.model.builder_enhanced import load_pretrained_model
 
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device = accelerator.type if accelerator is not None else "cpu"
+    device = device or default_device()
     return load_pretrained_model(checkpoint, device=device, progress=sys.stderr.isatty())
 
 

@@ -28,3 +28,23 @@ def grey():
     from PIL import Image
 
     return Image.new("RGB", (40, 30), (90, 90, 90))
+
+
+# A change of a LLaVA row, and what its error says.
+BROKEN = (
+    ({"conversations": None}, "'conversations' is missing"),
+    ({"conversations": [{"from": "human"}]}, r"turn 0 has no 'value'; it has \['from'\]"),
+    (
+        {"conversations": [{"from": "alien", "value": "x"}]},
+        "turn 0 is from 'alien'; expected one of human",
+    ),
+    (
+        {"conversations": [{"from": "human", "value": 3}]},
+        "'value' of turn 0 is a int; expected text",
+    ),
+    ({"conversations": ["Why?"]}, "turn 0 is a str"),
+    ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks for 2 images"),
+    ({"image": None}, "1 <image> marks for 0 images"),
+    ({"image": 3}, "an image is a int"),
+    ({"video": "a.mp4"}, "it has a 'video'"),
+)

@@ -9,6 +9,8 @@ from moellava.data import Row, RowError, Turn, read_rows
 from moellava.images import load_image
 from moellava.testing import write_medmnist
 
+from .conftest import BROKEN
+
 
 def write(path, rows) -> str:
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -130,25 +132,6 @@ class TestClassification:
             read_rows(path, split="train")
         with pytest.raises(RowError, match=r"my\.npz, row 1: the label is 1; expected 0 to 0"):
             read_rows(path, split="train", class_names=["only"])
-
-
-BROKEN = (
-    ({"conversations": None}, "'conversations' is missing"),
-    ({"conversations": [{"from": "human"}]}, r"turn 0 has no 'value'; it has \['from'\]"),
-    (
-        {"conversations": [{"from": "alien", "value": "x"}]},
-        "turn 0 is from 'alien'; expected one of human",
-    ),
-    (
-        {"conversations": [{"from": "human", "value": 3}]},
-        "'value' of turn 0 is a int; expected text",
-    ),
-    ({"conversations": ["Why?"]}, "turn 0 is a str"),
-    ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks for 2 images"),
-    ({"image": None}, "1 <image> marks for 0 images"),
-    ({"image": 3}, "an image is a int"),
-    ({"video": "a.mp4"}, "it has a 'video'"),
-)
 
 
 @pytest.mark.parametrize(("change", "message"), BROKEN)

@@ -9,6 +9,8 @@ from moellava.data import RowError, read_rows
 from moellava.images import load_image
 from moellava.testing import write_vqa_rad_authors
 
+from .conftest import BROKEN
+
 
 def write(path, rows) -> str:
     path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
@@ -98,25 +100,6 @@ class TestAuthorsFiles:
         assert (train[0].answer_type, test[1].answer) == ("CLOSED", "3")
         assert len(read_rows(folder)) == 6
         assert load_image(test[0].images[0]).size == (64, 48)
-
-
-BROKEN = (
-    ({"conversations": None}, "'conversations' is missing"),
-    ({"conversations": [{"from": "human"}]}, r"turn 0 has no 'value'; it has \['from'\]"),
-    (
-        {"conversations": [{"from": "alien", "value": "x"}]},
-        "turn 0 is from 'alien'; expected one of human",
-    ),
-    (
-        {"conversations": [{"from": "human", "value": 3}]},
-        "'value' of turn 0 is a int; expected text",
-    ),
-    ({"conversations": ["Why?"]}, "turn 0 is a str"),
-    ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks for 2 images"),
-    ({"image": None}, "1 <image> marks for 0 images"),
-    ({"image": 3}, "an image is a int"),
-    ({"video": "a.mp4"}, "it has a 'video'"),
-)
 
 
 class TestErrors:
