@@ -10,11 +10,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import httpx
 import openai
 import pytest
 import torch
 import uvicorn
+from huggingface_hub.utils import httpx  # the client that openai uses too
 from PIL import Image
 from pydicom.data import get_testdata_file
 
