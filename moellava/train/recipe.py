@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 
+from moellava.eval.scorers import find_scorers
 from moellava.messages import unknown_name
 from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
@@ -63,6 +64,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
         raise ValueError(f"The recipe has no stage. Choose one of {', '.join(STAGES)}.")
     recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
+    _require_questions(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
 
 
@@ -77,6 +79,19 @@ def _require_used(recipe: Recipe) -> None:
     for name in stage_of(recipe).unused:
         if _value_at(recipe, name) != _value_at(usual, name):
             raise ValueError(f"{name} does nothing in stage {recipe.stage!r}. Leave it out.")
+
+
+def _require_questions(recipe: Recipe) -> None:
+    """Scorers have to be known, and to have something to score."""
+    scorers = recipe.evaluation.scorers
+    if not scorers:
+        return
+    find_scorers(scorers)
+    if recipe.data.evaluation is None:
+        raise ValueError(
+            f"evaluation.scorers is {', '.join(scorers)}, but there are no held-out rows. "
+            "Set data.evaluation=FILE, or leave evaluation.scorers out."
+        )
 
 
 def _value_at(recipe: Recipe, name: str) -> object:
