@@ -75,3 +75,12 @@ def test_the_package_is_typed():
     from importlib.resources import files
 
     assert (files("moellava") / "py.typed").is_file()
+
+
+def test_importing_the_package_loads_neither_open_clip_nor_timm():
+    code = (
+        "import sys, moellava.encoders as e; "
+        "print([m for m in ('open_clip', 'timm') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
