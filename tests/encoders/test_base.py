@@ -171,20 +171,13 @@ def test_gradient_reaches_the_pixels_and_frozen_weights_stay_frozen(repo):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "backend"),  # inductor for one of them: it compiles C++ for half a minute
-    [
-        ("biomedclip", "inductor"),
-        ("vit", "aot_eager"),
-        ("timm_convnext", "aot_eager"),
-        ("modified_resnet", "aot_eager"),
-    ],
-)
-def test_compiled_without_graph_breaks_gives_the_same_tokens(architecture, name, backend):
+@pytest.mark.parametrize("name", ["biomedclip", "vit", "timm_convnext", "modified_resnet"])
+def test_compiled_without_graph_breaks_gives_the_same_tokens(architecture, name):
     encoder = BiomedClipEncoder.from_pretrained(architecture(name)).requires_grad_(False)
     pixels = random_pixels(encoder)
     torch._dynamo.reset()
-    compiled = torch.compile(encoder, fullgraph=True, backend=backend)
+    # Not inductor, which compiles C++ for half a minute and makes no other graph.
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     assert torch.allclose(compiled(pixels).patch_tokens, encoder(pixels).patch_tokens, atol=1e-5)
 
 
