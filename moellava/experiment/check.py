@@ -97,7 +97,8 @@ def check_runs(
 def describe(experiment: Experiment, runs: Sequence[Run], checked: Checked) -> str:
     """The plan of an experiment, for reading."""
     lines = [
-        f"{experiment.name}: {len(experiment.variants)} variants, {len(experiment.seeds)} seeds, "
+        f"{experiment.name}: variants {', '.join(experiment.variants)}; "
+        f"seeds {', '.join(map(str, experiment.seeds))}; "
         f"{len({stage.folder for run in runs for stage in run.stages})} trainings",
         f"each model is asked {checked.num_questions:,} questions about {checked.num_images:,} "
         f"images of {experiment.evaluation.data}; baselines: "
@@ -194,6 +195,7 @@ class _Questions:
             "evaluation.data",
             skip_bad=False,
             show_progress=show_progress,
+            remedy="Mend or remove them.",
         )
         if options.train is not None:
             rows_of(options.train, images=options.images)

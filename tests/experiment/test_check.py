@@ -26,7 +26,7 @@ def changed(settings, key, **keys):
 
 def test_the_plan_counts_and_writes_nothing(tiny, tmp_path):
     text = plan_experiment(load_experiment(experiment_settings(tiny, tmp_path / "out")))
-    assert "tiny: 2 variants, 1 seeds, 3 trainings" in text
+    assert "tiny: variants dense, mixture; seeds 0; 3 trainings" in text
     assert "8 questions about 6 images" in text
     dense, mixture = (line for line in text.splitlines() if line.startswith("  experts: 2 steps"))
     # Two layers of three matrices, 32 by 64; and four experts of half the width in their place.
@@ -56,7 +56,7 @@ def test_rows_and_questions_of_the_evaluation(tiny, tmp_path):
     (tiny / "held_out.json").write_text(json.dumps(rows))
     settings = experiment_settings(tiny, tmp_path)
     cases = {
-        "1 of 8 rows of evaluation.data cannot be used: 'row2'": {
+        "1 of 8 rows of evaluation.data cannot be used: 'row2'.*Mend or remove them": {
             "data": str(tiny / "held_out.json")
         },
         "Unknown metric in evaluation.metrics: 'strict.acuracy'. Did you mean 'strict.accuracy'": {

@@ -43,7 +43,9 @@ def test_a_killed_experiment_ends_with_the_same_files(experiments, moment):
     assert files[0] == files[1]
     for name in RESULTS:
         assert (killed / name).read_bytes() == (alone / name).read_bytes(), name
-    for run in (*RUNS, "dense/seed-0"):
+    for run in RUNS:
+        card = f"{run}/2-experts/model/README.md"
+        assert (killed / card).read_bytes() == (alone / card).read_bytes()
         for file in ("predictions.jsonl", "baselines/blank.jsonl"):
             path = f"{run}/evaluation/{file}"
             assert answers_of(killed / path) == answers_of(alone / path)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -64,7 +65,7 @@ def launch(tiny, out, *overrides, moment=None):
         with (
             mock.patch.object(gradient_steps, "save_picture"),  # half of a tiny run's time
             mock.patch.object(checkpoints.os, "fsync"),
-            MOMENTS[moment]() if moment else mock.patch.object(sys, "argv", []),
+            MOMENTS[moment]() if moment else nullcontext(),
         ):
             experiment = load_experiment(experiment_settings(tiny, out), overrides)
             run_experiment(experiment, say=print)
@@ -84,7 +85,7 @@ def main(folder):
     for moment in MOMENTS:
         killed = launch(tiny, folder / moment, moment=moment)
         statuses[moment] = [killed, launch(tiny, folder / moment)]
-    shutil.copytree(folder / "alone", folder / "more seeds", copy_function=shutil.copy2)
+    shutil.copytree(folder / "alone", folder / "more seeds")
     statuses["more seeds"] = [launch(tiny, folder / "more seeds", "seeds=[0,1]")]
     (folder / "statuses.json").write_text(json.dumps(statuses))
 
