@@ -39,9 +39,13 @@ def crossed_interval(
         `n` is the number of questions that count for each seed.
     """
     is_known = ~np.isnan(values)
-    num_seeds, num_clusters = len(values), int(clusters.max()) + 1
-    sums = _by_image(np.where(is_known, values, 0.0), clusters, num_clusters)  # (S, C)
-    counts = _by_image(is_known.astype(np.float64), clusters, num_clusters)
+    sums = _by_image(np.where(is_known, values, 0.0), clusters)  # (S, C)
+    counts = _by_image(is_known.astype(np.float64), clusters)
+    value = float(sums.sum() / counts.sum())
+    for axis in (0, 1):
+        if sums.shape[axis] == 1:  # scipy wants two of each; two copies vary no more than one
+            sums, counts = sums.repeat(2, axis), counts.repeat(2, axis)
+    num_seeds, num_clusters = sums.shape
 
     def mean(seeds: Ints, images: Ints, axis: int = -1) -> Floats:
         of_seeds = _num_drawn(seeds, num_seeds)  # (R, S)
@@ -51,7 +55,6 @@ def crossed_interval(
         means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
         return means if seeds.ndim > 1 else means[0]
 
-    value = float(sums.sum() / counts.sum())
     with warnings.catch_warnings():
         # scipy warns if every resample has the same mean, whose interval is that mean.
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
@@ -70,16 +73,16 @@ def crossed_interval(
 
 def t_test_over_seeds(differences: Floats) -> SeedTest | None:
     """Student's t test that the (S,) differences have the mean 0; None if they do not vary."""
-    if len(differences) < 2 or np.ptp(differences) == 0:
+    if len(differences) < 2 or np.ptp(differences) < 1e-12:  # rounding
         return None
     found = stats.ttest_1samp(differences, 0.0)
     interval = found.confidence_interval(LEVEL)
     return SeedTest(float(interval.low), float(interval.high), float(found.pvalue))
 
 
-def _by_image(values: Floats, clusters: Ints, num_clusters: int) -> Floats:
-    rows = [np.bincount(clusters, row, minlength=num_clusters) for row in values]
-    return np.array(rows, dtype=np.float64)
+def _by_image(values: Floats, clusters: Ints) -> Floats:
+    """(S, C) sums of (S, N) values."""
+    return np.array([np.bincount(clusters, row) for row in values], dtype=np.float64)
 
 
 def _num_drawn(drawn: NDArray[np.int64], num_kinds: int) -> Floats:
