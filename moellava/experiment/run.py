@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from accelerate.utils import clear_device_cache, get_int_from_env
+from accelerate.utils import get_int_from_env
+from accelerate.utils.memory import clear_device_cache
 
 from moellava.eval.run import evaluate
 from moellava.experiment.card import write_card
