@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from moellava.data.archives import unpacked
 from moellava.data.formats import Format
 from moellava.data.records import KINDS
 from moellava.messages import unknown_name
@@ -163,11 +164,7 @@ def _unpack(where: Location, form: Format) -> list[Path] | None:
     if not archives and where.hub is not None:
         folder = _download(where.hub, names)
         archives = [folder / name for name in names if (folder / name).is_file()]
-    if not archives:
-        return None
-    from datasets import DownloadManager
-
-    return [Path(DownloadManager().extract(str(path))) for path in archives]
+    return [unpacked(path) for path in archives] or None
 
 
 def _download(hub: HubDataset, patterns: Sequence[str]) -> Path:

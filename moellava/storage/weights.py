@@ -5,6 +5,7 @@ assign_weights                  into a module, without copying
 require_fit, require_loaded     the one strict check of loading
 read_index, require_own_files   the files of sharded weights, none of them outside the folder
 require_finite                  what a model computed is a number
+nonfinite_names                 weights that hold NaN or infinity
 weights_fingerprint             a short name for weights, for comparison
 """
 
@@ -20,11 +21,12 @@ from torch import Tensor, nn
 
 from moellava.messages import first_names
 from moellava.storage.errors import reading, reason_of
-from moellava.storage.sources import read_json
+from moellava.storage.sources import Source, find_file, read_json
 
 # What training loops put a state dict under, and torch's wrappers before its names.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
 NAME_PREFIXES = ("module.", "_orig_mod.")
+WHOLE_FILE = "model.safetensors"
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -69,10 +71,45 @@ def read_index(path: Path) -> dict[str, str]:
     return {str(tensor): str(name) for tensor, name in weight_map.items()}
 
 
-def require_own_files(folder: Path) -> None:
-    """Check the indexes of a folder before a library reads them; errors as `read_index`."""
-    for index in sorted(folder.glob("*.index.json")):
+def require_own_files(source: Source) -> None:
+    """Check, before transformers loads weights, that it will read those of this source alone.
+
+    Raises:
+        ValueError: an index names a file outside its folder; or there is an adapter, for which
+            transformers would take the weights of the base that the adapter names.
+    """
+    if source.folder is not None:
+        indexes = sorted(source.folder.glob("*.index.json"))
+    else:
+        is_sharded = find_file(source, WHOLE_FILE) is None
+        index = find_file(source, f"{WHOLE_FILE}.index.json", download=is_sharded, required=False)
+        indexes = [] if index is None else [index]
+    for index in indexes:
         read_index(index)
+    adapter = find_file(source, "adapter_config.json", download=True, required=False)
+    if adapter is not None:
+        raise ValueError(
+            f"{adapter} is of an adapter, which is not opened with the weights beside it. Merge it "
+            "into its base with PEFT's merge_and_unload, save that, and open it."
+        )
+
+
+def nonfinite_names(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity.
+
+    Every value is read once, in a sum: NaN and infinity stay in it. Left out are tensors without
+    values, on the meta device, and quantised ones.
+    """
+    return [
+        name
+        for name, weight in weights.items()
+        if type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and not weight.is_meta
+        # The sum of large numbers can be infinite, too.
+        and not bool(weight.sum(dtype=torch.float32).isfinite())
+        and not bool(weight.isfinite().all())
+    ]
 
 
 def require_finite(where: object, values: Tensor) -> None:

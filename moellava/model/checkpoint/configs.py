@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.errors import reading
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
@@ -44,10 +46,29 @@ def load_model_config(
     name, place = _place_of(model_name_or_path)
     _require_not_original(name, _settings_of(name, place, HubOptions(**hub)))
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
+        with reading(place, "a config"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                place, trust_remote_code=False, **hub
+            )
+    except (OSError, ValueError, TypeError) as error:
         raise _unreadable(name, error) from error
     return config
+
+
+def open_processor(place: str, hub: HubOptions) -> MoeLlavaProcessor:
+    """The processor of a saved model.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file cannot be read, or is of another kind of processor.
+    """
+    with reading(place, "a processor"):
+        processor: MoeLlavaProcessor = MoeLlavaProcessor.from_pretrained(
+            place,
+            trust_remote_code=False,
+            **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
+        )
+    return processor
 
 
 def model_type_of(model_name_or_path: str | Path, **hub: Unpack[HubKeywords]) -> str:
@@ -95,10 +116,8 @@ def read_generation_config(path: Path) -> GenerationConfig:
         ValueError: if the file cannot be read; it is named.
     """
     settings = read_json(path)
-    try:
+    with reading(path, "a generation config"):
         config: GenerationConfig = GenerationConfig.from_dict(settings)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a generation config: {error}") from error
     return savable(config)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from moellava.messages import first_names
@@ -16,8 +16,9 @@ from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.storage.sources import HubOptions
-from moellava.storage.weights import require_loaded
+from moellava.storage.errors import reading
+from moellava.storage.sources import HubOptions, parse_source
+from moellava.storage.weights import nonfinite_names, require_loaded, require_own_files
 
 
 def read_model(
@@ -29,6 +30,7 @@ def read_model(
         place: its folder or hub id.
         name: what the user called it, for messages.
     """
+    require_own_files(parse_source(place, hub))
     keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
     model = _from_pretrained(place, name, **keywords)
     if model.generation_config is not None:
@@ -72,47 +74,26 @@ def _from_pretrained(
     place: str | None, name: str, **keywords: object
 ) -> MoeLlavaForConditionalGeneration:
     """transformers only logs a missing tensor, and leaves some of them uninitialised."""
-    try:
-        loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
-            place, output_loading_info=True, trust_remote_code=False, **keywords
-        )
-    except SafetensorError as error:  # it does not say which file
-        files = sorted(Path(place or "").glob("*.safetensors"))
-        broken = ", ".join(file.name for file in files if not _is_readable(file))
-        raise OSError(
-            f"A weights file of {name!r} cannot be read; is it complete? {broken} ({error}). Copy "
-            "or save it again."
-        ) from error
+    with reading(place or name, "a model"):
+        try:
+            loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
+                place,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info
+                trust_remote_code=False,
+                **keywords,
+            )
+        except SafetensorError as error:  # it does not say which file
+            for file in sorted(Path(place or "").glob("*.safetensors")):
+                with reading(file, "safetensors"), safe_open(file, framework="pt"):
+                    pass
+            raise error
     model: MoeLlavaForConditionalGeneration
     model, info = loaded
     require_loaded(name, info)
-    _require_finite(name, model)
-    return model
-
-
-def _require_finite(name: str, model: MoeLlavaForConditionalGeneration) -> None:
-    """Refuse weights of a training that diverged.
-
-    Of each tensor the first and last 64 values are looked at, so that mapped files stay unread: a
-    step with a non-finite gradient spoils whole tensors.
-    """
-    spoilt = []
-    for key, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            continue
-        values = weight.detach().reshape(-1)
-        if not torch.isfinite(torch.cat([values[:64], values[-64:]])).all():
-            spoilt.append(key)
-    if spoilt:
+    if spoilt := nonfinite_names(model.state_dict()):
         raise ValueError(
             f"The weights of {name} hold NaN or infinite values: {first_names(spoilt)}. The "
             "training diverged, or a file is damaged: use an earlier checkpoint."
         )
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
+    return model
