@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 from moellava.model.builder_enhanced import (
     load_pretrained_model,
