@@ -158,5 +158,6 @@ def find_format(name: str, columns: Collection[str], source: str) -> Format:
             return form
     raise ValueError(
         f"Cannot tell the layout of {source} from its columns {sorted(columns)}. "
-        f"Give format, one of {', '.join(form.name for form in FORMATS)}."
+        f"Give format, one of {', '.join(form.name for form in FORMATS)}; or rename the columns of "
+        "a table to image, question and answer."
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, overload
 
 from moellava.data.rows import RowError
+from moellava.storage.errors import reason_of
 
 _CHUNK = 1 << 20  # bytes per read
 # Characters of one record; a broken quote must not pull the whole file into memory.
@@ -99,7 +100,9 @@ class JsonRecords(Sequence[object]):
 def _parsed(data: bytes) -> object:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        return RowError(f"it is not JSON: {reason_of(error)}")
+    except (ValueError, RecursionError) as error:
         return RowError(f"it is not JSON: {error}")
 
 

@@ -1,5 +1,6 @@
 """Where a dataset lies, here or on the hub: the files of one split, the folder of its images."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ def find_image_root(
 
 
 def _root_of_most(candidates: Sequence[Path], names: Sequence[str]) -> Path | None:
-    counts = [sum((root / name).is_file() for name in names) for root in candidates]
+    # pathlib's is_file raises an error for a name that is too long to be one.
+    counts = [sum(os.path.isfile(root / name) for name in names) for root in candidates]
     return candidates[counts.index(max(counts))] if any(counts) else None
 
 
