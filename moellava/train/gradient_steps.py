@@ -190,6 +190,8 @@ def read_state(checkpoint: Path) -> TrainerState:
         if checkpoint.name != f"checkpoint-{state.global_step}":
             raise ValueError(f"it is of step {state.global_step}")
         require_log(state.log_history)
+        if not all(isinstance(entry.get("step"), int) for entry in state.log_history):
+            raise TypeError("an entry of its log_history has no step")
     return state
 
 

@@ -12,11 +12,13 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from moellava.storage.errors import reading
 from moellava.storage.writing import write_text
 from moellava.train.checkpoints import clear_staging
+from moellava.train.log.router_load import KINDS
 from moellava.train.options import Recipe, recipe_to_dict, without_secrets
 from moellava.train.stage import LogEntry
 
@@ -87,15 +89,18 @@ def read_log(run: Path) -> list[LogEntry]:
 
 
 def require_log(log: object) -> None:
-    """Raise `TypeError` unless something read from a file is a list of entries, each of a step."""
+    """Raise `TypeError` or `ValueError` unless something read from a file is a log of a run."""
     if not isinstance(log, list):
         raise TypeError(f"a log is a list of entries, not a {type(log).__name__}")
     for number, entry in enumerate(log):
-        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            raise TypeError(f"entry {number} of the log has no step")
+        if not isinstance(entry, dict):
+            raise TypeError(f"entry {number} of the log is a {type(entry).__name__}")
         for name, value in entry.items():
             if name not in _NESTED_IN_LOG and not isinstance(value, int | float):
                 raise TypeError(f"{name} of entry {number} of the log is not a number")
+        for kind in KINDS if "load" in entry else ():
+            if np.asarray(entry["load"][kind], dtype=float).ndim != 2:
+                raise TypeError(f"the load of entry {number} of the log is not a table")
 
 
 def write_log(log: list[LogEntry], run: Path) -> None:
