@@ -61,18 +61,20 @@ def whole(loaded, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("config.json", 60),
-        ("generation_config.json", 30),
-        ("processor_config.json", 40),
-        ("tokenizer_config.json", 40),
-        ("tokenizer.json", 40),
+        ("config.json", 30),
+        ("generation_config.json", 20),
+        ("processor_config.json", 20),
+        ("tokenizer_config.json", 20),
+        ("tokenizer.json", 20),
         ("chat_template.jinja", 20),
-        ("model.safetensors", 40),
+        ("model.safetensors", 20),
     ],
 )
 def test_a_saved_model(whole, name, count):
     def read() -> None:
-        load_pretrained_model(whole).answer(None, "What?", max_new_tokens=1)
+        opened = load_pretrained_model(whole)
+        if name != "chat_template.jinja":  # any text is one, also one that fills the context
+            opened.answer(None, "What?", max_new_tokens=1)
 
     require_named_errors(whole / name, read, count=count, is_json=name.endswith(".json"))
 
@@ -80,10 +82,10 @@ def test_a_saved_model(whole, name, count):
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("base.json", 20),
-        ("trainable.safetensors", 20),
-        ("adapter/adapter_config.json", 40),
-        ("adapter/adapter_model.safetensors", 20),
+        ("base.json", 8),
+        ("trainable.safetensors", 8),
+        ("adapter/adapter_config.json", 20),
+        ("adapter/adapter_model.safetensors", 8),
     ],
 )
 def test_a_difference_with_an_adapter(loaded, parts, tmp_path_factory, name, count):
@@ -231,7 +233,9 @@ def test_rows_of_each_layout(tmp_path, layout, suffix):
     def read() -> None:
         for skip_bad in (False, True):
             found = read_rows(file, format=layout, skip_bad=skip_bad, **options)
-            for row in usable_rows(found, "data.train", skip_bad=True, show_progress=False):
+            if layout != "questions":  # which have no answers
+                found = usable_rows(found, file.name, skip_bad=True, show_progress=False)
+            for row in found:
                 row.messages()
 
     with mock.patch("moellava.train.usable_rows._open_header"):

@@ -61,10 +61,15 @@ class Trap:
 
 @pytest.fixture
 def marker(tmp_path, monkeypatch) -> Path:
-    """Made by any code that runs. The folders are working directories, as when one tries them."""
-    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    """Made by any code that runs; whoever asks on the terminal hears "y", twenty times."""
+    answers = ["y"] * 20
+    monkeypatch.setattr("builtins.input", lambda *_: answers.pop() if answers else end_input())
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
+
+
+def end_input() -> str:
+    raise EOFError
 
 
 def arm(folder: Path, marker: Path) -> Path:
@@ -229,8 +234,8 @@ def test_a_chat_template_runs_in_a_sandbox(armed, marker, name):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     else:
         path.write_text(template)
-    with pytest.raises((ValueError, OSError, TypeError)):
-        load_pretrained_model(armed / MODEL).answer(None, "What?", max_new_tokens=1)
+    with pytest.raises(ValueError, match="saved cannot be read as a processor: .*chat template"):
+        load_pretrained_model(armed / MODEL)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -354,7 +354,7 @@ def _turn(turn: object, number: int, role_key: str, text_key: str) -> Turn:
         if key not in turn:
             raise RowError(f"turn {number} has no {key!r}; it has {sorted(turn)}")
     role = turn[role_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"turn {number} is from {role!r}; expected one of {', '.join(ROLES)}")
     return Turn(ROLES[role], _content_of(turn[text_key], f"{text_key!r} of turn {number}"))
 

@@ -35,7 +35,8 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
     from peft import PeftModel  # only those who saved an adapter need it
 
     settings = read_json(folder / CONFIG_FILE)
-    require_known_kind(str(settings.get("peft_type")))
+    with reading(folder / CONFIG_FILE, "an adapter's config"):
+        require_known_kind(str(settings.get("peft_type")))
     if settings.get("megatron_config") is not None:
         raise ValueError(
             f"{folder / CONFIG_FILE} has a megatron_config, for which PEFT imports a module that "

@@ -32,6 +32,8 @@ SAMPLING = (
     "eta_cutoff",
 )
 GENERATION_FILE = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAMPLE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def load_model_config(
@@ -56,11 +58,11 @@ def load_model_config(
 
 
 def open_processor(place: str, hub: HubOptions) -> MoeLlavaProcessor:
-    """The processor of a saved model.
+    """The processor of a saved model, tried on one conversation.
 
     Raises:
         OSError: a file is missing.
-        ValueError: a file cannot be read, or is of another kind of processor.
+        ValueError: a file cannot be read, is of another kind of processor, or does not work.
     """
     with reading(place, "a processor"):
         processor: MoeLlavaProcessor = MoeLlavaProcessor.from_pretrained(
@@ -68,6 +70,8 @@ def open_processor(place: str, hub: HubOptions) -> MoeLlavaProcessor:
             trust_remote_code=False,
             **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
         )
+        if processor.chat_template is not None:
+            processor(text=processor.apply_chat_template(_SAMPLE, tokenize=False), padding=True)
     return processor
 
 
@@ -118,7 +122,15 @@ def read_generation_config(path: Path) -> GenerationConfig:
     settings = read_json(path)
     with reading(path, "a generation config"):
         config: GenerationConfig = GenerationConfig.from_dict(settings)
+        for name in _TOKEN_IDS:
+            _require_token_ids(name, getattr(config, name))
     return savable(config)
+
+
+def _require_token_ids(name: str, found: object) -> None:
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise ValueError(f"{name} is {found!r}; expected the number of a token, or a list of them.")
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:

@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from moellava.messages import first_names
-from moellava.model.checkpoint.configs import savable
+from moellava.model.checkpoint.configs import GENERATION_FILE, read_generation_config, savable
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.errors import reading
-from moellava.storage.sources import HubOptions, parse_source
+from moellava.storage.sources import HubOptions, find_file, parse_source
 from moellava.storage.weights import nonfinite_names, require_loaded, require_own_files
 
 
@@ -30,10 +30,15 @@ def read_model(
         place: its folder or hub id.
         name: what the user called it, for messages.
     """
-    require_own_files(parse_source(place, hub))
+    source = parse_source(place, hub)
+    require_own_files(source)
     keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
     model = _from_pretrained(place, name, **keywords)
-    if model.generation_config is not None:
+    # transformers passes over a file that it cannot read.
+    generation_file = find_file(source, GENERATION_FILE, download=True, required=False)
+    if generation_file is not None:
+        model.generation_config = read_generation_config(generation_file)
+    elif model.generation_config is not None:
         savable(model.generation_config)
     return model
 
