@@ -25,7 +25,7 @@ class Format:
         image_keys: the columns that hold images.
         id_keys: the columns that name a row, the first that has a value.
         image_folders: where its images lie, seen from the file.
-        archives: which archives beside the file hold the images of a split (None if not known).
+        archives: which zip archives beside the file hold the images of a split (None if not known).
     """
 
     name: str
