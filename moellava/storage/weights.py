@@ -6,6 +6,7 @@ require_fit, require_loaded     the one strict check of loading
 read_index, require_own_files   the files of sharded weights, none of them outside the folder
 require_finite                  what a model computed is a number
 nonfinite_names                 weights that hold NaN or infinity
+as_dtype, require_device        what a user asks weights to be, and where
 weights_fingerprint             a short name for weights, for comparison
 """
 
@@ -109,6 +110,34 @@ def nonfinite_names(weights: Mapping[str, Tensor]) -> list[str]:
         and not bool(weight.sum().isfinite())  # the sum of large numbers may be infinite, too
         and not bool(weight.isfinite().all())
     ]
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name; None for None and "auto", which leave the stored one."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their "
+            "names."
+        )
+    return found
+
+
+def require_device(device: torch.device | str | None) -> None:
+    """Raise `ValueError` for a device that this machine does not have; None is any."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    # torch raises AssertionError where it was built without the device's backend.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise ValueError(
+            f"device is {str(device)!r}, but this machine has {here}: {reason_of(error)}"
+        ) from error
 
 
 def require_finite(where: object, values: Tensor) -> None:

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
@@ -145,19 +144,6 @@ def savable(config: GenerationConfig) -> GenerationConfig:
         for name in SAMPLING:
             setattr(config, name, getattr(default, name))
     return config
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by itself or by its name; None for None and "auto", which leave the stored one."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their "
-            "names."
-        )
-    return found
 
 
 def _place_of(model_name_or_path: str | Path) -> tuple[str, str]:
