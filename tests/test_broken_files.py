@@ -84,7 +84,7 @@ def test_a_saved_model(whole, name, count):
     [
         ("base.json", 8),
         ("trainable.safetensors", 8),
-        ("adapter/adapter_config.json", 20),
+        ("adapter/adapter_config.json", 12),
         ("adapter/adapter_model.safetensors", 8),
     ],
 )

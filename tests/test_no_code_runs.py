@@ -234,8 +234,8 @@ def test_a_chat_template_runs_in_a_sandbox(armed, marker, name):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
     else:
         path.write_text(template)
-    with pytest.raises(ValueError, match=r"saved cannot be read as a processor: .*chat template"):
-        load_pretrained_model(armed / MODEL)
+    with pytest.raises(ValueError, match="chat template"):
+        load_pretrained_model(armed / MODEL).answer(None, "What?", max_new_tokens=1)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

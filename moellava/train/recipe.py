@@ -118,7 +118,7 @@ def _read_checked(source: str | Path) -> dict[str, object]:
     settings = _read(source)
     if "stage" in settings:
         with reading(Path(source).expanduser(), "a recipe"):
-            from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
+            stage_of(from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS))
     return settings
 
 
