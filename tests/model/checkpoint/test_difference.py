@@ -160,26 +160,6 @@ class TestTrainable:
         again = load_pretrained_model_with(tmp_path, parts)
         assert not hasattr(again.model, "peft_config")
 
-    def test_an_adapter_that_names_a_module_to_import_is_refused(
-        self, small, parts, tmp_path, monkeypatch
-    ):
-        """PEFT imports `megatron_core` by the name in the file, from the working directory too."""
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(target_modules=["q_proj"])
-        adapted = peft.get_peft_model(small.model, config)
-        save_trainable(adapted, tmp_path / "saved", processor=small.processor)
-        (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
-        monkeypatch.syspath_prepend(tmp_path)
-        path = tmp_path / "saved" / "adapter" / "adapter_config.json"
-        settings = json.loads(path.read_text())
-        path.write_text(json.dumps(settings | {"megatron_config": {}, "megatron_core": "trap"}))
-        with pytest.raises(ValueError, match=r"adapter_config\.json has a megatron_config"):
-            load_pretrained_model_with(tmp_path / "saved", parts)
-        path.write_text(json.dumps(settings | {"peft_type": "XLORA"}))
-        with pytest.raises(ValueError, match=r"Unknown kind of adapter \(peft_type\) 'XLORA'"):
-            load_pretrained_model_with(tmp_path / "saved", parts)
-        assert not (tmp_path / "ran").exists()
-
     def test_an_adapter_comes_back_with_the_model(self, small, parts, tmp_path, images):
         peft = pytest.importorskip("peft")
         config = peft.LoraConfig(
