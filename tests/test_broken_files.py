@@ -17,7 +17,7 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.difference import load_trainable, save_trainable
 from moellava.model.checkpoint.projector_file import read_projector, save_projector
 from moellava.testing import write_biomedclip, write_tinyllama
-from moellava.train import Recipe, load_recipe, train
+from moellava.train import Recipe, load_recipe, sharding, train
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import read_data
 from moellava.train.gradient_steps import build_trainer, read_state
@@ -178,6 +178,7 @@ def test_a_checkpoint_to_resume_from(run, resumable, name, count):
     def read() -> None:
         read_state(checkpoint)
         resumable._load_from_checkpoint(str(checkpoint))
+        sharding.load_checkpoint(resumable.loaded.model, checkpoint)
         resumable._load_optimizer_and_scheduler(str(checkpoint))
         resumable._load_rng_state(str(checkpoint))
 

@@ -182,7 +182,7 @@ def read_state(checkpoint: Path) -> TrainerState:
     """
     path = checkpoint / TRAINER_STATE_NAME
     with reading(path, "a trainer's state"):
-        state = TrainerState.load_from_json(str(path))
+        state: TrainerState = TrainerState.load_from_json(str(path))
         for name, kinds in _STATE_TYPES.items():
             found = getattr(state, name)
             if not isinstance(found, kinds) or isinstance(found, bool):
