@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from moellava.train import train
-from tests.train.tiny import experts_recipe, tiny_recipe
+from tests.train.tiny import tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -23,10 +23,13 @@ def files_with_paths(run: Path, *places: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4}], ids=["whole", "adapters"])
-def test_no_file_of_a_stage_holds_a_path_but_the_recipe(tiny, dense, tmp_path, lora):
-    settings = ("optim.max_steps=2", "saving.every=1")
-    recipe = experts_recipe(tiny, dense, tmp_path / "run", *settings, lora=lora)
-    train(recipe, show_progress=False)
+@pytest.mark.parametrize("stage", ["tune", "experts"])
+def test_no_file_of_a_stage_holds_a_path_but_the_recipe(tiny, dense, tmp_path, lora, stage):
+    settings = ("optim.max_steps=2", "saving.every=1", "after=any")
+    more = {"start_from": str(dense), "lora": lora}
+    if stage == "experts":
+        more["moe"] = {"config": {"num_experts": 4}}
+    train(tiny_recipe(tiny, stage, tmp_path / "run", *settings, **more), show_progress=False)
     run = tmp_path / "run"
     assert {path.name for path in run.iterdir()} >= {"checkpoint-2", "model", "recipe.yaml"}
     assert (run / "adapter").is_dir() == (lora is not None)
