@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jinja2
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
@@ -70,8 +71,19 @@ def open_processor(place: str, hub: HubOptions) -> MoeLlavaProcessor:
             **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
         )
         if processor.chat_template is not None:
-            processor(text=processor.apply_chat_template(_SAMPLE, tokenize=False), padding=True)
+            _require_works(processor)
     return processor
+
+
+def _require_works(processor: MoeLlavaProcessor) -> None:
+    try:
+        text = processor.apply_chat_template(_SAMPLE, tokenize=False)
+    except ValueError as error:
+        # A template may refuse the sample by raise_exception, such as one that wants a system turn.
+        if type(error.__cause__) is jinja2.TemplateError:
+            return
+        raise
+    processor(text=text, padding=True)
 
 
 def model_type_of(model_name_or_path: str | Path, **hub: Unpack[HubKeywords]) -> str:
