@@ -141,6 +141,8 @@ def what_is_wrong(error: BaseException, file: Path) -> str | None:
 def error_of(read: Callable[[], object]) -> BaseException | None:
     try:
         read()
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # panics of Rust libraries are not Exceptions
         return error
     return None

@@ -85,7 +85,7 @@ class TestGenerationConfig:
         assert loaded.model.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
 
     @pytest.mark.parametrize(
-        "content", ["{", "[]", '{"eos_token_id": "x"}', '{"pad_token_id": -1}']
+        "content", ["{", "[]", '{"eos_token_id": "x"}', '{"bos_token_id": -1}']
     )
     def test_a_broken_file_of_a_saved_model_is_an_error_that_names_it(self, whole, content):
         (whole / "generation_config.json").write_text(content)
