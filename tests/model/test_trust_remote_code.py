@@ -84,6 +84,41 @@ def test_a_folder_of_traps_runs_nothing(loader, hub_cache, tmp_path, answers_yes
     assert not (tmp_path / "ran").exists()
 
 
+# transformers has a config of these types, but no model of every class: it would ask for code.
+KNOWN_TYPES = ("vit", "align_text_model")
+
+
+@pytest.mark.parametrize("model_type", KNOWN_TYPES)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_known_type_whose_model_only_code_has(
+    loader, model_type, hub_cache, tmp_path, answers_yes
+):
+    folder = shutil.copytree(hub_cache[TINYLLAMA], tmp_path / "trapped")
+    set_trap(
+        folder,
+        tmp_path / "ran",
+        config={"model_type": model_type},
+        tokenizer_config={"tokenizer_class": "LlamaTokenizer"},
+    )
+    with pytest.raises((OSError, ValueError)):
+        LOADERS[loader](folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_of_a_saved_model_whose_model_only_code_has(loaded, tmp_path, answers_yes, part):
+    folder = tmp_path / "saved"
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    (folder / "trap.py").write_text(TRAP.format(marker=str(tmp_path / "ran")))
+    config = json.loads((folder / "config.json").read_text())
+    trap = {"model_type": "align_text_model", "auto_map": {"AutoModel": f"{folder}--trap.Trap"}}
+    (folder / "config.json").write_text(json.dumps(config | {part: trap}))
+    with pytest.raises((OSError, ValueError, TypeError)):
+        load_pretrained_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_language_model_of_a_known_type_with_traps_beside_it(
     parts, tmp_path, hub_cache, answers_yes
 ):
