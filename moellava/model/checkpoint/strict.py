@@ -32,12 +32,13 @@ def read_model(
     """
     source = parse_source(place, hub)
     require_own_files(source)
-    keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
-    model = _from_pretrained(place, name, **keywords)
     # transformers passes over a file that it cannot read.
     generation_file = find_file(source, GENERATION_FILE, download=True, required=False)
-    if generation_file is not None:
-        model.generation_config = read_generation_config(generation_file)
+    generation_config = generation_file and read_generation_config(generation_file)
+    keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
+    model = _from_pretrained(place, name, **keywords)
+    if generation_config:
+        model.generation_config = generation_config
     elif model.generation_config is not None:
         savable(model.generation_config)
     return model

@@ -1,5 +1,6 @@
 """Adapters of other people: what is opened, what is refused, and what is saved of the base."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -45,11 +46,12 @@ def test_a_config_that_names_a_module_to_import_is_refused(folder, tmp_path, mon
     """PEFT imports `megatron_core` by the name in the file, from the working directory too."""
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
-    change(folder, megatron_config={}, megatron_core="trap")
+    change(folder, megatron_config={"x": 1}, megatron_core="trap")
     with pytest.raises(ValueError, match=r"adapter_config\.json has a megatron_config"):
         read_adapter(make_llama(), folder)
     assert not (tmp_path / "ran").exists()
-    peft.PeftModel.from_pretrained(make_llama(), str(folder))  # the trap would work
+    with contextlib.suppress(AttributeError, TypeError):  # the trap would work
+        peft.PeftModel.from_pretrained(make_llama(), str(folder))
     assert (tmp_path / "ran").exists()
 
 
