@@ -39,8 +39,8 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
         require_known_kind(str(settings.get("peft_type")))
     if settings.get("megatron_config") is not None:
         raise ValueError(
-            f"{folder / CONFIG_FILE} has a megatron_config, for which PEFT imports a module that "
-            "the file names. Remove it: moellava's models are not of Megatron."
+            f"{folder / CONFIG_FILE} has a megatron_config, for which some versions of PEFT import "
+            "a module that the file names. Remove it: moellava's models are not of Megatron."
         )
     with reading(folder, "an adapter"):
         adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))

@@ -1,6 +1,5 @@
 """Adapters of other people: what is opened, what is refused, and what is saved of the base."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -43,16 +42,13 @@ def test_it_computes_what_peft_reads(folder):
 
 
 def test_a_config_that_names_a_module_to_import_is_refused(folder, tmp_path, monkeypatch):
-    """PEFT imports `megatron_core` by the name in the file, from the working directory too."""
+    """Older PEFTs import `megatron_core` by the name in the file; newer ones have a list."""
     (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     monkeypatch.syspath_prepend(tmp_path)
     change(folder, megatron_config={"x": 1}, megatron_core="trap")
     with pytest.raises(ValueError, match=r"adapter_config\.json has a megatron_config"):
         read_adapter(make_llama(), folder)
     assert not (tmp_path / "ran").exists()
-    with contextlib.suppress(AttributeError, TypeError):  # the trap would work
-        peft.PeftModel.from_pretrained(make_llama(), str(folder))
-    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("kind", ["XLORA", "PROMPT_TUNING", "lora", None])
