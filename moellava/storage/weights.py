@@ -4,6 +4,7 @@ read_weights                    safetensors, or a pickle opened with `weights_on
 assign_weights                  into a module, without copying
 require_fit, require_loaded     the one strict check of loading
 read_index, require_own_files   the files of sharded weights, none of them outside the folder
+require_covered                 the files are large enough for what a config asks for
 require_finite                  what a model computed is a number
 nonfinite_names                 weights that hold NaN or infinity
 as_dtype, require_device        what a user asks weights to be, and where
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from moellava.messages import first_names
 from moellava.storage.errors import reading, reason_of
-from moellava.storage.sources import Source, find_file, read_json
+from moellava.storage.sources import WEIGHT_SUFFIXES, Source, find_file, read_json
 
 # What training loops put a state dict under, and torch's wrappers before its names.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
@@ -92,6 +93,35 @@ def require_own_files(source: Source) -> None:
         raise ValueError(
             f"{adapter} is of an adapter, which is not opened with the weights beside it. Merge it "
             "into its base with PEFT's merge_and_unload, save that, and open it."
+        )
+
+
+def require_covered(source: Source, num_values: int) -> None:
+    """Check, before memory is spent, that the files can hold what a config asks for.
+
+    transformers allocates weights that no file holds, and tells afterwards.
+
+    Args:
+        num_values: of all weights together.
+
+    Raises:
+        ValueError: the files have less than two bits for each.
+    """
+    folder = source.folder
+    if folder is None:
+        config = find_file(source, "config.json")
+        folder = None if config is None else config.parent
+    files = [
+        path
+        for suffix in WEIGHT_SUFFIXES
+        for path in (folder.glob(f"*{suffix}") if folder is not None else ())
+    ]
+    size = sum(path.stat().st_size for path in files)
+    if files and num_values > 4 * size:
+        raise ValueError(
+            f"The config.json of {source.folder or source.repo_id} asks for {num_values:,} values, "
+            f"but its files of weights have {size:,} bytes. Fetch both again: they are not of one "
+            "model."
         )
 
 

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.errors import reading
+from moellava.storage.limits import require_bounded
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
@@ -46,7 +47,9 @@ def load_model_config(
         ValueError: if it is a checkpoint of the original LLaVA's code.
     """
     name, place = _place_of(model_name_or_path)
-    _require_not_original(name, _settings_of(name, place, HubOptions(**hub)))
+    settings = _settings_of(name, place, HubOptions(**hub))
+    _require_not_original(name, settings)
+    require_bounded(f"the config.json of {name}", settings)
     try:
         with reading(place, "a config"):
             config: PreTrainedConfig = AutoConfig.from_pretrained(

@@ -6,6 +6,7 @@
 | `read_mm_projector` | the projector's weights of the original code |
 """
 
+import copy
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,12 @@ from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joi
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, Origin, origin_of, parse_source
-from moellava.storage.weights import read_weights, require_loaded, require_own_files
+from moellava.storage.weights import (
+    read_weights,
+    require_covered,
+    require_loaded,
+    require_own_files,
+)
 
 PROJECTOR_TYPE = "mlp2x_gelu"
 # transformers' names of the projector's layers, and ours, which are the original LLaVA's.
@@ -83,7 +89,7 @@ def read_llava(
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
     llava_config: Any = load_model_config(name, **hub)
     _require_clip_and_llama(name, llava_config)
-    llava = _load_llava(name, HubOptions(**hub))
+    llava = _load_llava(name, llava_config, HubOptions(**hub))
     dtype = dtype or llava.dtype
     own_processor = _load_processor(name, llava_config, HubOptions(**hub))
     origin = origin_of(name, HubOptions(**hub))
@@ -210,10 +216,14 @@ def _require_clip_and_llama(name: str, config: Any) -> None:
             )
 
 
-def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
+def _load_llava(name: str, config: LlavaConfig, hub: HubOptions) -> LlavaForConditionalGeneration:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
-    require_own_files(parse_source(name, hub))
+    source = parse_source(name, hub)
+    require_own_files(source)
     with reading(name, "a LLaVA"):
+        with torch.device("meta"):
+            outline = LlavaForConditionalGeneration(copy.deepcopy(config))
+        require_covered(source, outline.num_parameters())
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             name,
             trust_remote_code=False,

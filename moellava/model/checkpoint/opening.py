@@ -48,7 +48,7 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
             )
         return open_trainable(Path(name), {}, options, hub)
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = read_model(place, name, options, hub)
+    model = read_model(place, name, config, options, hub)
     return LoadedModel(model, open_processor(place, hub))
 
 

@@ -1,5 +1,6 @@
 """Weights that fit exactly → a model: `read_model` from files, `model_from_tensors` from memory."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,28 @@ from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.errors import reading
 from moellava.storage.sources import HubOptions, find_file, parse_source
-from moellava.storage.weights import nonfinite_names, require_loaded, require_own_files
+from moellava.storage.weights import (
+    nonfinite_names,
+    require_covered,
+    require_loaded,
+    require_own_files,
+)
 
 
 def read_model(
-    place: str, name: str, options: LoadOptions, hub: HubOptions
+    place: str, name: str, config: MoeLlavaConfig, options: LoadOptions, hub: HubOptions
 ) -> MoeLlavaForConditionalGeneration:
     """The model that `save_pretrained` wrote, without a tensor too many or too few.
 
     Args:
         place: its folder or hub id.
         name: what the user called it, for messages.
+        config: its own.
     """
     source = parse_source(place, hub)
     require_own_files(source)
+    with reading(place, "a model"):
+        require_covered(source, _num_values(config))
     # transformers passes over a file that it cannot read.
     generation_file = find_file(source, GENERATION_FILE, download=True, required=False)
     generation_config = generation_file and read_generation_config(generation_file)
@@ -42,6 +51,11 @@ def read_model(
     elif model.generation_config is not None:
         savable(model.generation_config)
     return model
+
+
+def _num_values(config: MoeLlavaConfig) -> int:
+    with torch.device("meta"):
+        return MoeLlavaForConditionalGeneration(copy.deepcopy(config)).num_parameters()
 
 
 def model_from_tensors(

@@ -2,9 +2,8 @@ import json
 
 import pytest
 
-from moellava.model.builder_enhanced import (
-    load_pretrained_model,
-)
+from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.checkpoint import strict
 
 
 class TestBadInput:
@@ -37,6 +36,17 @@ class TestBadInput:
         shard = sorted(sharded.glob("model-*.safetensors"))[1]
         shard.write_bytes(shard.read_bytes()[:-1000])
         with pytest.raises((OSError, ValueError), match=shard.name):
+            load_pretrained_model(sharded)
+
+    def test_a_config_that_asks_for_more_than_the_files_hold_allocates_nothing(
+        self, sharded, monkeypatch
+    ):
+        path = sharded / "config.json"
+        config = json.loads(path.read_text())
+        config["text_config"]["vocab_size"] = 10_000_000
+        path.write_text(json.dumps(config))
+        monkeypatch.setattr(strict, "_from_pretrained", None)
+        with pytest.raises(ValueError, match=r"asks for [\d,]+ values, but its files .* bytes"):
             load_pretrained_model(sharded)
 
     def test_an_index_that_leaves_the_folder_is_refused(self, sharded):
