@@ -84,16 +84,23 @@ def require_own_files(source: Source) -> None:
         indexes = sorted(source.folder.glob("*.index.json"))
     else:
         is_sharded = find_file(source, WHOLE_FILE) is None
-        index = find_file(source, f"{WHOLE_FILE}.index.json", download=is_sharded, required=False)
+        index = _file_if_any(source, f"{WHOLE_FILE}.index.json", download=is_sharded)
         indexes = [] if index is None else [index]
     for index in indexes:
         read_index(index)
-    adapter = find_file(source, "adapter_config.json", download=True, required=False)
+    adapter = _file_if_any(source, "adapter_config.json", download=True)
     if adapter is not None:
         raise ValueError(
             f"{adapter} is of an adapter, which is not opened with the weights beside it. Merge it "
             "into its base with PEFT's merge_and_unload, save that, and open it."
         )
+
+
+def _file_if_any(source: Source, name: str, *, download: bool) -> Path | None:
+    try:
+        return find_file(source, name, download=download, required=False)
+    except OSError:  # such as a repo without access: the loader says so, of a file that it needs
+        return None
 
 
 def require_covered(source: Source, num_values: int) -> None:

@@ -9,12 +9,9 @@ from typer.testing import CliRunner
 from moellava.cli import app
 
 CONTENTS = {
-    "empty": b"",
     "web page": b"<!DOCTYPE html><html>404</html>",
     "utf-16": '{"model_type": "moellava"}'.encode("utf-16"),
-    "latin-1": '{"größe": 1}'.encode("latin-1"),
     "list": b"[1]",
-    "lfs": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
     "deep": b'{"a":' * 3000 + b"1" + b"}" * 3000,
 }
 MODEL, ROWS, IMAGE = "model", "rows.json", "image.png"
