@@ -10,10 +10,12 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from moellava.data import read_rows
 from moellava.model.builder.request import read_build_request
 from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.checkpoint.difference import load_trainable, save_trainable
 from moellava.model.checkpoint.projector_file import read_projector, save_projector
 from moellava.testing import write_biomedclip, write_tinyllama
@@ -79,27 +81,31 @@ def test_a_saved_model(whole, name, count):
     require_named_errors(whole / name, read, count=count, is_json=name.endswith(".json"))
 
 
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("base.json", 8),
-        ("trainable.safetensors", 8),
-        ("adapter/adapter_config.json", 12),
-        ("adapter/adapter_model.safetensors", 8),
-    ],
-)
-def test_a_difference_with_an_adapter(loaded, parts, tmp_path_factory, name, count):
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("difference") / "saved"
-    if not folder.exists():
-        adapted = peft.get_peft_model(
-            load_pretrained_model(parts).model, peft.LoraConfig(target_modules=["q_proj"])
-        )
-        save_trainable(adapted, folder, processor=loaded.processor)
+@pytest.mark.parametrize("name", ["base.json", "trainable.safetensors"])
+def test_a_difference(loaded, parts, tmp_path, name):
+    save_trainable(loaded, tmp_path / "saved")
+    file = tmp_path / "saved" / name
     is_json = name.endswith(".json")
     require_named_errors(
-        folder / name, lambda: load_trainable(folder, base=parts), count=count, is_json=is_json
+        file, lambda: load_trainable(file.parent, base=parts), count=12, is_json=is_json
     )
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter(tmp_path, name):
+    peft = pytest.importorskip("peft")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 11}
+    config = LlamaConfig(**sizes, num_attention_heads=2)
+    adapted = peft.get_peft_model(
+        LlamaForCausalLM(config), peft.LoraConfig(target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved" / name
+
+    def read() -> None:
+        read_adapter(LlamaForCausalLM(config), file.parent)
+
+    require_named_errors(file, read, count=60, is_json=name.endswith(".json"))
 
 
 def test_a_projector_of_ours(loaded, tmp_path):
