@@ -15,6 +15,7 @@ from moellava.model.builder_enhanced import (
 from moellava.model.checkpoint.difference import load_trainable
 from moellava.model.checkpoint.llava import read_llava
 from moellava.model.checkpoint.projector_file import read_projector
+from moellava.model.language_model import read_state_dict
 from moellava.testing import TINYLLAMA, write_llava
 
 TRAP = """
@@ -52,6 +53,7 @@ LOADERS = {
     "difference": load_trainable,
     "llava": read_llava,
     "projector": read_projector,
+    "weights of a language model": read_state_dict,
     "language model": lambda folder: load_pretrained_model(
         {"model_name_or_path": str(folder), "mm_vision_tower": str(folder)}
     ),
@@ -113,7 +115,7 @@ def test_a_part_of_a_saved_model_whose_model_only_code_has(loaded, tmp_path, ans
     (folder / "trap.py").write_text(TRAP.format(marker=str(tmp_path / "ran")))
     config = json.loads((folder / "config.json").read_text())
     trap = {"model_type": "align_text_model", "auto_map": {"AutoModel": f"{folder}--trap.Trap"}}
-    (folder / "config.json").write_text(json.dumps(config | {part: trap}))
+    (folder / "config.json").write_text(json.dumps(config | {part: config[part] | trap}))
     with pytest.raises((OSError, ValueError, TypeError)):
         load_pretrained_model(folder)
     assert not (tmp_path / "ran").exists()
