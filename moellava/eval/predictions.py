@@ -14,6 +14,7 @@ from moellava.messages import unknown_name
 
 # What a data set may say about a question, taken as groups if present.
 GROUP_KEYS = (
+    "dataset",
     "modality",
     "modality_type",
     "location",

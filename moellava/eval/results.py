@@ -13,7 +13,7 @@ from moellava.eval.probabilities import probability_scores
 from moellava.eval.report import write_report
 from moellava.eval.score_table import ScoreTable, score_predictions
 from moellava.eval.scorers import find_scorers
-from moellava.eval.scores import metric_dicts, summarize
+from moellava.eval.scores import metric_dicts, scored_groups, summarize
 from moellava.eval.statistics import NUM_RESAMPLES, Resamples
 from moellava.storage.writing import write_json
 
@@ -52,13 +52,17 @@ def write_results(
     table = score_predictions(listed, rules, group_by=group_by)
     resamples = Resamples(table.clusters, num_resamples=num_resamples)
     scores: dict[str, object] = {"format": FORMAT, **(facts or {}), **summarize(table, resamples)}
-    scores["probabilities"] = probability_scores(listed, list(table.groups))
+    numbers = {row_id: number for number, row_id in enumerate(table.ids)}
+    scores["probabilities"] = probability_scores(listed, numbers, resamples, scored_groups(table))
     others = {
         name: score_predictions(read_predictions(path), rules, group_by=group_by)
         for name, path in (baselines or {}).items()
     }
     scores["baselines"] = {
-        name: metric_dicts(other, resamples.intervals(other.values))
+        name: {
+            **metric_dicts(other, resamples.intervals(other.values)),
+            "num_images_seen": other.num_images_seen,
+        }
         for name, other in others.items()
     }
     scores["image_adds"] = {

@@ -43,8 +43,10 @@ def evaluate(
     split: str | None = None,
     images: str | Path | None = None,
     language: str | None = None,
+    class_names: Sequence[str] | None = None,
     train: DataSource | None = None,
     leaks: DataSource | None = None,
+    train_split: str | None = None,
 ) -> dict[str, object]:
     """Ask a model every question of a data set and score its answers.
 
@@ -54,9 +56,10 @@ def evaluate(
     Args:
         checkpoint: a folder, a hub id, or a model that is loaded.
         data: what `read_rows` reads, or rows.
-        split, images, language: of data that is read.
+        split, images, language, class_names: of data that is read, see `read_rows`.
         train: the training split, for the most frequent answers; without it, those of `data` count.
         leaks: a training set; the scores are also given without the rows whose images it has.
+        train_split: of `train` and `leaks`, if they have several.
 
     Returns:
         The content of `scores.json`.
@@ -66,13 +69,14 @@ def evaluate(
             prompt beyond the context, or a folder with answers of other settings.
     """
     settings = settings or EvaluationSettings()
-    asked = _read(data, settings, split, images, language)
+    options = {"images": images, "language": language, "class_names": class_names}
+    asked = _Data.of(_rows(data, split=split, **options), settings)
     counted = asked.questions
     if train is not None:
-        counted = list(questions_of(_rows(train, images=images)))
+        counted = list(questions_of(_rows(train, split=train_split, **options)))
     leaked = None
     if leaks is not None:
-        training_rows = _rows(leaks, images=images)
+        training_rows = _rows(leaks, split=train_split, **options)
         leaked = leaked_questions(asked.questions, asked.rows, training_rows, root=asked.root)
     run = _Run(_load(checkpoint, settings), asked, Path(out), settings)
     main = run.answer("predictions.jsonl", None)
@@ -113,6 +117,22 @@ class _Data:
         for question in self.questions:
             for number, name in enumerate(question.image_names):
                 self.places.setdefault(name, (question.row_number, number))
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], settings: EvaluationSettings) -> "_Data":
+        root = rows.image_root if isinstance(rows, Rows) else None
+        name = rows.source if isinstance(rows, Rows) else f"{len(rows)} rows"
+        if settings.group_by is not None:
+            known_groups(rows, settings.group_by)
+        found = questions_of(rows, root=root, group_by=settings.group_by)
+        questions = list(islice(found, settings.limit))
+        if not questions:
+            raise ValueError(
+                f"{name}: none of {len(rows)} rows has an answer to compare with. Give data that "
+                "has."
+            )
+        without = [row.id for row in rows if row.answer is None]
+        return cls(rows, name, root, questions, without)
 
     def load(self, name: str) -> Image.Image:
         if name == BLANK:
@@ -233,33 +253,10 @@ class _Run:
             )
 
 
-def _rows(data: DataSource, **options: str | Path | None) -> Sequence[Row]:
+def _rows(data: DataSource, **options: object) -> Sequence[Row]:
     if not isinstance(data, str | Path):
         return data
-    given = {name: value for name, value in options.items() if value is not None}
-    return read_rows(data, **given)  # type: ignore[arg-type]  # each option has its own type
-
-
-def _read(
-    data: DataSource,
-    settings: EvaluationSettings,
-    split: str | None,
-    images: str | Path | None,
-    language: str | None,
-) -> _Data:
-    rows = _rows(data, split=split, images=images, language=language)
-    root = rows.image_root if isinstance(rows, Rows) else None
-    name = rows.source if isinstance(rows, Rows) else f"{len(rows)} rows"
-    if settings.group_by is not None:
-        known_groups(rows, settings.group_by)
-    found = questions_of(rows, root=root, group_by=settings.group_by)
-    questions = list(islice(found, settings.limit))
-    without = [row.id for row in rows if row.answer is None]
-    if not questions:
-        raise ValueError(
-            f"{name}: none of {len(rows)} rows has an answer to compare with. Give data that has."
-        )
-    return _Data(rows, name, root, questions, without)
+    return read_rows(data, **options)  # type: ignore[arg-type]  # each option has its own type
 
 
 def _load(checkpoint: str | Path | LoadedModel, settings: EvaluationSettings) -> LoadedModel:

@@ -72,7 +72,7 @@ class LoadedModel:
 
     def answer(
         self,
-        images: ImageLike | Sequence[Any] | None,
+        images: "ImageLike | Sequence[Any] | None",
         questions: str | Sequence[Any],
         **options: Any,
     ) -> list[str]:
