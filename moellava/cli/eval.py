@@ -226,7 +226,7 @@ def compare(
     found = compare_predictions(
         one, other, find_scorers(scorer or ()), group_by=group_by, num_resamples=resamples
     )
-    typer.echo(difference_table(found))
+    typer.echo(difference_table(found, group_by or ()))
     for name, ids in (("A", found["only_first"]), ("B", found["only_second"])):
         if isinstance(ids, list) and ids:
             typer.echo(f"only {name} answers {len(ids):,} questions: they are left out")

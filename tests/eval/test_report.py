@@ -92,6 +92,26 @@ def test_what_a_reader_has_to_know_stands_above_the_list(report):
         assert f"<h2>{title}</h2>" in above
 
 
+def test_every_group_has_its_calibration_picture(tmp_path):
+    rows = [
+        Prediction(
+            id=str(number), answer=truth, truth=truth, answer_type="closed",
+            answer_type_from="data", groups={"modality": "CT<" if number < 4 else "MR"},
+            probabilities={"yes": number / 10, "no": 1 - number / 10},
+        )
+        for number, truth in enumerate(["no", "yes", "no", "yes", "yes", "yes"])
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f"{row.as_line()}\n" for row in rows))
+    scores = write_results(tmp_path, path, num_resamples=50)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("all", "modality: CT&lt;", "modality: MR"):
+        assert f"<figcaption>{name}</figcaption>" in page
+    area = scores["probabilities"]["all"]["auroc"]
+    assert f'<td class="number">{area["value"]:.3f}</td>' in page
+    assert f"{area['low']:.3f} to {area['high']:.3f}" in page
+
+
 def test_confusion_counts_both_and_neither_apart():
     rows = [
         prediction(0, "yes"), prediction(1, "no"), prediction(2, "yes and no"),

@@ -15,6 +15,7 @@ from moellava.eval.baselines import ALL_BASELINES
 from moellava.eval.predictions import read_predictions
 from moellava.eval.run import evaluate
 from moellava.eval.settings import EvaluationSettings
+from tests.eval.contract import read_and_check
 
 NEW = 4
 
@@ -40,6 +41,7 @@ def results(tiny_loaded, eval_rows, eval_folder, tmp_path_factory):
 
 def test_files_and_their_contract(results):
     scores, out = results
+    read_and_check(out)
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     predictions = list(read_predictions(out / "predictions.jsonl"))
@@ -80,6 +82,8 @@ def test_baselines_are_other_answers_to_the_same_questions(results):
     assert {one.answer for one in frequent if one.answer_type == "closed"} <= {"yes", "no"}
     blind = list(read_predictions(out / "baselines" / "no_image.jsonl"))
     assert {one.num_images_seen for one in blind} == {0}
+    seen = {name: entry["num_images_seen"] for name, entry in scores["baselines"].items()}
+    assert seen == {"blank": 28, "other_image": 28, "no_image": 0, "most_frequent": None}
 
 
 def test_what_the_image_adds_is_the_difference(results):
@@ -148,6 +152,43 @@ def test_rows_without_answers_are_an_error(tiny_loaded, tmp_path):
     rows = [Row(id="1", images=(), turns=(Turn("user", "Q?"),))]
     with pytest.raises(ValueError, match="none of 1 rows has an answer"):
         evaluate(tiny_loaded, rows, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, r"rows\.json.*no row"),
+        ([("1", "CT?", " ")], {}, r"rows\.json, row 0 \(id '1'\): turn 1 \(assistant\) is empty"),
+        ([("1", "CT?", "yes")], {"split": "test"}, r"rows\.json: no usable row of split 'test'"),
+    ],
+)
+def test_data_without_truths_or_rows_is_named(tiny_loaded, tmp_path, rows, options, message):
+    records = [
+        {"id": row_id, "conversations": [{"from": "human", "value": question},
+                                         {"from": "gpt", "value": answer}]}
+        for row_id, question, answer in rows
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_loaded, tmp_path / "rows.json", tmp_path / "out", settings(), **options)
+
+
+def test_a_checkpoint_that_cannot_see_images_is_refused(eval_folder, eval_rows, tmp_path):
+    with pytest.raises(ValueError, match="mm_vision_tower"):
+        evaluate(eval_folder / "tinyllama_tiny", eval_rows, tmp_path / "out", settings())
+
+
+@pytest.mark.gpu
+def test_the_device_does_not_change_an_answer_in_float32(eval_checkpoint, eval_rows, tmp_path):
+    for device in ("cpu", "cuda"):
+        evaluate(
+            eval_checkpoint, eval_rows, tmp_path / device, settings(device=device, dtype="float32")
+        )
+    answers = [
+        [one.answer for one in read_predictions(tmp_path / device / "predictions.jsonl")]
+        for device in ("cpu", "cuda")
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_one_image_cannot_be_another(tiny_loaded, eval_rows, tmp_path):
@@ -227,5 +268,5 @@ def test_a_killed_run_ends_with_the_same_files(eval_folder, tmp_path):
     assert start(killed).wait() == 0
     for name in ("predictions.jsonl", "baselines/blank.jsonl", "baselines/most_frequent.jsonl"):
         assert without_seconds(killed / name) == without_seconds(whole / name)
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in (whole, killed)]
-    assert scores[0] == scores[1]
+    for name in ("scores.json", "report.html"):
+        assert (killed / name).read_text() == (whole / name).read_text()

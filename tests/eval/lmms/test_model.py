@@ -19,8 +19,6 @@ from moellava.eval.scorers.slake_exact import _normalize
 from moellava.eval.settings import EvaluationSettings
 from moellava.testing import write_vqa_rad
 
-QUESTION = "\nAnswer the question using a single word or phrase."
-
 
 @pytest.fixture(scope="module")
 def local_task(tmp_path_factory):
