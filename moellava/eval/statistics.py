@@ -115,7 +115,8 @@ class Resamples:
         used = np.flatnonzero(counts.any(axis=1))
         # One product gives sums and counts, and only over the clusters that have any.
         totals = np.concatenate([sums[used], counts[used]], axis=1)  # (C_used, 2M)
-        parts = [weights[:, used] @ totals for weights in self.weights()]
+        is_all = len(used) == self.num_clusters
+        parts = [(w if is_all else w[:, used]) @ totals for w in self.weights()]
         drawn = np.concatenate(parts) if parts else np.zeros((0, totals.shape[1]))
         num_metrics = sums.shape[1]
         return _ratio(drawn[:, :num_metrics], drawn[:, num_metrics:])

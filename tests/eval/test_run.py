@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moellava.data import Row, Turn
 from moellava.eval.asking import Asker
@@ -179,6 +180,7 @@ def test_a_checkpoint_that_cannot_see_images_is_refused(eval_folder, eval_rows, 
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_device_does_not_change_an_answer_in_float32(eval_checkpoint, eval_rows, tmp_path):
     for device in ("cpu", "cuda"):
         evaluate(

@@ -1,5 +1,6 @@
 """BLEU and ROUGE of one answer, from nltk and rouge-score: `bleu`, `rouge`."""
 
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
@@ -8,6 +9,8 @@ from typing import Protocol
 Words = tuple[str, ...]
 # Weights of the n-grams of order 1 to 4.
 INDIVIDUAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+_ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
+_ROUGE_WORD = re.compile("[a-z0-9]+")  # what its tokenizer leaves
 CUMULATIVE_WEIGHTS = tuple(tuple([1 / order] * order) for order in range(1, 5))
 
 
@@ -37,6 +40,8 @@ def bleu(
 @lru_cache(maxsize=1 << 16)
 def rouge(truth: str, answer: str) -> dict[str, float]:
     """F measures `rouge1`, `rouge2`, `rougeL` of rouge-score, without stemming."""
+    if not set(_ROUGE_WORD.findall(truth.lower())) & set(_ROUGE_WORD.findall(answer.lower())):
+        return dict.fromkeys(_ROUGE_KINDS, 0.0)  # as rouge-score says, in a tenth of the time
     return {
         kind: float(score.fmeasure) for kind, score in _rouge_scorer().score(truth, answer).items()
     }
@@ -65,5 +70,5 @@ def _rouge_scorer() -> _RougeScorer:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ImportError("ROUGE needs rouge-score. Type: pip install 'moellava[eval]'") from error
-    scorer: _RougeScorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    scorer: _RougeScorer = RougeScorer(list(_ROUGE_KINDS))
     return scorer
