@@ -277,7 +277,7 @@ def _write_predictions(path: Path, num_rows: int, num_images: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["answers", "score"])
-    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--images", type=int, default=10)
     parser.add_argument("--rows", type=int, default=100_000)
     arguments = parser.parse_args()
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -139,6 +139,13 @@ def test_the_prompt_reaches_the_model(tiny_loaded, eval_rows, tmp_path, monkeypa
     assert all("Is this a CT image?\nThink first." in text for text in read)
 
 
+def test_progress_is_shown_if_asked_for(tiny_loaded, eval_rows, tmp_path, capsys):
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "quiet", settings())
+    assert "question" not in capsys.readouterr().err
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "shown", settings(progress=True))
+    assert "predictions: 100%" in capsys.readouterr().err
+
+
 def test_answers_of_other_settings_are_not_mixed(tiny_loaded, eval_rows, tmp_path):
     evaluate(tiny_loaded, eval_rows[:2], tmp_path, settings())
     with pytest.raises(
@@ -226,7 +233,7 @@ append = AnswerFile.append
 def slow(self, predictions):
     append(self, predictions)
     print("batch", flush=True)
-    time.sleep(0.3)
+    time.sleep(0.1)
 AnswerFile.append = slow
 loaded = load_pretrained_model(parts_of(folder), dtype="float32")
 settings = EvaluationSettings(

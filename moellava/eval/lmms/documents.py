@@ -16,7 +16,16 @@ from moellava.eval.questions import Question, questions_of
 from moellava.eval.scorers import find_scorers
 from moellava.images import load_image
 
-SCORERS = ("strict", "llava_med", "med_moe", "medevalkit", "slake_exact", "token_f1", "mcq")
+SCORERS = (
+    "strict",
+    "llava_med",
+    "med_moe",
+    "med_moe_normalized",
+    "medevalkit",
+    "slake_exact",
+    "token_f1",
+    "mcq",
+)
 
 Document = Mapping[str, object]
 Wording = Mapping[str, str]
