@@ -5,7 +5,7 @@ The layout of our own `predictions.jsonl` is the fields of `Prediction`, one JSO
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from moellava.eval.answer_types import decide_answer_type
@@ -60,7 +60,8 @@ class Prediction:
 
     def as_line(self) -> str:
         """One line of `predictions.jsonl`, without its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        record = {name: getattr(self, name) for name in FIELDS}  # asdict copies, and takes longer
+        return json.dumps(record, ensure_ascii=False)
 
 
 FIELDS = tuple(item.name for item in fields(Prediction))

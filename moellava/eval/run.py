@@ -91,7 +91,7 @@ def evaluate(
     }
     return write_results(
         Path(out),
-        main,
+        list(read_predictions(main)),
         scorers=settings.scorers,
         group_by=settings.group_by,
         baselines=baselines,

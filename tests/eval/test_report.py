@@ -30,7 +30,7 @@ def report(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f"{row.as_line()}\n" for row in rows), encoding="utf-8")
     write_results(
-        tmp_path, path, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
+        tmp_path, rows, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
         facts={"checkpoint": EVIL, "data": EVIL},
         load_image=lambda name: Image.new("RGB", (300, 200), (200, 0, 0)),
     )  # fmt: skip
@@ -101,9 +101,7 @@ def test_every_group_has_its_calibration_picture(tmp_path):
         )
         for number, truth in enumerate(["no", "yes", "no", "yes", "yes", "yes"])
     ]  # fmt: skip
-    path = tmp_path / "p.jsonl"
-    path.write_text("".join(f"{row.as_line()}\n" for row in rows))
-    scores = write_results(tmp_path, path, num_resamples=50)
+    scores = write_results(tmp_path, rows, num_resamples=50)
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     for name in ("all", "modality: CT&lt;", "modality: MR"):
         assert f"<figcaption>{name}</figcaption>" in page
