@@ -38,14 +38,16 @@ MAX_NEW_TOKENS = 4
 BATCH_SIZE = 8
 ROUNDS = 3
 
-# The command as typed; the last line has the peak of its memory in MiB.
+# The command as typed; the last line has the peak of its memory in kB. VmHWM, since ru_maxrss begins
+# with what the process had that started it.
 SCORE = """
-import resource, sys
+import sys
 from moellava.cli import app
 try:
     app(["eval", "score", *sys.argv[1:]])
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    status = open("/proc/self/status").read()
+    print(status.split("VmHWM:")[1].split()[0])
 """
 
 
@@ -128,7 +130,7 @@ def _score(*arguments: str) -> tuple[float, float]:
     done = subprocess.run(
         [sys.executable, "-c", SCORE, *arguments], check=True, capture_output=True, text=True
     )
-    return time.perf_counter() - began, float(done.stdout.split()[-1])
+    return time.perf_counter() - began, int(done.stdout.split()[-1]) / 1024
 
 
 def _say(what: str, done: list[tuple[float, float]]) -> None:
