@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -16,6 +16,17 @@ from moellava.model.builder_enhanced import load_pretrained_model
 _DEFAULT_NEW_TOKENS = 1024  # as lmms-eval's own models have it, if a task says nothing
 # What a task may ask besides; each is what greedy decoding does anyway.
 _GREEDY = {"do_sample": (False,), "temperature": (0, None), "num_beams": (1, None), "top_p": None}
+
+
+class _Item(TypedDict, total=False):
+    type: str
+    text: str
+    url: Image.Image
+
+
+class _Message(TypedDict):
+    role: Role
+    content: Sequence[_Item]
 
 
 class MoellavaChat(lmms):  # type: ignore[misc]  # lmms_eval is optional and has no types
@@ -89,14 +100,14 @@ class MoellavaChat(lmms):  # type: ignore[misc]  # lmms_eval is optional and has
         asker.check(asked)
         return {int(one.id): one for batch in asker.ask(asked) for one in batch}
 
-    def _messages(self, request: Instance) -> Sequence[Mapping[str, Any]]:
+    def _messages(self, request: Instance) -> Sequence[_Message]:
         _, doc_to_messages, _, doc_id, task, split = request.args
-        messages: Sequence[Mapping[str, Any]] = doc_to_messages(self.task_dict[task][split][doc_id])
+        messages: Sequence[_Message] = doc_to_messages(self.task_dict[task][split][doc_id])
         return messages
 
 
 def _conversation(
-    messages: Sequence[Mapping[str, Any]],
+    messages: Sequence[_Message],
 ) -> tuple[tuple[Turn, ...], list[Image.Image]]:
     """lmms-eval's messages as turns with a mark for each image, and the images."""
     turns, images = [], []
@@ -110,8 +121,7 @@ def _conversation(
                 text += item["text"]
             else:
                 raise ValueError(f"A message has {item['type']}; moellava reads text and images.")
-        role: Role = message["role"]
-        turns.append(Turn(role, text))
+        turns.append(Turn(message["role"], text))
     return tuple(turns), images
 
 
