@@ -1,6 +1,6 @@
 """The parts of the report above its list, as escaped HTML: `sections`, `warnings`, `subtitle`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -122,23 +122,31 @@ def _range(found: Json, scale: float = 100, digits: int = 1) -> str:
 
 
 def _image_adds(scores: Json) -> str:
-    rows = []
+    """A table for each scorer, the first one open."""
+    head = ["metric", "baseline", "model", "baseline", "adds", "95 % interval", "McNemar p"]
+    parts: list[str] = []
+    for scorer in scores["scorers"]:
+        rows = [row for metric in _MAIN for row in _adds_of(scores, scorer, metric)]
+        if rows:
+            parts.append(f"<details{'' if parts else ' open'}><summary>{escape(scorer)}</summary>")
+            parts.append(f"{_table(head, rows)}</details>")
+    if "most_frequent" in scores["baselines"] and scores.get("most_frequent_from"):
+        source = escape(str(scores["most_frequent_from"]))
+        parts.append(f'<p class="soft">The most frequent answers are those of {source}.</p>')
+    return "".join(parts)
+
+
+def _adds_of(scores: Json, scorer: str, metric: str) -> Iterator[list[str]]:
+    """A row for each baseline that has the metric."""
     for name, adds in scores["image_adds"].items():
-        for scorer, entry in adds["scorers"].items():
-            for metric, found in entry["metrics"].items():
-                if metric not in _MAIN:
-                    continue
-                own = scores["scorers"][scorer]["metrics"][metric]["value"]
-                other = scores["baselines"][name]["scorers"][scorer]["metrics"][metric]["value"]
-                p = f"{found['mcnemar_p']:.3g}" if "mcnemar_p" in found else ""
-                shares = [f"{100 * own:.1f}", f"{100 * other:.1f}"]
-                rows.append([name, f"{scorer}: {metric}", *shares, *_numbers(found)[:2], p])
-    head = ["baseline", "metric", "model", "baseline", "adds", "95 % interval", "McNemar p"]
-    if "most_frequent" not in scores["baselines"] or not scores.get("most_frequent_from"):
-        return _table(head, rows)
-    source = escape(str(scores["most_frequent_from"]))
-    note = f'<p class="soft">The most frequent answers are those of {source}.</p>'
-    return _table(head, rows) + note
+        found = adds["scorers"].get(scorer, {"metrics": {}})["metrics"].get(metric)
+        if found is None:
+            continue
+        own = scores["scorers"][scorer]["metrics"][metric]["value"]
+        other = scores["baselines"][name]["scorers"][scorer]["metrics"][metric]["value"]
+        p = f"{found['mcnemar_p']:.3g}" if "mcnemar_p" in found else ""
+        shares = [f"{100 * own:.1f}", f"{100 * other:.1f}"]
+        yield [metric, name, *shares, *_numbers(found)[:2], p]
 
 
 def _group(values: Json) -> str:
