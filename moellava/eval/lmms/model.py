@@ -14,8 +14,8 @@ from moellava.eval.questions import image_name
 from moellava.model.builder_enhanced import load_pretrained_model
 
 _DEFAULT_NEW_TOKENS = 1024  # as lmms-eval's own models have it, if a task says nothing
-# What a task may ask besides; each is what greedy decoding does anyway.
-_GREEDY = {"do_sample": (False,), "temperature": (0, None), "num_beams": (1, None), "top_p": None}
+# What a task may say of decoding: greedy, whatever its words.
+_GREEDY = {"do_sample": (False,), "temperature": (0, None), "num_beams": (1, None)}
 
 
 class _Item(TypedDict, total=False):
@@ -127,7 +127,7 @@ def _conversation(
 
 def _max_new_tokens(options: Mapping[str, object]) -> int:
     for name, allowed in _GREEDY.items():
-        if allowed is not None and name in options and options[name] not in allowed:
+        if name in options and options[name] not in allowed:
             raise ValueError(
                 f"The task asks for {name}={options[name]!r}; moellava answers greedily. "
                 f"Add --gen_kwargs {name}={allowed[0]}."
