@@ -165,7 +165,10 @@ def _layout(record: Record) -> dict[str, str]:
 
 
 def _answer(record: Record, layout: Mapping[str, str], place: str) -> Answer:
-    found = {name: _look_up(record, key) for name, key in layout.items()}
+    found = {
+        name: record[key] if key in record else _look_up(record, key)
+        for name, key in layout.items()
+    }
     for name in ("id", "answer"):
         if found.get(name) is None:
             raise ValueError(
