@@ -7,34 +7,41 @@ from functools import cache, lru_cache
 from typing import Protocol
 
 Words = tuple[str, ...]
+Weights = tuple[float, ...]
 # Weights of the n-grams of order 1 to 4.
 INDIVIDUAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
+CUMULATIVE_WEIGHTS = tuple(tuple([1 / order] * order) for order in range(1, 5))
+_WEIGHTS = INDIVIDUAL_WEIGHTS + CUMULATIVE_WEIGHTS
+
 _ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 _ROUGE_WORD = re.compile("[a-z0-9]+")  # what its tokenizer leaves
-CUMULATIVE_WEIGHTS = tuple(tuple([1 / order] * order) for order in range(1, 5))
 
 
-@lru_cache(maxsize=1 << 16)
 def bleu(
-    truth: Words, answer: Words, weights: tuple[tuple[float, ...], ...], smoothed: bool = False
+    truth: Words, answer: Words, weights: Sequence[Weights], smoothed: bool = False
 ) -> Sequence[float]:
     """nltk's `sentence_bleu` of an answer against one truth, once for each of the weights.
 
     Args:
+        weights: of those above.
         smoothed: with `SmoothingFunction.method1`, else without smoothing.
     """
+    found = _bleus(truth, answer, smoothed)
+    return [found[one] for one in weights]
+
+
+@lru_cache(maxsize=1 << 16)
+def _bleus(truth: Words, answer: Words, smoothed: bool) -> dict[Weights, float]:
+    """BLEU by its weights, all at once: what takes time is the counting, which they share."""
     if not set(truth) & set(answer):  # nltk gives 0, too, but takes 100 times as long
-        return [0.0] * len(weights)
+        return dict.fromkeys(_WEIGHTS, 0.0)
     sentence_bleu, method1 = _nltk()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # "0 counts of 4-gram overlaps", for every short answer
-        smoothing = method1 if smoothed else None
-        return [
-            float(value)
-            for value in sentence_bleu(
-                [truth], answer, weights=weights, smoothing_function=smoothing
-            )
-        ]
+        values = sentence_bleu(
+            [truth], answer, weights=_WEIGHTS, smoothing_function=method1 if smoothed else None
+        )
+    return dict(zip(_WEIGHTS, map(float, values), strict=True))
 
 
 @lru_cache(maxsize=1 << 16)
