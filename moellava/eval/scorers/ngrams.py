@@ -30,7 +30,7 @@ def bleu(
     return [found[one] for one in weights]
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 10)
 def _bleus(truth: Words, answer: Words, smoothed: bool) -> dict[Weights, float]:
     """BLEU by its weights, all at once: what takes time is the counting, which they share."""
     if not set(truth) & set(answer):  # nltk gives 0, too, but takes 100 times as long
@@ -44,7 +44,7 @@ def _bleus(truth: Words, answer: Words, smoothed: bool) -> dict[Weights, float]:
     return dict(zip(_WEIGHTS, map(float, values), strict=True))
 
 
-@lru_cache(maxsize=1 << 16)
+@lru_cache(maxsize=1 << 10)
 def rouge(truth: str, answer: str) -> dict[str, float]:
     """F measures `rouge1`, `rouge2`, `rougeL` of rouge-score, without stemming."""
     if not set(_ROUGE_WORD.findall(truth.lower())) & set(_ROUGE_WORD.findall(answer.lower())):
