@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hatchling.builders.wheel import WheelBuilder
 
 from moellava.data import read_rows
 from moellava.data.convert import convert_rows
@@ -110,9 +111,7 @@ def test_every_task_names_functions_that_exist_and_a_name_that_lmms_eval_lacks()
 
 
 def test_the_wheel_has_the_tasks_and_the_entry_point(tmp_path):
-    root = Path(__file__).parents[3]
-    hatchling = pytest.importorskip("hatchling.builders.wheel")
-    [built] = hatchling.WheelBuilder(str(root)).build(directory=str(tmp_path))
+    [built] = WheelBuilder(str(Path(__file__).parents[3])).build(directory=str(tmp_path))
     with zipfile.ZipFile(built) as wheel:
         names = wheel.namelist()
         points = next(name for name in names if name.endswith("entry_points.txt"))
