@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import get_int_from_env
+from accelerate.utils.memory import clear_device_cache
 
 from moellava.eval.run import evaluate
 from moellava.experiment.card import write_card
@@ -82,6 +83,7 @@ def _train_and_evaluate(
     for number, stage in enumerate(run.stages, 1):
         say(f"{where}: stage {stage.name} ({number} of {len(run.stages)})")
         train(stage.recipe, show_progress=show_progress)
+        clear_device_cache(garbage_collection=True)  # the next model needs the room
     options, folder = experiment.evaluation, run.evaluation_folder
     if _is_evaluated(folder, options):
         return

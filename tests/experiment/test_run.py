@@ -109,3 +109,14 @@ def test_the_table_and_the_picture_are_there(experiments):
     assert "| strict.accuracy | mixture − dense |" in text
     assert "| strict.accuracy | most_frequent |" in text
     assert (experiments / "alone" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_path_of_med_moe_hands_its_router_to_the_experts(experiments):
+    assert status_of(experiments, "med_moe") == [0], (experiments / "med_moe.txt").read_text()
+    run = experiments / "med_moe" / "mixture" / "seed-0"
+    router = load_file(run / "2-router" / "model" / "router.safetensors")
+    weights = load_file(run / "3-experts" / "model" / "model.safetensors")
+    gate = weights["model.language_model.layers.1.mlp.gate.weight"]
+    assert (gate == router["weight"]).all()
+    assert "differences" in results_of(experiments, "med_moe")

@@ -52,3 +52,15 @@ def experiment_settings(tiny, out, **more):
         },
         **more,
     }
+
+
+def med_moe(tiny):
+    """Sections for the path of Med-MoE: a router for the modalities, then the experts."""
+    return {
+        "stages": [
+            {"stage": "tune", "after": "any", "model": parts_of(tiny)},
+            {"recipe": "med_moe_router", "optim": {"epochs": 1}},
+            {"recipe": "med_moe_experts"},
+        ],
+        "variants": {"mixture": {"moe": {"config": {"moe_layers": [1], "num_experts": 4}}}},
+    }

@@ -22,7 +22,7 @@ from moellava.experiment import load_experiment, run_experiment
 from moellava.experiment import run as experiment_run
 from moellava.train import checkpoints, gradient_steps
 from moellava.train.trainer import MoeLlavaTrainer
-from tests.experiment.tiny import experiment_settings
+from tests.experiment.tiny import experiment_settings, med_moe
 from tests.train.tiny import write_tiny
 
 
@@ -52,7 +52,7 @@ MOMENTS = {
 }
 
 
-def launch(tiny, out, *overrides, moment=None):
+def launch(tiny, out, *overrides, moment=None, **more):
     """Exit status of a child, -9 if it was killed."""
     pid = os.fork()
     if pid:
@@ -67,7 +67,7 @@ def launch(tiny, out, *overrides, moment=None):
             mock.patch.object(checkpoints.os, "fsync"),
             MOMENTS[moment]() if moment else nullcontext(),
         ):
-            experiment = load_experiment(experiment_settings(tiny, out), overrides)
+            experiment = load_experiment(experiment_settings(tiny, out, **more), overrides)
             run_experiment(experiment, say=print)
         status = 0
     except BaseException:
@@ -87,6 +87,7 @@ def main(folder):
         statuses[moment] = [killed, launch(tiny, folder / moment)]
     shutil.copytree(folder / "alone", folder / "more seeds")
     statuses["more seeds"] = [launch(tiny, folder / "more seeds", "seeds=[0,1]")]
+    statuses["med_moe"] = [launch(tiny, folder / "med_moe", **med_moe(tiny))]
     (folder / "statuses.json").write_text(json.dumps(statuses))
 
 
