@@ -57,8 +57,9 @@ def _areas(probabilities: Floats, is_positive: NDArray[np.bool_], weights: Float
     negative = np.add.reduceat((weights * ~is_positive)[:, order], starts, axis=1)
     below = np.cumsum(negative, axis=1) - negative / 2
     pairs = positive.sum(axis=1) * negative.sum(axis=1)
-    found = np.full(len(weights), np.nan)
-    return np.divide((positive * below).sum(axis=1), pairs, out=found, where=pairs > 0)
+    found: Floats = np.full(len(weights), np.nan)
+    np.divide((positive * below).sum(axis=1), pairs, out=found, where=pairs > 0)
+    return found
 
 
 @dataclass(frozen=True)
