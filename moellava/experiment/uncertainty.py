@@ -52,8 +52,9 @@ def crossed_interval(
         of_images = _num_drawn(images, num_clusters)  # (R, C)
         total = ((of_seeds @ sums) * of_images).sum(-1)
         count = ((of_seeds @ counts) * of_images).sum(-1)
-        means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-        return means if seeds.ndim > 1 else means[0]
+        means = np.full_like(total, np.nan)
+        np.divide(total, count, out=means, where=count > 0)
+        return means.reshape(seeds.shape[:-1])
 
     with warnings.catch_warnings():
         # scipy warns if every resample has the same mean, whose interval is that mean.
@@ -68,7 +69,7 @@ def crossed_interval(
         ).bootstrap_distribution
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(drawn, [tail, 100 - tail])  # some may draw no question that counts
-    return Interval(value, float(low), float(high), int(is_known.sum() // num_seeds))
+    return Interval(value, float(low), float(high), int(is_known.sum() // len(values)))
 
 
 def t_test_over_seeds(differences: Floats) -> SeedTest | None:

@@ -35,7 +35,7 @@ def test_every_run_ends(experiments):
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_experiment_ends_with_the_same_files(experiments, moment):
     assert status_of(experiments, moment) == [-9, 0]
-    alone, killed = experiments / "alone", experiments / moment
+    alone, killed = experiments / "one seed", experiments / moment
     files = [
         {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
         for root in (alone, killed)
@@ -56,15 +56,15 @@ def test_a_killed_experiment_ends_with_the_same_files(experiments, moment):
 
 @pytest.mark.slow
 def test_what_is_finished_is_left_alone_when_seeds_are_added(experiments):
-    alone, more = experiments / "alone", experiments / "more seeds"
+    alone, more = experiments / "one seed", experiments / "alone"
     for run in RUNS:
         for file in ("2-experts/model/model.safetensors", "evaluation/predictions.jsonl"):
             times = [(root / run / file).stat().st_mtime_ns for root in (alone, more)]
             assert times[0] == times[1], file
-    results = results_of(experiments, "more seeds")
+    results = results_of(experiments, "alone")
     assert results["seeds"] == [0, 1]
     entry = results["variants"]["dense"]["scorers"]["token_f1"]["metrics"]["f1"]
-    before = results_of(experiments, "alone")["variants"]["dense"]
+    before = results_of(experiments, "one seed")["variants"]["dense"]
     assert entry["by_seed"][0] == before["scorers"]["token_f1"]["metrics"]["f1"]["value"]
     assert len(entry["by_seed"]) == 2
     assert entry["value"] == pytest.approx(sum(entry["by_seed"]) / 2)
@@ -72,10 +72,10 @@ def test_what_is_finished_is_left_alone_when_seeds_are_added(experiments):
 
 @pytest.mark.slow
 def test_results_are_those_of_each_evaluation(experiments):
-    results = results_of(experiments, "alone")
+    results = results_of(experiments, "one seed")
     for variant, found in results["variants"].items():
         scores = json.loads(
-            (experiments / "alone" / variant / "seed-0/evaluation/scores.json").read_text()
+            (experiments / "one seed" / variant / "seed-0/evaluation/scores.json").read_text()
         )
         for scorer, entry in scores["scorers"].items():
             for metric, one in entry["metrics"].items():

@@ -86,7 +86,7 @@ def test_keys_stand_over_each_other_recipe_common_stage_variant(tiny, tmp_path):
     [
         ({"output_dir": None}, "has no output_dir. Add output_dir=runs/NAME"),
         ({"common": {"seed": 1}}, "common has seed, which the experiment itself sets"),
-        ({"common": {"optm": {}}}, "Unknown recipe key 'optm'.*Did you mean 'optim"),
+        ({"common": {"optim": {"lr": 1}}}, "'optim.lr'. Did you mean 'optim.learning_rate'"),
         ({"stages": [{"stage": "expert"}]}, "Unknown stage 'expert'.*Did you mean 'experts'"),
         ({"stages": [{"recipe": "stage2_tun"}]}, "Did you mean 'stage2_tune'"),
         (

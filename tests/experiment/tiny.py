@@ -48,7 +48,7 @@ def experiment_settings(tiny, out, **more):
             "batch_size": 3,
             "baselines": ["blank", "most_frequent"],
             "scorers": ["strict", "token_f1"],
-            "num_resamples": 50,
+            "num_resamples": 10,
         },
         **more,
     }

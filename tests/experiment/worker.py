@@ -85,8 +85,8 @@ def main(folder):
     for moment in MOMENTS:
         killed = launch(tiny, folder / moment, moment=moment)
         statuses[moment] = [killed, launch(tiny, folder / moment)]
-    shutil.copytree(folder / "alone", folder / "more seeds")
-    statuses["more seeds"] = [launch(tiny, folder / "more seeds", "seeds=[0,1]")]
+    shutil.copytree(folder / "alone", folder / "one seed")
+    statuses["more seeds"] = [launch(tiny, folder / "alone", "seeds=[0,1]")]
     statuses["med_moe"] = [launch(tiny, folder / "med_moe", **med_moe(tiny))]
     (folder / "statuses.json").write_text(json.dumps(statuses))
 

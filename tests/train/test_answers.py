@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from moellava.data import read_rows
+from moellava.data import Row, Turn, read_rows
 from moellava.eval.run import evaluate
 from moellava.eval.settings import EvaluationSettings
 from moellava.model.builder_enhanced import load_pretrained_model
@@ -92,8 +92,9 @@ def test_a_resumed_run_has_the_same_scores(tiny, tmp_path, quick_runs):
 def test_every_question_of_a_conversation_is_asked(tiny, chain):
     loaded = load_pretrained_model(chain / "tune" / "model", dtype="float32")
     rows = read_rows(tiny / "rows.json", images=tiny / "images")[1:3]
-    turns = rows[0].turns
-    rows[0] = type(rows[0])(id="two", images=rows[0].images, turns=(*turns, turns[1], turns[1]))
+    question, answer = rows[0].turns
+    turns = (question, answer, Turn("user", "And why?"), answer)
+    rows[0] = Row(id="two", images=rows[0].images, turns=turns)
     recipe = load_recipe("stage2_tune")
     collator = build_collator(recipe, loaded.processor)
     found = answer_rows(loaded, rows, collator, max_new_tokens=2)
