@@ -158,7 +158,13 @@ def _parse(line: str, path: Path, number: int) -> object:
 def _layout(record: Record) -> dict[str, str]:
     """Told by the keys of the first line."""
     if "filtered_resps" in record:
-        return _LMMS_EVAL
+        # In a file it is the one answer; in memory, and beside others, a list.
+        is_text = isinstance(record["filtered_resps"], str)
+        return {
+            **_LMMS_EVAL,
+            "answer": "filtered_resps" if is_text else "filtered_resps.0",
+            "question": "doc.question" if "doc" in record else "input",
+        }
     if "question_id" in record and "text" in record:
         return _LLAVA
     return {name: name for name in FIELDS}
