@@ -218,16 +218,17 @@ def _settings(scores: Json) -> str:
             scores[name].items() if isinstance(scores[name], Mapping) else [("", scores[name])]
         )
     ]
-    return _table(["", ""], rows)
+    return _table(["", ""], rows, has_numbers=False)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells that begin with a digit are numbers, and stand right."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, has_numbers: bool = True) -> str:
+    """If it has numbers, cells that begin with a digit are some, and stand right."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(_cell(text, has_numbers) for text in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def _cell(text: str) -> str:
-    kind = ' class="number"' if text[:1].isdigit() or text[:2].startswith("-") else ""
+def _cell(text: str, may_be_number: bool) -> str:
+    is_number = may_be_number and (text[:1].isdigit() or text.startswith("-"))
+    kind = ' class="number"' if is_number else ""
     return f"<td{kind}>{escape(text)}</td>"

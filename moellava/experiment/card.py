@@ -11,6 +11,7 @@ from moellava.experiment.results import Json
 from moellava.experiment.runs import Run
 from moellava.experiment.table import entry_of
 from moellava.model.checkpoint.configs import load_model_config
+from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.publish.model_card import model_card
 from moellava.storage.writing import write_text
@@ -32,8 +33,10 @@ def write_card(run: Run, experiment: Experiment) -> None:
         for metric in options.metrics
         if entry_of(scores["scorers"], metric) is not None
     ]
+    config = load_model_config(run.model_folder)
+    assert isinstance(config, MoeLlavaConfig)  # a stage wrote it
     with torch.device("meta"):  # the card tells of the config and of the number of parameters
-        model = MoeLlavaForConditionalGeneration(load_model_config(run.model_folder))
+        model = MoeLlavaForConditionalGeneration(config)
     trained_on = [_public_name(stage.recipe.data.train or "") for stage in run.stages]
     card = model_card(model, name, datasets=list(dict.fromkeys(trained_on)), results=results)
     write_text(run.model_folder / CARD_FILE, str(card) + "\n")

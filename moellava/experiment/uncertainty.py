@@ -54,7 +54,8 @@ def crossed_interval(
         count = ((of_seeds @ counts) * of_images).sum(-1)
         means = np.full_like(total, np.nan)
         np.divide(total, count, out=means, where=count > 0)
-        return means.reshape(seeds.shape[:-1])
+        shaped: Floats = means.reshape(seeds.shape[:-1])
+        return shaped
 
     with warnings.catch_warnings():
         # scipy warns if every resample has the same mean, whose interval is that mean.

@@ -35,11 +35,11 @@ def answer_rows(
     max_new_tokens: int,
     batch_size: int = 8,
 ) -> list[Prediction]:
-    """Ask every question of the rows, greedily; in their order."""
+    """Ask what each row asks first, greedily."""
     return answer_questions(
         loaded,
         rows,
-        list(questions_of(rows)),
+        first_questions(list(questions_of(rows)), len(rows)),
         collator,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,

@@ -9,6 +9,7 @@ from moellava.messages import unknown_name
 from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
 from moellava.settings import convert, from_mapping
+from moellava.storage.errors import reading
 from moellava.storage.settings_file import override, read_settings
 from moellava.train.options import Recipe
 from moellava.train.stage import stage_of
@@ -58,10 +59,11 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
         ValueError: for an unknown key, with the nearest known one; for a value that its key does
             not admit; for a setting that the stage would not look at.
     """
-    settings = dict(source) if isinstance(source, Mapping) else read_recipe(source)
+    settings = dict(source) if isinstance(source, Mapping) else _read_checked(source)
     override(settings, overrides)
     if "stage" not in settings:
-        raise ValueError(f"The recipe has no stage. Choose one of {', '.join(STAGES)}.")
+        where = "" if isinstance(source, Mapping) else f" {source}"
+        raise ValueError(f"The recipe{where} has no stage. Choose one of {', '.join(STAGES)}.")
     recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
     _require_questions(recipe)
@@ -112,6 +114,15 @@ def _moe_config(settings: Mapping[str, object]) -> dict[str, object]:
         name: convert(float, value, f"moe.config.{name}") if name in floats else value
         for name, value in settings.items()
     }
+
+
+def _read_checked(source: str | Path) -> dict[str, object]:
+    """The settings of a file, whose own mistakes name it; `overrides` may have others."""
+    settings = read_recipe(source)
+    if "stage" in settings:
+        with reading(Path(source).expanduser(), "a recipe"):
+            stage_of(from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS))
+    return settings
 
 
 def read_recipe(source: str | Path) -> dict[str, object]:

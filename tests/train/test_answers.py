@@ -6,13 +6,15 @@ import shutil
 import pytest
 
 from moellava.data import Row, Turn, read_rows
+from moellava.eval.predictions import Prediction
+from moellava.eval.questions import questions_of
 from moellava.eval.run import evaluate
 from moellava.eval.settings import EvaluationSettings
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import load_recipe, train
-from moellava.train.answers import answer_rows
+from moellava.train.answers import answer_questions, answer_rows, share_exact
 from moellava.train.batches import build_collator
-from tests.train.tiny import tiny_recipe
+from tests.train.tiny import parts_of, tiny_recipe
 
 NAMES = ("eval_strict_accuracy", "eval_token_f1_f1")
 
@@ -97,7 +99,8 @@ def test_every_question_of_a_conversation_is_asked(tiny, chain):
     rows[0] = Row(id="two", images=rows[0].images, turns=turns)
     recipe = load_recipe("stage2_tune")
     collator = build_collator(recipe, loaded.processor)
-    found = answer_rows(loaded, rows, collator, max_new_tokens=2)
+    questions = list(questions_of(rows))
+    found = answer_questions(loaded, rows, questions, collator, max_new_tokens=2)
     assert [one.id for one in found] == ["two", "two#2", "row2"]
 
 
@@ -113,3 +116,50 @@ def test_every_question_of_a_conversation_is_asked(tiny, chain):
 def test_mistakes_in_a_recipe(settings, message):
     with pytest.raises(ValueError, match=message):
         load_recipe("stage2_tune", settings)
+
+
+def row(name: str, question: str, answer: str, *images: str) -> Row:
+    turns = (Turn("user", question), Turn("assistant", answer), Turn("user", "Sure?"))
+    return Row(id=name, images=images, turns=(*turns, Turn("assistant", "Yes.")))
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+    loaded = load_pretrained_model(parts_of(tiny), dtype="float32")
+    rows = [
+        row("a", "<image>\nIs this a CT image?", "yes", str(tiny / "images" / "1.png")),
+        row("b", "What is a CT?", "A scan."),
+        row("c", "<image>\nWhy?", "Because.", str(tiny / "images" / "2.png")),
+    ]
+    recipe = load_recipe("stage3_experts", ["data.chat_template=null"])
+    return loaded, rows, build_collator(recipe, loaded.processor)
+
+
+def test_they_are_what_answer_says_to_the_first_question(asked):
+    loaded, rows, collator = asked
+    found = answer_rows(loaded, rows, collator, max_new_tokens=6, batch_size=2)
+    assert [item.id for item in found] == ["a", "b", "c"]
+    assert [item.truth for item in found] == ["yes", "A scan.", "Because."]
+    questions = ["Is this a CT image?", "What is a CT?", "Why?"]
+    images = [list(row.images) or None for row in rows]
+    assert [item.answer for item in found] == [
+        loaded.answer([image], [question], max_new_tokens=6)[0]
+        for image, question in zip(images, questions, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_left_as_it_was(asked, training):
+    loaded, rows, collator = asked
+    loaded.model.train(training)
+    answer_rows(loaded, rows[:1], collator, max_new_tokens=1)
+    assert loaded.model.training is training
+
+
+def test_the_share_of_exact_answers():
+    pairs = [("yes", "yes"), ("Yes.", "yes"), ("normal", "no"), ("", "no")]
+    answers = [
+        Prediction(id="0", answer=a, truth=t, answer_type="open", answer_type_from="data")
+        for a, t in pairs
+    ]
+    assert share_exact(answers) == 0.5
