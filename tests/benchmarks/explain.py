@@ -3,12 +3,10 @@
     python -m tests.benchmarks.explain cost [--layers 22]     # real width, random weights
     python -m tests.benchmarks.explain honesty --out FOLDER   # trains a toy: minutes
     python -m tests.benchmarks.explain honesty --out FOLDER --checkpoint FOLDER/toy/checkpoint
-    python -m tests.benchmarks.explain words --out FOLDER --checkpoint FOLDER/toy/checkpoint
 
 `honesty` pastes coloured discs onto real images and trains a toy to name the colour, so that the
 place of the answer is known by construction. Then, on images that it has not seen: the pointing
-game, deletion and insertion curves against random orders, and maps under randomised weights. Words
-on patches are played on a toy CLIP that learns the same discs from sentences.
+game, deletion and insertion curves against random orders, and maps under randomised weights.
 """
 
 import argparse
@@ -28,22 +26,20 @@ from PIL import Image, ImageDraw
 from moellava.data.collate import ChatCollator
 from moellava.demo.images import load_sources, sample_crops
 from moellava.demo.questions import corpus
-from moellava.encoders import BiomedClipEncoder
 from moellava.explain import Explanation, explain
 from moellava.explain.checks import curve, order_of, randomised_layers, rank_correlation
 from moellava.explain.effects import AnswerScorer
-from moellava.explain.frames import measure_frame
 from moellava.explain.recording import recording_bytes
-from moellava.explain.words import draw_words, points_inside, text_contrast
+from moellava.explain.words import points_inside
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
-from moellava.testing import write_biomedbert, write_biomedclip, write_tinyllama
+from moellava.testing import write_biomedclip, write_tinyllama
 
 COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
 ASKED = "Which colour is the lesion?"
 SIDE = 96  # pixels of the toys' images; 6 x 6 patches
 BLOCKS = (6, 6)
 KINDS = ("attention", "rollout", "ablation", "gradient")
-NEW_TOKENS = 32
+NEW_TOKENS = (4, 32)  # a short answer and a sentence
 NUM_ORDERS = 5  # random orders that a map's order is compared with
 
 
@@ -82,33 +78,45 @@ def bench_cost(folder: Path, num_layers: int, rounds: int) -> None:
     loaded = real_width_model(folder, num_layers)
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     image, question = Image.fromarray(noise), "What modality is this? Answer the question."
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    memory: dict[str, float] = {}
+    memory: dict[tuple[str, int], float] = {}
 
-    def measured(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    def measured(name: str, num_new: int) -> Callable[[], object]:
+        options: dict[str, Any] = {"max_new_tokens": num_new, "min_new_tokens": num_new}
+        runs: dict[str, Callable[[], object]] = {
+            "answer": lambda: loaded.answer(image, question, **options),
+            "explain, no blank image": lambda: loaded.explain(
+                image, question, blank=False, **options
+            ),
+            "explain": lambda: loaded.explain(image, question, **options),
+        }
+
         def with_peak() -> object:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             before = status("VmRSS")
-            result = run()
-            memory[name] = max(memory.get(name, 0.0), status("VmHWM") - before)
+            result = runs[name]()
+            taken = status("VmHWM") - before
+            memory[name, num_new] = max(memory.get((name, num_new), 0.0), taken)
             return result
 
         return with_peak
 
-    runs: dict[str, Callable[[], object]] = {
-        "answer": lambda: loaded.answer(image, question, **options),
-        "explain, no blank image": lambda: explain(loaded, image, question, blank=False, **options),
-        "explain": lambda: explain(loaded, image, question, **options),
-    }
-    seconds = alternate({name: measured(name, run) for name, run in runs.items()}, rounds)
-    base = statistics.median(seconds["answer"])
-    print(f"| {num_layers} layers, bfloat16 | seconds | of answer | peak above start, MiB |")
-    print("|---|---|---|---|")
-    for name in runs:
-        median = statistics.median(seconds[name])
-        print(f"| {name} | {median:.1f} | {median / base:.2f} | {memory[name]:.0f} |")
-    needed = recording_bytes(loaded.model.config.text_config, 260 + NEW_TOKENS, NEW_TOKENS, 196)
-    print(f"\nbound that `explain` states for one recording: {needed / 2**20:.0f} MiB")
+    names = ("answer", "explain, no blank image", "explain")
+    cases = {f"{name} {num}": measured(name, num) for num in NEW_TOKENS for name in names}
+    seconds = alternate(cases, rounds)
+    print(
+        f"| {num_layers} layers, bfloat16 | new tokens | seconds | ratio | MiB beyond it | bound |"
+    )
+    print("|---|---|---|---|---|---|")
+    for num_new in NEW_TOKENS:
+        base = statistics.median(seconds[f"answer {num_new}"])
+        config = loaded.model.config.text_config
+        bound = recording_bytes(config, 240 + num_new, num_new, 196) / 2**20
+        for name in names:
+            own = seconds[f"{name} {num_new}"]
+            spread = f"{statistics.median(own):.2f} ({min(own):.2f}-{max(own):.2f})"
+            extra = memory[name, num_new] - memory["answer", num_new]
+            ratio = statistics.median(own) / base
+            print(f"| {name} | {num_new} | {spread} | {ratio:.2f} | {extra:.0f} | {bound:.0f} |")
 
 
 def real_width_model(folder: Path, num_layers: int) -> LoadedModel:
@@ -340,65 +348,9 @@ def print_randomised(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanat
     print()
 
 
-# ---- words on patches ----
-
-
-def bench_words(folder: Path, checkpoint: Path | None, num_steps: int, num_images: int) -> None:
-    """A toy CLIP that learns the discs from sentences; then its words are pointed at patches.
-
-    Args:
-        checkpoint: of the toy of `honesty`, whose tower it starts from; class tokens learn slowly.
-    """
-    source = write_biomedclip(folder / "clip_toy", vision="test_vit", image_size=SIDE)
-    text_config = write_biomedbert(folder / "biomedbert_toy") / "config.json"
-    (source / "text_config.json").write_bytes(text_config.read_bytes())
-    encoder = BiomedClipEncoder.from_pretrained(str(source), load_text=True)
-    if checkpoint:
-        tower = load_pretrained_model(str(checkpoint)).model.get_vision_tower()
-        encoder.visual.load_state_dict(tower.visual.state_dict())
-    texts = [f"a {colour} lesion" for colour in COLOURS]
-    train_clip(encoder, texts, num_steps)
-    held_out = list(lesions("held_out", -(-num_images // 6), 1))[:num_images]
-    names = list(COLOURS)
-    labels = torch.tensor([names.index(lesion.colour) for lesion in held_out])
-    images = [lesion.image for lesion in held_out]
-    correct = encoder.zero_shot(images, texts, template="{}").argmax(-1) == labels
-    print(f"\ntoy CLIP: {int(correct.sum())} of {len(images)} held-out images named right\n")
-    print("| last block's attention | highest patch of the right text on the lesion |\n|---|---|")
-    frame = measure_frame(encoder.image_processor, (SIDE, SIDE))
-    for attention in ("own", "value"):
-        hits = []
-        for lesion, label in zip(held_out, labels.tolist(), strict=True):
-            maps = encoder.patch_similarity(lesion.image, texts, attention=attention).numpy()
-            hits.append(points_inside(text_contrast(maps)[label], frame, lesion.mask))
-        print(f"| {attention} | {interval(hits)} |")
-        draw_words(
-            encoder, images[0], texts, attention=attention, path=folder / f"words_{attention}.png"
-        )
-    chance = np.mean([lesion.mask.mean() for lesion in held_out])
-    print(f"| a random place | {chance:.2f} |")
-
-
-def train_clip(encoder: Any, texts: Sequence[str], num_steps: int) -> None:
-    """Each image against the three sentences: a softmax over the texts."""
-    train_set = list(lesions("train", 80, 0))
-    pixels = encoder.image_processor([one.image for one in train_set], return_tensors="pt")
-    pixels = pixels["pixel_values"]
-    labels = torch.tensor([list(COLOURS).index(one.colour) for one in train_set])
-    ids = encoder.tokenizer(list(texts))
-    generator = torch.Generator().manual_seed(0)
-
-    def loss_of(step: int) -> torch.Tensor:
-        batch = torch.randint(len(pixels), (16,), generator=generator)
-        logits = 10 * encoder.visual_vectors(pixels[batch]) @ encoder.text(ids).T
-        return torch.nn.functional.cross_entropy(logits, labels[batch])
-
-    train(encoder, num_steps, loss_of, peak=7e-4)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("cost", "honesty", "words"))
+    parser.add_argument("what", choices=("cost", "honesty"))
     parser.add_argument("--out", type=Path, default=Path("explain-benchmark"))
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--steps", type=int, default=150)
@@ -412,10 +364,8 @@ def main() -> None:
     if arguments.what == "cost":
         with tempfile.TemporaryDirectory() as name:
             bench_cost(Path(name), arguments.layers, arguments.rounds)
-    elif arguments.what == "honesty":
-        bench_honesty(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     else:
-        bench_words(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
+        bench_honesty(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"\n{time.perf_counter() - start:.0f} s, {threads} threads, load {load:.1f}")
 
