@@ -4,8 +4,9 @@
     python -m tests.benchmarks.explain honesty --out FOLDER   # trains a toy: minutes
     python -m tests.benchmarks.explain honesty --out FOLDER --checkpoint FOLDER/toy/checkpoint
 
-`honesty` pastes coloured discs onto real images and trains a toy to name the colour, so that the
-place of the answer is known by construction. Then, on images that it has not seen: the pointing
+`honesty` pastes discs of a pattern onto real images and trains a toy to name the pattern, so that
+the place of the answer is known by construction. A pattern keeps the mean of what it covers, so that
+blanking with the mean colour leaves no trace of it, as it would of a coloured disc. Then, on images that it has not seen: the pointing
 game, deletion and insertion curves against random orders, and maps under randomised weights.
 """
 
@@ -21,23 +22,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from moellava.data.collate import ChatCollator
 from moellava.demo.images import load_sources, sample_crops
 from moellava.demo.questions import corpus
 from moellava.explain import Explanation, explain
 from moellava.explain.checks import curve, order_of, randomised_layers, rank_correlation
-from moellava.explain.effects import AnswerScorer
+from moellava.explain.effects import AnswerScorer, ablation_map
 from moellava.explain.recording import recording_bytes
 from moellava.explain.words import points_inside
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 
-COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
-ASKED = "Which colour is the lesion?"
+ASKED = "Which pattern has the lesion?"
+CONTRAST = 110  # grey levels above and below what the pattern covers
 SIDE = 96  # pixels of the toys' images; 6 x 6 patches
-BLOCKS = (6, 6)
+PATCH = 16
+BLOCKS, COARSE = (6, 6), (3, 3)
+COARSE_NAME = "ablation, blocks of 2 x 2 patches"
 KINDS = ("attention", "rollout", "ablation", "gradient")
 NEW_TOKENS = (4, 32)  # a short answer and a sentence
 NUM_ORDERS = 5  # random orders that a map's order is compared with
@@ -45,27 +48,41 @@ NUM_ORDERS = 5  # random orders that a map's order is compared with
 
 @dataclass(frozen=True)
 class Lesion:
-    """A real image with a disc pasted onto it."""
+    """A picture with a disc pasted onto it."""
 
     image: Image.Image
-    colour: str
+    pattern: str
     mask: np.ndarray  # (H, W) bool, the disc and half a patch around it
 
 
 def lesions(split: str, num_per_modality: int, seed: int) -> Iterator[Lesion]:
-    """Discs of random place, size and colour on crops of real images."""
+    """Discs of random place, size and pattern on crops of real images."""
     rng = np.random.default_rng(seed)
     for _, crop in sample_crops(load_sources(), split, num_per_modality, seed):
-        image = crop.convert("L").convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        colour = str(rng.choice(list(COLOURS)))
-        radius = int(rng.integers(9, 14))
-        x, y = rng.integers(radius, SIDE - radius, 2)
-        disc = Image.new("L", image.size)
-        ImageDraw.Draw(disc).ellipse((x - radius, y - radius, x + radius, y + radius), fill=200)
-        image.paste(Image.new("RGB", image.size, COLOURS[colour]), mask=disc)
-        columns, rows = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
-        mask = (columns - x) ** 2 + (rows - y) ** 2 <= (radius + SIDE / 12) ** 2
-        yield Lesion(image, colour, mask)
+        yield paste_disc(crop.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), rng)
+
+
+def paste_disc(picture: Image.Image, rng: np.random.Generator) -> Lesion:
+    """A grey picture with a patterned disc of about the size of a patch."""
+    side = picture.width
+    pattern = str(rng.choice(list(PATTERNS)))
+    radius = int(rng.integers(9, 14))
+    x, y = rng.integers(radius, side - radius, 2)
+    columns, rows = np.meshgrid(np.arange(side), np.arange(side))
+    distance = np.hypot(columns - x, rows - y)
+    levels = np.asarray(picture, dtype=np.float32)
+    signs = np.where(PATTERNS[pattern](columns // 2, rows // 2) % 2, CONTRAST, -CONTRAST)
+    is_disc = distance <= radius
+    middle = np.clip(levels[is_disc].mean(), CONTRAST, 255 - CONTRAST)
+    image = Image.fromarray(np.where(is_disc, middle + signs, levels).astype(np.uint8))
+    return Lesion(image.convert("RGB"), pattern, distance <= radius + PATCH / 2)
+
+
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "rows": lambda columns, rows: rows,
+    "bars": lambda columns, rows: columns,
+    "checks": lambda columns, rows: columns + rows,
+}
 
 
 # ---- cost, at real size ----
@@ -95,7 +112,7 @@ def bench_cost(folder: Path, num_layers: int, rounds: int) -> None:
             before = status("VmRSS")
             result = runs[name]()
             taken = status("VmHWM") - before
-            memory[name, num_new] = max(memory.get((name, num_new), 0.0), taken)
+            memory[name, num_new] = taken  # of the last round: the first touches all weights
             return result
 
         return with_peak
@@ -144,10 +161,11 @@ def status(name: str) -> float:
 # ---- honesty, on toys ----
 
 
-def train_toy(folder: Path, num_steps: int) -> LoadedModel:
-    """A toy that names the colour of the disc."""
-    tower = write_biomedclip(folder / "biomedclip_toy", vision="test_vit", image_size=SIDE)
-    words = [*corpus(), ASKED, *COLOURS]
+def train_toy(folder: Path, train_set: Sequence[Lesion], num_steps: int) -> LoadedModel:
+    """A toy that names the pattern of the disc."""
+    side = train_set[0].image.width
+    tower = write_biomedclip(folder / "biomedclip_toy", vision="test_vit", image_size=side)
+    words = [*corpus(), ASKED, *PATTERNS]
     language_model = write_tinyllama(
         folder / "tinyllama_toy",
         hidden_size=128,
@@ -158,12 +176,8 @@ def train_toy(folder: Path, num_steps: int) -> LoadedModel:
     parts = {"model_name_or_path": str(language_model), "mm_vision_tower": str(tower)}
     loaded = load_pretrained_model(parts, dtype="float32", seed=0)
     collate = ChatCollator(loaded.processor)
-    batches = [
-        collate(rows) for rows in in_batches([as_row(one) for one in lesions("train", 80, 0)])
-    ]
+    batches = [collate(rows) for rows in in_batches([as_row(one) for one in train_set])]
     train(loaded.model, num_steps, lambda step: loaded.model(**batches[step % len(batches)]).loss)
-    loaded.model.save_pretrained(folder / "checkpoint")
-    loaded.processor.save_pretrained(folder / "checkpoint")
     return loaded
 
 
@@ -173,7 +187,7 @@ def as_row(lesion: Lesion) -> dict[str, Any]:
     return {
         "messages": [
             {"role": "user", "content": content},
-            {"role": "assistant", "content": lesion.colour},
+            {"role": "assistant", "content": lesion.pattern},
         ]
     }
 
@@ -208,30 +222,40 @@ def train(
 
 def bench_honesty(folder: Path, checkpoint: Path | None, num_steps: int, num_images: int) -> None:
     """All checks of one toy, as tables."""
-    loaded = (
-        load_pretrained_model(str(checkpoint))
-        if checkpoint
-        else train_toy(folder / "toy", num_steps)
-    )
+    if checkpoint is None:
+        loaded = train_toy(folder / "toy", list(lesions("train", 80, 0)), num_steps)
+        loaded.model.save_pretrained(folder / "toy" / "checkpoint")
+        loaded.processor.save_pretrained(folder / "toy" / "checkpoint")
+    else:
+        loaded = load_pretrained_model(str(checkpoint))
     held_out = list(lesions("held_out", -(-num_images // 6), 1))[:num_images]
     pairs = [
         (lesion, explain(loaded, lesion.image, ASKED, gradient=True, ablation=True, blocks=BLOCKS))
         for lesion in held_out
     ]
-    right = [(lesion, one) for lesion, one in pairs if one.answer == lesion.colour]
+    right = [(lesion, one) for lesion, one in pairs if one.answer == lesion.pattern]
     print(
         f"\n{len(right)} of {len(pairs)} held-out images answered right; only these count below.\n"
     )
-    print_pointing(right)
-    print_curves(loaded, right[:12])
-    print_randomised(loaded, right[:6])
+    coarse = [coarse_ablation(loaded, lesion) for lesion, _ in right]
+    print_pointing(right, coarse)
+    print_curves(loaded, right[:24], coarse)
+    print_randomised(loaded, right[:12])
     example, explanation = right[0]
     example.image.save(folder / "lesion.png")
     for kind in KINDS:
         explanation.draw_overlay(folder / f"lesion_{kind}.png", kind=kind)
 
 
-def print_pointing(right: Sequence[tuple[Lesion, Explanation]]) -> None:
+def coarse_ablation(loaded: LoadedModel, lesion: Lesion) -> np.ndarray:
+    """The ablation of blocks of 2 x 2 patches, (3, 3)."""
+    scorer, pixels = scorer_of(loaded, lesion)
+    return ablation_map(scorer, pixels, COARSE).sum(0)[0]
+
+
+def print_pointing(
+    right: Sequence[tuple[Lesion, Explanation]], coarse: Sequence[np.ndarray]
+) -> None:
     """How often the highest patch of a map lies on the disc, and of the blank image's map."""
     print("| map | highest patch on the lesion | of the blank image's map |\n|---|---|---|")
     for kind in KINDS:
@@ -241,6 +265,8 @@ def print_pointing(right: Sequence[tuple[Lesion, Explanation]]) -> None:
             found = [hit(one.map(kind, blank=True), one, lesion) for lesion, one in right]
             blank = f"{np.mean(found):.2f}"
         print(f"| {kind} | {interval(hits)} | {blank} |")
+    found = [hit(values, one, lesion) for values, (lesion, one) in zip(coarse, right, strict=True)]
+    print(f"| {COARSE_NAME} | {interval(found)} | - |")
     chance = np.mean([lesion.mask.mean() for lesion, _ in right])
     print(f"| a random place | {chance:.2f} | |\n")
     layers, heads = right[0][1].attention.shape[:2]
@@ -271,13 +297,19 @@ def interval(hits: Sequence[bool]) -> str:
     return f"{share:.2f} ({middle - half:.2f} to {middle + half:.2f})"
 
 
-def print_curves(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanation]]) -> None:
+def print_curves(
+    loaded: LoadedModel,
+    right: Sequence[tuple[Lesion, Explanation]],
+    coarse: Sequence[np.ndarray],
+) -> None:
     """Mean probability of the answer along the curves: deletion low and insertion high is good."""
-    areas: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*KINDS, "random order")}
+    names = (*KINDS, COARSE_NAME, "random order")
+    areas: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     rng = np.random.default_rng(0)
-    for lesion, one in right:
+    for (lesion, one), large in zip(right, coarse, strict=False):
         scorer, pixels = scorer_of(loaded, lesion)
         orders = {kind: [order_of(on_blocks(one.map(kind)))] for kind in KINDS}
+        orders[COARSE_NAME] = [order_of(np.kron(large, np.ones((2, 2), dtype=np.float32)))]
         size = BLOCKS[0] * BLOCKS[1]
         orders["random order"] = [rng.permutation(size) for _ in range(NUM_ORDERS)]
         for name, several in orders.items():
@@ -298,7 +330,7 @@ def print_curves(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanation]
 
 
 def scorer_of(loaded: LoadedModel, lesion: Lesion) -> tuple[AnswerScorer, torch.Tensor]:
-    """The log-probability of the colour, for any pixels."""
+    """The log-probability of the pattern, for any pixels."""
     batch = ChatCollator(loaded.processor)([as_row(lesion)])
     answer = (batch["labels"][0] != -100).nonzero()[:, 0]
     specials = set(loaded.tokenizer.all_special_ids)
@@ -328,7 +360,7 @@ def print_randomised(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanat
                     loaded,
                     lesion.image,
                     ASKED,
-                    answer=lesion.colour,
+                    answer=lesion.pattern,
                     gradient=True,
                     ablation=True,
                     blocks=BLOCKS,
@@ -353,7 +385,7 @@ def main() -> None:
     parser.add_argument("what", choices=("cost", "honesty"))
     parser.add_argument("--out", type=Path, default=Path("explain-benchmark"))
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22, help="of the language model, for cost")
