@@ -5,9 +5,10 @@
     python -m tests.benchmarks.explain honesty --out FOLDER --checkpoint FOLDER/toy/checkpoint
 
 `honesty` pastes discs of a pattern onto real images and trains a toy to name the pattern, so that
-the place of the answer is known by construction. A pattern keeps the mean of what it covers, so that
-blanking with the mean colour leaves no trace of it, as it would of a coloured disc. Then, on images that it has not seen: the pointing
-game, deletion and insertion curves against random orders, and maps under randomised weights.
+the place of the answer is known by construction. A pattern keeps the mean of what it covers, so
+that blanking with the mean colour leaves no trace of it, as it would of a coloured disc. Then, on
+images that it has not seen: the pointing game, deletion and insertion curves against random orders,
+and maps under randomised weights.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,8 +305,7 @@ def print_curves(
     coarse: Sequence[np.ndarray],
 ) -> None:
     """Mean probability of the answer along the curves: deletion low and insertion high is good."""
-    names = (*KINDS, COARSE_NAME, "random order")
-    areas: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    areas: dict[str, list[tuple[float, float]]] = defaultdict(list)
     rng = np.random.default_rng(0)
     for (lesion, one), large in zip(right, coarse, strict=False):
         scorer, pixels = scorer_of(loaded, lesion)
@@ -319,9 +320,7 @@ def print_curves(
                     for insert in (False, True)
                 )
                 areas[name].append((deleted, inserted))
-    print(
-        f"| order, {len(right)} images | deletion, lower is better | insertion, higher is better |"
-    )
+    print(f"| order, {len(right)} images | deletion, lower is better | insertion, higher |")
     print("|---|---|---|")
     for name, found in areas.items():
         deleted, inserted = np.mean(found, axis=0)
