@@ -263,7 +263,7 @@ def attention_weights(
     num_keys = key.shape[2]
     if mask is None:
         whole = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = whole.tril(num_keys - num_queries)[None, None]
+        mask = whole.tril(0)[None, None]
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
     keys = key[0].repeat_interleave(num_heads // key.shape[1], 0)
