@@ -31,6 +31,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from moellava.model.language_model.moe import LlamaMoeRouter
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.storage.weights import require_finite
 
 IMPLEMENTATION = "moellava_recording"
 # Scores of as many heads at once as fit into this; all heads of a long prompt would take gigabytes.
@@ -202,6 +203,8 @@ class _Recorder:
         rollout = self._rollout[max(self._rollout)][self.first_row :][:num_answer]
         logits = torch.cat(self.logits, dim=1)[0, :num_answer].float()
         chosen = answer_ids[:, None].to(logits.device)
+        logprobs = logits.log_softmax(-1).gather(1, chosen)[:, 0]
+        require_finite("The model", logprobs)
         routes = [
             [torch.cat(parts)[:num_tokens].numpy() for parts in zip(*passes, strict=True)]
             for passes in self.routes.values()
@@ -211,7 +214,7 @@ class _Recorder:
                 :, :, :num_answer
             ].numpy(),
             rollout=rollout.cpu().numpy(),
-            logprobs=logits.log_softmax(-1).gather(1, chosen)[:, 0].cpu().numpy(),
+            logprobs=logprobs.cpu().numpy(),
             experts=np.stack([experts for _, experts in routes]) if routes else None,
             weights=np.stack([weights for weights, _ in routes]) if routes else None,
         )
@@ -263,7 +266,7 @@ def attention_weights(
     num_keys = key.shape[2]
     if mask is None:
         whole = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
-        mask = whole.tril(0)[None, None]
+        mask = whole.tril(num_keys - num_queries)[None, None]
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, float("-inf"))
     keys = key[0].repeat_interleave(num_heads // key.shape[1], 0)
