@@ -10,19 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from moellava.data import Row, Turn
 from moellava.eval.asking import Asker
 from moellava.eval.baselines import ALL_BASELINES
 from moellava.eval.predictions import read_predictions
 from moellava.eval.run import evaluate
-from moellava.eval.settings import EvaluationSettings
 from tests.eval.contract import read_and_check
-
-NEW = 4
-
-
-def settings(**more):
-    return EvaluationSettings(max_new_tokens=NEW, num_resamples=50, **more)
+from tests.eval.samples import NEW, settings
 
 
 @pytest.fixture(scope="module")
@@ -97,21 +90,6 @@ def test_what_the_image_adds_is_the_difference(results):
         assert found["low"] <= found["value"] <= found["high"]
 
 
-def test_leaks_are_counted_and_left_out_of_a_second_score(
-    tiny_loaded, eval_rows, eval_folder, tmp_path
-):
-    training = [Row(id="t", images=(eval_rows[0].images[0],), turns=(Turn("user", "<image>"),))]
-    scores = evaluate(tiny_loaded, eval_rows, tmp_path, settings(), leaks=training)
-    assert scores["leaks"]["num_leaked"] == 4
-    assert scores["leaks"]["leaked"] == ["0-0", "0-1", "0-2", "0-3"]
-    kept = scores["leaks"]["without_leaked"]["scorers"]["strict"]["metrics"]["accuracy"]
-    assert kept["n"] == 26
-
-
-def test_no_leak_is_a_result_too(results):
-    assert results[0]["leaks"]["num_leaked"] == 0
-
-
 def test_limit_prompt_and_scorers(tiny_loaded, eval_rows, tmp_path):
     scores = evaluate(
         tiny_loaded,
@@ -156,31 +134,6 @@ def test_answers_of_other_settings_are_not_mixed(tiny_loaded, eval_rows, tmp_pat
         evaluate(tiny_loaded, eval_rows[:3], tmp_path, settings())
 
 
-def test_rows_without_answers_are_an_error(tiny_loaded, tmp_path):
-    rows = [Row(id="1", images=(), turns=(Turn("user", "Q?"),))]
-    with pytest.raises(ValueError, match="none of 1 rows has an answer"):
-        evaluate(tiny_loaded, rows, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
-        ([], {}, r"rows\.json.*no row"),
-        ([("1", "CT?", " ")], {}, r"rows\.json, row 0 \(id '1'\): turn 1 \(assistant\) is empty"),
-        ([("1", "CT?", "yes")], {"split": "test"}, r"rows\.json: no usable row of split 'test'"),
-    ],
-)
-def test_data_without_truths_or_rows_is_named(tiny_loaded, tmp_path, rows, options, message):
-    records = [
-        {"id": row_id, "conversations": [{"from": "human", "value": question},
-                                         {"from": "gpt", "value": answer}]}
-        for row_id, question, answer in rows
-    ]  # fmt: skip
-    (tmp_path / "rows.json").write_text(json.dumps(records))
-    with pytest.raises(ValueError, match=message):
-        evaluate(tiny_loaded, tmp_path / "rows.json", tmp_path / "out", settings(), **options)
-
-
 def test_a_checkpoint_that_cannot_see_images_is_refused(eval_folder, eval_rows, tmp_path):
     with pytest.raises(ValueError, match="mm_vision_tower"):
         evaluate(eval_folder / "tinyllama_tiny", eval_rows, tmp_path / "out", settings())
@@ -203,20 +156,6 @@ def test_the_device_does_not_change_an_answer_in_float32(eval_checkpoint, eval_r
 def test_one_image_cannot_be_another(tiny_loaded, eval_rows, tmp_path):
     with pytest.raises(ValueError, match="other_image needs two different images"):
         evaluate(tiny_loaded, eval_rows[:1], tmp_path, settings(baselines=["other_image"]))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"baselines": ["blnk"]}, "Did you mean 'blank'"),
-        ({"scorers": ["strikt"]}, "Did you mean 'strict'"),
-        ({"prompt": "shrt"}, "Did you mean 'short'"),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
-    ],
-)
-def test_wrong_settings_are_refused_where_they_are_made(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        EvaluationSettings(**wrong)
 
 
 WORKER = """
@@ -279,3 +218,7 @@ def test_a_killed_run_ends_with_the_same_files(eval_folder, tmp_path):
         assert without_seconds(killed / name) == without_seconds(whole / name)
     for name in ("scores.json", "report.html"):
         assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def test_no_leak_is_a_result_too(results):
+    assert results[0]["leaks"]["num_leaked"] == 0
