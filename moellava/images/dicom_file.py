@@ -13,7 +13,8 @@ from types import ModuleType
 
 import numpy as np
 
-from moellava.images.dicom_error import DicomError, reason_without_values
+from moellava.images.dicom_decoders import codestream_size, decoded_by, safe_plugins
+from moellava.images.dicom_error import DicomError
 from moellava.images.dicom_grey import GREY_ELEMENTS
 from moellava.images.image_like import DicomDataset
 from moellava.images.optional import load_optional
@@ -44,23 +45,9 @@ _KEPT = (
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
 _META_BYTES = 4096  # of the file, in which its transfer syntax stands
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
+_EXPLICIT_HEAD = 12  # bytes before the pixels: tag, kind, length (PS3.5, 7.1.2)
 READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
 GREY = ("MONOCHROME1", "MONOCHROME2")
-
-_OPENJPEG = "pylibjpeg pylibjpeg-openjpeg"
-# By the UID of the transfer syntax: which package decodes it, beyond Pillow.
-_DECODERS = {
-    "1.2.840.10008.1.2.4.51": "pylibjpeg pylibjpeg-libjpeg  (GPLv3)",
-    "1.2.840.10008.1.2.4.57": "python-gdcm",
-    "1.2.840.10008.1.2.4.70": "python-gdcm",
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
-    "1.2.840.10008.1.2.4.90": _OPENJPEG,
-    "1.2.840.10008.1.2.4.91": _OPENJPEG,
-    "1.2.840.10008.1.2.4.201": _OPENJPEG,
-    "1.2.840.10008.1.2.4.202": _OPENJPEG,
-    "1.2.840.10008.1.2.4.203": _OPENJPEG,
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +83,7 @@ class DicomFile:
         """(H, W) of a large, uncompressed grey file of 16 allocated bits; None of any other."""
         header, uid = self.header, pydicom_module().uid
         # Bytes before the pixels (PS3.5, 7.1).
-        heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}
+        heads = {uid.ExplicitVRLittleEndian: _EXPLICIT_HEAD, uid.ImplicitVRLittleEndian: 8}
         head_bytes = heads.get(header.file_meta.TransferSyntaxUID)
         is_plain = self._is_grey_of_16_bits() and header.get("SamplesPerPixel") == 1
         if not isinstance(self.source, Path) or self.pixels_at is None:
@@ -122,39 +109,61 @@ class DicomFile:
 
     def decoded_values(self, frame: int) -> np.ndarray:
         """The same through pydicom's decoders, of any file."""
-        pydicom, header = pydicom_module(), self.header
-        syntax = header.file_meta.TransferSyntaxUID
+        pixel_array = pydicom_module().pixels.pixel_array
+        source, options = self._pixels()
+        syntax = str(self.header.file_meta.TransferSyntaxUID)
+        plugins = safe_plugins(syntax)
+        if plugins not in ([], [""]):
+            self._refuse_larger_codestream(source, frame)
         # pydicom would copy all pixels and shift them to and fro; the table of what is shown does
         # that per value.
-        corrects = not self._is_grey_of_16_bits()
-        decode = functools.partial(
-            pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects
-        )
-        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
-        values: np.ndarray
+        options["correct_unused_bits"] = not self._is_grey_of_16_bits()
+
+        def decode(plugin: str) -> np.ndarray:
+            values: np.ndarray = pixel_array(source, index=frame, decoding_plugin=plugin, **options)
+            return values
+
         try:
-            if any(tag in header for tag in _PIXELS):
-                # Not copied; nothing here writes into it.
-                values = decode(header, view_only=True)
-            elif isinstance(self.source, Path) and not is_deflated:
-                values = decode(self.source, transfer_syntax_uid=syntax)
-            else:
-                values = decode(
-                    pydicom.dcmread(self.source, specific_tags=[*_kept_tags(), *_PIXELS])
-                )
-        except (RuntimeError, NotImplementedError) as error:
-            package = _DECODERS.get(str(syntax))
-            hint = f" Type: pip install {package}" if package else ""
-            raise DicomError(
-                f"{self.name}: no installed decoder reads its pixels "
-                f"({_uid_name(syntax) or 'an unknown transfer syntax'}).{hint} "
-                f"({reason_without_values(error)})"
-            ) from None
+            return decoded_by(plugins, decode, syntax, self.name)
         except AttributeError as error:
             if "pixel data" in str(error).lower():
                 raise DicomError(f"{self.name} is a DICOM file without pixel data.") from None
             raise
-        return values
+
+    def _pixels(self) -> tuple[Path | DicomDataset, dict[str, object]]:
+        """Where pydicom finds the pixels, and the options that go with it."""
+        pydicom, header = pydicom_module(), self.header
+        syntax = header.file_meta.TransferSyntaxUID
+        if any(tag in header for tag in _PIXELS):
+            return header, {"view_only": True}  # not copied; nothing here writes into it
+        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
+        if isinstance(self.source, Path) and not is_deflated:
+            return self.source, {"transfer_syntax_uid": syntax}
+        return pydicom.dcmread(self.source, specific_tags=[*_kept_tags(), *_PIXELS]), {}
+
+    def _refuse_larger_codestream(self, source: Path | DicomDataset, frame: int) -> None:
+        """Decoders allocate what a frame itself asks for, which the header has not bounded."""
+        header = self.header
+        size = codestream_size(self._encoded_frame(source, frame))
+        if size is not None and size[0] * size[1] > int(header.Columns) * int(header.Rows):
+            raise DicomError(
+                f"{self.name} is broken: a frame in it is {size[0]}x{size[1]} pixels, its header "
+                f"says {int(header.Columns)}x{int(header.Rows)}."
+            )
+
+    def _encoded_frame(self, source: Path | DicomDataset, frame: int) -> bytes:
+        header, encaps = self.header, pydicom_module().encaps
+        offsets = [header.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths")]
+        options = {
+            "number_of_frames": self.num_frames,
+            "extended_offsets": tuple(offsets) if all(offsets) else None,
+        }
+        if not isinstance(source, Path):
+            pixels = source.get("PixelData")
+            return bytes(encaps.get_frame(pixels, frame, **options)) if pixels else b""
+        with source.open("rb") as file:
+            file.seek((self.pixels_at or 0) + _EXPLICIT_HEAD)
+            return bytes(encaps.get_frame(file, frame, **options))
 
     def _is_grey_of_16_bits(self) -> bool:
         kind, bits = (

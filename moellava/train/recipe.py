@@ -1,9 +1,8 @@
 """A YAML file and `key=value` words → a checked `Recipe`: `load_recipe`, `recipe_names`."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -12,6 +11,7 @@ from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
 from moellava.settings import convert, from_mapping
 from moellava.storage.errors import reading
+from moellava.storage.yaml_text import load_yaml
 from moellava.train.options import Recipe
 from moellava.train.stage import stage_of
 from moellava.train.stages import STAGES
@@ -68,7 +68,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
                 f"{override!r} is not a setting. Type key=value, such as optim.learning_rate=1e-4."
             )
         try:
-            value = yaml.load(text, _Loader)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
         _set(settings, name, value)
@@ -122,26 +122,12 @@ def _read(source: str | Path) -> dict[str, object]:
             f"There is no recipe file {str(source)!r}, and no packaged one. {near}"
         )
     with reading(path, "YAML"):
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        settings = load_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} holds a {type(settings).__name__}; expected keys such as stage and data."
         )
     return settings
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Refuses a key that stands twice: YAML would keep the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} stands twice; join them", node.start_mark
-                )
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _set(settings: dict[str, object], name: str, value: object) -> None:

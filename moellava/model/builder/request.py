@@ -11,6 +11,8 @@ import yaml
 from moellava.encoders import OptionValue, encoder_options
 from moellava.messages import unknown_name
 from moellava.settings import convert, from_mapping
+from moellava.storage.errors import reading
+from moellava.storage.yaml_text import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,10 +159,13 @@ def _projector_settings(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def _read_file(path: Path) -> Mapping[str, object]:
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML too
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    with reading(path.expanduser()):
+        text = path.expanduser().read_text(encoding="utf-8")
+        try:
+            content = load_yaml(text)  # JSON is YAML too
+        except yaml.YAMLError as error:
+            kind = path.suffix[1:].upper()
+            raise ValueError(f"{path} is not valid {kind}: {error}") from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path."
