@@ -36,7 +36,7 @@ def png(path: Path, width: int, height: int, *, bits: int, colour: int, channels
         crc = struct.pack(">I", zlib.crc32(kind + data))
         return struct.pack(">I", len(data)) + kind + data + crc
 
-    pack = zlib.compressobj(9)
+    pack = zlib.compressobj(1)
     row = bytes(1 + (width * bits * channels + 7) // 8)
     body = b"".join(pack.compress(row) for _ in range(height)) + pack.flush()
     header = struct.pack(">2I5B", width, height, bits, colour, 0, 0, 0)
@@ -74,7 +74,7 @@ def deflated(path: Path, num_bytes: int) -> None:
     grown = int.from_bytes(meta[140:144], "little") + len(meta) - start
     length = plain.index(b"UI", plain.index(b"\x02\0\x10\0")) + 2  # of the transfer syntax
     meta = meta[:140] + struct.pack("<I", grown) + meta[144:length] + b"\x16\0" + meta[length + 2 :]
-    pack = zlib.compressobj(9, wbits=-15)
+    pack = zlib.compressobj(1, wbits=-15)
     head = b"\xe0\x7f\x10\0OW\0\0" + struct.pack("<I", num_bytes)
     with path.open("wb") as file:
         file.write(meta + pack.compress(plain[start:] + head))
@@ -123,8 +123,7 @@ def nifti(path: Path, shape: tuple[int, ...], dtype: type, zooms: tuple[float, .
     header.set_data_shape(shape)
     header.set_sform(np.diag([*zooms, 1]), 1)
     header["vox_offset"], header["magic"] = 352, b"n+1"
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "wb") as file:
+    with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(header.binaryblock + bytes(4))
         left = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
         while left > 0:
@@ -156,6 +155,7 @@ BOMBS: dict[str, tuple[dict[str, object], Callable[[Path], None]]] = {
     "rgba.png": ({}, lambda path: png(path, SIDE, SIDE, bits=8, colour=6, channels=4)),
     "60000x60000.png": ({}, lambda path: png(path, 60_000, 60_000, bits=1, colour=0)),
     "deflated_1500.dcm": ({}, lambda path: deflated(path, 1500 * MIB)),
+    "deflated_600.dcm": ({}, lambda path: deflated(path, 600 * MIB)),
     "deflated_500.dcm": ({}, lambda path: deflated(path, 500 * MIB)),
     "jpeg.dcm": ({}, lambda path: jpeg_dicom(path, 9000, 9000, samples=3)),
     "jpeg_in_small.dcm": ({}, lambda path: jpeg_dicom(path, 13_000, 64, samples=1)),
