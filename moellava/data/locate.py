@@ -12,8 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from moellava.data.formats import Format
 from moellava.data.records import KINDS
 from moellava.messages import unknown_name
-from moellava.storage.errors import reading
-from moellava.storage.limits import require_unpackable
 
 _FIRST = 64  # images that are looked for to find their folder
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -169,12 +167,7 @@ def _unpack(where: Location, form: Format) -> list[Path] | None:
         return None
     from datasets import DownloadManager
 
-    folders = []
-    for path in archives:
-        with reading(path, "a zip archive"):
-            require_unpackable(path)
-            folders.append(Path(DownloadManager().extract(str(path))))
-    return folders
+    return [Path(DownloadManager().extract(str(path))) for path in archives]
 
 
 def _download(hub: HubDataset, patterns: Sequence[str]) -> Path:

@@ -65,9 +65,11 @@ def _decode(source: Path | bytes | DicomDataset, view: View, name: str) -> np.nd
 def _check_bytes(file: DicomFile) -> None:
     """Refuse a frame that takes too many bytes once decoded, before it is."""
     header = file.header
-    size = int(header.Columns) * int(header.Rows) * int(header.get("SamplesPerPixel") or 1)
-    bits = int(header.get("BitsAllocated") or 8)
-    require_within("frame", size * (bits // 8 if bits <= 16 else 8), file.name)
+    samples, bits = (int(header.get(name) or 1) for name in ("SamplesPerPixel", "BitsAllocated"))
+    bytes_each = max(1, bits // 8) if bits <= 16 else 8
+    if samples > 1:
+        bytes_each *= 2 * samples  # pydicom converts colours in float32
+    require_within("frame", int(header.Columns) * int(header.Rows) * bytes_each, file.name)
 
 
 def _shown(file: DicomFile, frame: int, view: View) -> np.ndarray:

@@ -43,8 +43,6 @@ _KEPT = (
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
 )
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
-_META_BYTES = 4096  # of the file, in which its transfer syntax stands
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _EXPLICIT_HEAD = 12  # bytes before the pixels: tag, kind, length (PS3.5, 7.1.2)
 READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
 GREY = ("MONOCHROME1", "MONOCHROME2")
@@ -132,19 +130,18 @@ class DicomFile:
 
     def _pixels(self) -> tuple[Path | DicomDataset, dict[str, object]]:
         """Where pydicom finds the pixels, and the options that go with it."""
-        pydicom, header = pydicom_module(), self.header
-        syntax = header.file_meta.TransferSyntaxUID
-        if any(tag in header for tag in _PIXELS):
-            return header, {"view_only": True}  # not copied; nothing here writes into it
-        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
-        if isinstance(self.source, Path) and not is_deflated:
-            return self.source, {"transfer_syntax_uid": syntax}
-        return pydicom.dcmread(self.source, specific_tags=[*_kept_tags(), *_PIXELS]), {}
+        header = self.header
+        if isinstance(self.source, Path) and self.pixels_at is not None:
+            return self.source, {"transfer_syntax_uid": header.file_meta.TransferSyntaxUID}
+        return header, {"view_only": True}  # not copied; nothing here writes into it
 
     def _refuse_larger_codestream(self, source: Path | DicomDataset, frame: int) -> None:
         """Decoders allocate what a frame itself asks for, which the header has not bounded."""
         header = self.header
-        size = codestream_size(self._encoded_frame(source, frame))
+        try:
+            size = codestream_size(self._encoded_frame(source, frame))
+        except Exception:  # whatever broken fragments lead pydicom to; it says so when it decodes
+            return
         if size is not None and size[0] * size[1] > int(header.Columns) * int(header.Rows):
             raise DicomError(
                 f"{self.name} is broken: a frame in it is {size[0]}x{size[1]} pixels, its header "
@@ -182,11 +179,13 @@ def read_dicom(source: Path | bytes | DicomDataset, name: str) -> DicomFile:
     pydicom = pydicom_module(name)
     pixels_at = None
     header: DicomDataset
-    if isinstance(source, Path | bytes):
-        _refuse_deflated_bomb(source, name)
     if not isinstance(source, Path | bytes):
         header = source
-    elif isinstance(source, bytes) or source.stat().st_size <= READ_WHOLE:
+    elif (
+        _is_bounded_deflated(source, name)
+        or isinstance(source, bytes)
+        or source.stat().st_size <= READ_WHOLE
+    ):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         header = pydicom.dcmread(file, specific_tags=[*_kept_tags(), *_PIXELS], force=True)
     else:
@@ -204,20 +203,29 @@ def pydicom_module(name: str = "This") -> ModuleType:
     return load_optional("pydicom", f"{name} is a DICOM file", extra="dicom")
 
 
-def _refuse_deflated_bomb(source: Path | bytes, name: str) -> None:
-    """pydicom inflates a deflated file whole, so that its size is counted first."""
+def _is_bounded_deflated(source: Path | bytes, name: str) -> bool:
+    """Whether a file is deflated; pydicom inflates it whole, so that its size is counted first.
+
+    Raises:
+        ValueError: it is, beyond the limit.
+    """
+    reader, uid = pydicom_module().filereader, pydicom_module().uid
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        start = file.read(_META_BYTES)
-        if _DEFLATED not in start or start[128:136] != b"DICM\x02\0\0\0":
-            return
-        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        reader.read_preamble(file, force=True)
+        # pydicom's public functions do not say where the elements begin.
+        meta = reader._read_file_meta_info(file)
+        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+            return False
         inflate, total = zlib.decompressobj(wbits=-15), 0
         try:
             while chunk := inflate.unconsumed_tail or file.read(1 << 16):
                 total += len(inflate.decompress(chunk, 1 << 20))
                 require_within("unpacked", total, name)
+                if inflate.eof:
+                    break
         except zlib.error:
-            return  # broken: pydicom says so
+            pass  # broken: pydicom gets no further, and says so
+    return True
 
 
 @functools.cache

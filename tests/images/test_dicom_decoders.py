@@ -154,7 +154,7 @@ def test_the_size_of_a_jpeg_ls_equals_the_headers():
 def test_the_process_survives_mutations_of_pydicoms_files():
     """In a child, whose death would be seen; thousands on request: tests/images/mutations.py."""
     child = subprocess.run(
-        [sys.executable, Path(__file__).with_name("mutations.py"), "--count", "300"],
+        [sys.executable, Path(__file__).with_name("mutations.py"), "--count", "800"],
         capture_output=True,
         text=True,
         check=False,

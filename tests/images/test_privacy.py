@@ -26,7 +26,7 @@ from .conftest import dicom_dataset, ramp
 NAME, ID = "ZZMARKEDZZ^NAME", "IDMARKED4711"
 VRS = sorted(vr.value for vr in pydicom.valuerep.VR if len(vr.value) == 2)
 FUZZ = settings(
-    max_examples=250,
+    max_examples=500,
     deadline=None,
     derandomize=True,
     database=None,
@@ -76,8 +76,16 @@ HEADS = {name: heads(data) for name, data in FILES.items()}
 LENGTHS = (0, 1, 2, 3, 7, 8, 10, 16, 18, 40, 64, 200, 0x7FFF, 0xFFFE, 0xFFFF)
 
 
+def shown_texts(error: BaseException | None) -> list[str]:
+    """The texts of an error and of those before it that a traceback shows."""
+    if error is None:
+        return []
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return [*traceback.format_exception_only(error), *shown_texts(before)]
+
+
 def said(read, caplog, capfd) -> str:
-    """All that becomes visible while `read` runs, the traceback of its error included."""
+    """All that becomes visible while `read` runs, texts of errors included."""
     caplog.clear()
     caplog.set_level(logging.DEBUG)
     capfd.readouterr()
@@ -87,7 +95,7 @@ def said(read, caplog, capfd) -> str:
         try:
             read()
         except ValueError as error:
-            text = "".join(traceback.format_exception(error))
+            text = "\n".join(shown_texts(error))
     shown = "".join(capfd.readouterr())
     return f"{text} {caplog.text} {shown} {[str(warning.message) for warning in caught]}"
 
@@ -143,6 +151,7 @@ class TestDicom:
             del dataset.Rows
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            dataset["PixelData"].VR = "OW"  # or pydicom would ask the element for it
             dataset.add_new(keyword, "LO", NAME)
             buffer = io.BytesIO()
             dataset.save_as(buffer, enforce_file_format=False)
