@@ -42,7 +42,9 @@ def test_a_model_trained_on_exchanged_images_does_not(tmp_path, no_network):
 
 
 @pytest.mark.slow
-def test_a_seed_gives_the_same_answers_again_in_the_same_folder(tmp_path, no_network):
+def test_a_seed_gives_the_same_answers_again_in_the_same_folder(tmp_path, no_network, monkeypatch):
+    monkeypatch.setattr("moellava.demo.run.NUM_TRAIN_CROPS", 8)
+    monkeypatch.setattr("moellava.demo.run.NUM_HELD_OUT_CROPS", 2)
     first, again = (run_demo(tmp_path, num_steps=3, seed=1, show_progress=False) for _ in range(2))
     assert [item.answer for item in first.answers] == [item.answer for item in again.answers]
 
