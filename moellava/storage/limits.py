@@ -23,6 +23,7 @@ LIMITS = {
     "nesting": 32,  # levels of a config
     "values": 100_000,  # of a YAML file, once its aliases are unfolded
     "queries": 65_536,  # of a projector that has its own
+    "side": 8_192,  # pixels of the square that a tower sees
     "aspect": 1_000,  # the longer side of an image over the shorter one
     "frame": 1 << 28,  # bytes of one decoded frame or slice, of which several copies are held
     "grid": 256,  # pictures side by side in one
@@ -32,11 +33,13 @@ LIMITS = {
 
 # The fields of configs that each limit applies to.
 CONFIG_FIELDS = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "depth"), "layers"),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "depth", "layers"), "layers"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "experts"),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), "width"),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), "width"),
     **dict.fromkeys(("num_latents", "num_query_tokens"), "queries"),
+    **dict.fromkeys(("width", "embed_dim", "heads"), "width"),  # of open_clip's configs
+    **dict.fromkeys(("image_size", "shortest_edge", "longest_edge", "height"), "side"),
     "vocab_size": "vocabulary",
 }
 
