@@ -100,6 +100,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
     `PIL.ImageOps.exif_transpose` does the same, but fails where it cannot write the EXIF anew.
     """
+    image.load()  # Pillow turns a TIFF as it loads it, and forgets the orientation
     if (orientation := _orientation(image)) == 1:
         return image
     turned = image.transpose(_TURNS[orientation])
