@@ -218,8 +218,7 @@ class TransformersVisionEncoder(VisionEncoder):
         name = source.folder or source.repo_id
         hub: HubKeywords = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
-        if source.folder is not None:
-            require_own_files(source.folder)
+        require_own_files(source)
         config_file = find_file(source, CONFIG_FILE, download=True, required=False)
         if config_file is not None:
             read_json(config_file)  # its sizes are within the limits

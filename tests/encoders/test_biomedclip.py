@@ -6,9 +6,9 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, BertConfig
+from transformers import BertConfig
 
-from moellava.encoders import BiomedClipEncoder, BiomedClipVisionConfig
+from moellava.encoders import BiomedClipEncoder
 from moellava.testing import (
     BIOMEDBERT,
     BIOMEDCLIP,
@@ -47,22 +47,6 @@ def test_real_size_biomedclip_pickle_gives_timms_tokens(tmp_path):
 def test_misspelt_setting_suggests_the_right_one(architecture):
     with pytest.raises(TypeError, match=r"no option 'select_layr'\. Did you mean 'select_layer'\?"):
         BiomedClipEncoder.from_pretrained(architecture("vit"), select_layr=-1)
-
-
-def test_config_is_plain_json_and_round_trips(repo):
-    config = BiomedClipEncoder.from_pretrained(repo).config
-    again = AutoConfig.for_model(**config.to_dict())
-    assert type(again) is BiomedClipVisionConfig
-    assert again.to_json_string() == config.to_json_string()
-    assert str(repo.parent) not in config.to_json_string()
-    assert config.tower == repo.name
-
-
-def test_default_config_is_biomedclip_and_builds_on_meta():
-    with torch.device("meta"):
-        encoder = BiomedClipEncoder(BiomedClipVisionConfig())
-    assert (encoder.num_patches, encoder.hidden_size, encoder.grid) == (196, 768, (14, 14))
-    assert encoder.config.num_patches == 196
 
 
 def test_text_tower_is_neither_built_nor_asked_for(

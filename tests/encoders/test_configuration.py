@@ -76,26 +76,3 @@ def test_unknown_names_suggest_the_nearest_and_list_the_options():
     check_options(ToyConfig, {"measured": 1})
     with pytest.raises(TypeError, match="no option 'measured'"):
         check_options(ToyConfig, {"measured": 1}, encoder_options(ToyConfig))
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        (
-            "select_feature",
-            "patches",
-            "select_feature is 'patches'; choose one of 'patch', 'default'",
-        ),
-        (
-            "patch_tokens",
-            "fake",
-            "patch_tokens is 'fake'; choose one of 'auto', 'real', 'synthesized'",
-        ),
-        ("select_layer", [], "select_layer is an empty list"),
-        ("image_size", [1, 2, 3], r"image_size is \[1, 2, 3\]; give one side"),
-        ("image_size", 0, "image_size is 0"),
-    ],
-)
-def test_wrong_settings_list_the_right_ones(field, value, message):
-    with pytest.raises(ValueError, match=message):
-        BiomedClipVisionConfig(**{field: value})

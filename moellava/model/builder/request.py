@@ -85,8 +85,11 @@ def read_build_request(
         ValueError: for an unknown key (the nearest known one is suggested), a missing one, a value
             of another type, or two different values for the same setting (both are named).
     """
+    description = "model description"
+    if is_description_file(model):
+        description += f" {model}"
     found = _Settings()
-    found.add(_as_mapping(model, "the model description"), "the model description")
+    found.add(_as_mapping(model, f"the {description}"), f"the {description}")
     found.add({"encoder_type": encoder_type}, "the argument encoder_type")
     if custom_vision_config is not None:
         place = "custom_vision_config"
@@ -97,7 +100,7 @@ def read_build_request(
     for key in required:
         if key not in found.values:
             raise ValueError(
-                f"The model description has no {key!r}: {REQUIRED[key]}, as a hub id or a folder. "
+                f"The {description} has no {key!r}: {REQUIRED[key]}, as a hub id or a folder. "
                 f"Found: {', '.join(sorted(found.values)) or 'nothing'}."
             )
     own = {key: value for key, value in found.values.items() if key in _OWN_KEYS}
@@ -166,11 +169,21 @@ def _read_file(path: Path) -> Mapping[str, object]:
         except yaml.YAMLError as error:
             kind = path.suffix[1:].upper()
             raise ValueError(f"{path} is not valid {kind}: {error}") from error
+        _require_right_types(content)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path."
         )
     return content
+
+
+def _require_right_types(content: object) -> None:
+    """Check what a file says before other settings are added, so that its mistakes name it."""
+    if isinstance(content, Mapping):
+        found = _Settings()
+        found.add(content, "the model description")
+        own = {key: value for key, value in found.values.items() if key in _OWN_KEYS}
+        from_mapping(BuildRequest, own, kind="key of a model description")
 
 
 def _as_mapping(given: object, place: str) -> Mapping[str, object]:
