@@ -58,6 +58,7 @@ def read_evaluation_data(
     split: str | None = None,
     images: str | Path | None = None,
     language: str | None = None,
+    class_names: Sequence[str] | None = None,
     group_by: Sequence[str] | None = None,
     limit: int | None = None,
 ) -> EvaluationData:
@@ -65,14 +66,14 @@ def read_evaluation_data(
 
     Args:
         data: what `read_rows` reads, or rows.
-        split, images, language: of data that is read.
+        split, images, language, class_names: of data that is read, see `read_rows`.
         group_by: fields of the rows that are groups; by default those that are known.
         limit: how many questions; all if left out.
 
     Raises:
         ValueError: no row has an answer, or none has a field of `group_by`.
     """
-    rows = rows_of(data, split=split, images=images, language=language)
+    rows = rows_of(data, split=split, images=images, language=language, class_names=class_names)
     root = rows.image_root if isinstance(rows, Rows) else None
     name = rows.source if isinstance(rows, Rows) else f"{len(rows)} rows"
     if group_by is not None:
@@ -86,9 +87,8 @@ def read_evaluation_data(
     return EvaluationData(rows, name, root, questions, without)
 
 
-def rows_of(data: DataSource, **options: str | Path | None) -> Sequence[Row]:
-    """Rows as they are, or those that `read_rows` reads with the options that are not None."""
+def rows_of(data: DataSource, **options: object) -> Sequence[Row]:
+    """Rows as they are, or those that `read_rows` reads with the options."""
     if not isinstance(data, str | Path):
         return data
-    given = {name: value for name, value in options.items() if value is not None}
-    return read_rows(data, **given)  # type: ignore[arg-type]  # each option has its own type
+    return read_rows(data, **options)  # type: ignore[arg-type]  # each option has its own type

@@ -51,6 +51,8 @@ def warnings(scores: Json) -> str:
         told.append(f"{len(scores['empty_truth']):,} predictions have no truth: not scored.")
     if scores["uses_gold_type"]:
         told.append("The prompt uses the gold answer's type, which tells the model about it.")
+    for name, count in scores["groups_not_scored"].items():
+        told.append(f"The group {name!r} has {count:,} values: it is not scored by value.")
     join = scores.get("join") or {}
     if join.get("without_row"):
         told.append(
@@ -112,8 +114,11 @@ def _all_metrics(scorers: Json) -> str:
 
 
 def _numbers(found: Json) -> list[str]:
-    interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
-    return [f"{100 * found['value']:.1f}", interval, f"{found['n']:,}"]
+    return [f"{100 * found['value']:.1f}", _range(found), f"{found['n']:,}"]
+
+
+def _range(found: Json, scale: float = 100, digits: int = 1) -> str:
+    return f"{scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f}"
 
 
 def _image_adds(scores: Json) -> str:
@@ -179,17 +184,28 @@ def _probabilities(found: Json) -> str:
         for value, scores in values.items()
     ]
     for name, scores in named:
-        area = "" if scores["auroc"] is None else f"{scores['auroc']:.3f}"
-        shares = [f"{100 * scores['accuracy']:.1f}", area, f"{scores['ece']:.3f}"]
-        rows.append([name, f"{scores['n']:,}", *shares])
-    bins = [(one["confidence"], one["accuracy"], one["count"]) for one in found["all"]["bins"]]
-    picture = reliability(bins, "reliability")
+        area = ["", ""]
+        if scores["auroc"] is not None:
+            area = [f"{scores['auroc']['value']:.3f}", _range(scores["auroc"], 1, 3)]
+        accuracy = f"{100 * scores['accuracy']['value']:.1f}"
+        error = f"{scores['ece']:.3f}"
+        rows.append([name, f"{scores['n']:,}", accuracy, _range(scores["accuracy"]), *area, error])
     note = (
         "The most probable of the stated options (or of yes and no) at the first position of the "
         f"answer; the calibration error is over {found['all']['num_bins']} bins of equal width."
     )
-    head = ["", "n", "accuracy", "AUROC of yes", "calibration error"]
-    return f'<p class="soft">{escape(note)}</p>{picture}{_table(head, rows)}'
+    interval = "95 % interval"
+    head = ["", "n", "accuracy", interval, "AUROC of yes", interval, "calibration error"]
+    pictures = "".join(_reliability(name, scores["bins"]) for name, scores in named)
+    return (
+        f'<p class="soft">{escape(note)}</p>{_table(head, rows)}'
+        f'<div class="pictures-row">{pictures}</div>'
+    )
+
+
+def _reliability(name: str, bins: Sequence[Json]) -> str:
+    entries = [(one["confidence"], one["accuracy"], one["count"]) for one in bins]
+    return f"<figure>{reliability(entries, name)}<figcaption>{escape(name)}</figcaption></figure>"
 
 
 def _settings(scores: Json) -> str:

@@ -1,7 +1,7 @@
 """A checkpoint and a data set in, scores with intervals out: `evaluate`."""
 
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -34,8 +34,10 @@ def evaluate(
     split: str | None = None,
     images: str | Path | None = None,
     language: str | None = None,
+    class_names: Sequence[str] | None = None,
     train: DataSource | None = None,
     leaks: DataSource | None = None,
+    train_split: str | None = None,
 ) -> dict[str, object]:
     """Ask a model every question of a data set and score its answers.
 
@@ -45,9 +47,10 @@ def evaluate(
     Args:
         checkpoint: a folder, a hub id, or a model that is loaded.
         data: what `read_rows` reads, or rows.
-        split, images, language: of data that is read.
+        split, images, language, class_names: of data that is read, see `read_rows`.
         train: the training split, for the most frequent answers; without it, those of `data` count.
         leaks: a training set; the scores are also given without the rows whose images it has.
+        train_split: of `train` and `leaks`, if they have several.
 
     Returns:
         The content of `scores.json`.
@@ -62,15 +65,17 @@ def evaluate(
         split=split,
         images=images,
         language=language,
+        class_names=class_names,
         group_by=settings.group_by,
         limit=settings.limit,
     )
     counted = asked.questions
+    read_as = {"images": images, "language": language, "class_names": class_names}
     if train is not None:
-        counted = list(questions_of(rows_of(train, images=images)))
+        counted = list(questions_of(rows_of(train, split=train_split, **read_as)))
     leaked = None
     if leaks is not None:
-        training_rows = rows_of(leaks, images=images)
+        training_rows = rows_of(leaks, split=train_split, **read_as)
         leaked = leaked_questions(asked.questions, asked.rows, training_rows, root=asked.root)
     run = _Run(_load(checkpoint, settings), asked, Path(out), settings)
     main = run.answer("predictions.jsonl", None)
@@ -85,7 +90,7 @@ def evaluate(
     }
     return write_results(
         Path(out),
-        main,
+        list(read_predictions(main)),
         scorers=settings.scorers,
         group_by=settings.group_by,
         baselines=baselines,

@@ -6,12 +6,13 @@
 | `override` | sets `section.key=value` words in it |
 """
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
 
 from moellava.storage.errors import reading
+from moellava.storage.yaml_text import load_yaml
 
 
 def read_settings(path: Path) -> dict[str, object]:
@@ -22,7 +23,7 @@ def read_settings(path: Path) -> dict[str, object]:
         ValueError: it is not YAML, a key stands twice, or it holds something else than keys.
     """
     with reading(path, "YAML"):
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        settings = load_yaml(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ValueError(
             f"{path} holds a {type(settings).__name__}; expected keys with their values."
@@ -43,26 +44,10 @@ def override(settings: dict[str, object], words: Iterable[str]) -> None:
                 f"{word!r} is not a setting. Type key=value, such as optim.learning_rate=1e-4."
             )
         try:
-            value = yaml.load(text, _Loader)
+            value = load_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
         _set(settings, name, value)
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Refuses a key that stands twice: YAML would keep the last one without a word."""
-
-    def construct_mapping(
-        self, node: yaml.MappingNode, deep: bool = False
-    ) -> dict[Hashable, object]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} stands twice; join them", node.start_mark
-                )
-        mapping: dict[Hashable, object] = super().construct_mapping(node, deep)
-        return mapping
 
 
 def _set(settings: dict[str, object], name: str, value: object) -> None:
