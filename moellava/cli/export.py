@@ -1,4 +1,4 @@
-"""`moellava export mixtral`: a checkpoint in other runtimes' layouts."""
+"""`moellava export mixtral` and `export onnx`: a checkpoint in other runtimes' layouts."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,17 +6,15 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(help="A checkpoint in other runtimes' layouts.", no_args_is_help=True)
-app.callback()(lambda: None)  # keeps `mixtral` a subcommand while it is the only one
 
-Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-]
 Out = Annotated[Path, typer.Option(help="The folder to write; it must not hold anything.")]
 
 
 @app.command()
 def mixtral(
-    checkpoint: Checkpoint,
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
+    ],
     out: Out,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of weights; memory is about that much.")
@@ -36,3 +34,19 @@ def mixtral(
             f"{written.parameters - written.parameters_before:,} of them are copies or zeros: "
             f"{len(written.dense_layers)} dense layers became equal experts"
         )
+
+
+@app.command()
+def onnx(
+    source: Annotated[
+        str, typer.Argument(help="Folder or hub id of a saved model, or of an image tower.")
+    ],
+    out: Out,
+) -> None:
+    """Write the image tower and the projector as ONNX graphs, checked in onnxruntime."""
+    from moellava.export import export_onnx
+
+    written = export_onnx(source, out)
+    for name, difference in written.differences.items():
+        size = (written.folder / name).stat().st_size
+        typer.echo(f"{out / name}: {size:,} bytes, {difference:.1e} from torch's output")

@@ -89,9 +89,7 @@ def test_logits_equal_ours(name, save, ids, tmp_path):
     written = export_mixtral(folder, tmp_path / "out")
     exported = open_mixtral(tmp_path / "out")
     require_equal(model, exported, ids)
-    assert written.parameters == exported.num_parameters() - (
-        exported.lm_head.weight.numel() if model.config.tie_word_embeddings else 0
-    )
+    assert written.parameters == exported.num_parameters()
 
 
 def test_a_joined_models_text_answers_are_equal(hub_cache, small_biomedclip, tmp_path):
@@ -107,7 +105,7 @@ def test_a_joined_models_text_answers_are_equal(hub_cache, small_biomedclip, tmp
     theirs = open_mixtral(tmp_path / "out").generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = tokenizer.decode(theirs[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert answer == loaded.answer(None, chat[0]["content"], max_new_tokens=8)[0]
-    assert "generation" not in tokenizer.chat_template
+    assert "endgeneration" not in tokenizer.chat_template
 
 
 def test_several_files_hold_the_same_weights(save, ids, tmp_path):

@@ -118,18 +118,21 @@ def build(kind: str, place: Path) -> LoadedModel:
     return loaded
 
 
-def reference(loaded: LoadedModel, chat: list[dict[str, object]]) -> dict[str, object]:
-    """Prompt ids, greedy tokens and top log-probabilities by `generate`, one prompt at a time."""
-    images, items = [], []
+def own_messages(chat: list[dict[str, object]]) -> list[dict[str, object]]:
+    """A question in OpenAI's form as our processor takes it, with PIL images."""
+    items = []
     for item in chat[0]["content"]:  # type: ignore[attr-defined]
         if item["type"] == "image_url":
             code = item["image_url"]["url"].partition(",")[2]
-            images.append(Image.open(io.BytesIO(base64.b64decode(code))))
-            items.append({"type": "image", "image": images[-1]})
-        else:
-            items.append(item)
+            item = {"type": "image", "image": Image.open(io.BytesIO(base64.b64decode(code)))}
+        items.append(item)
+    return [{"role": "user", "content": items}]
+
+
+def reference(loaded: LoadedModel, chat: list[dict[str, object]]) -> dict[str, object]:
+    """Prompt ids, greedy tokens and top log-probabilities by `generate`, one prompt at a time."""
     inputs = loaded.processor.apply_chat_template(
-        [{"role": "user", "content": items}],
+        own_messages(chat),
         tokenize=True,
         add_generation_prompt=True,
         return_dict=True,
