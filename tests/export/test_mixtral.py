@@ -212,7 +212,8 @@ def test_llama_cpp_gives_the_same_greedy_tokens(name, save, tmp_path):
     server = xllamacpp.Server(params)
     prompt = AutoTokenizer.from_pretrained(folder)("Which organ is shown?")["input_ids"]
     answer = server.handle_completions(
-        {"prompt": prompt, "n_predict": 24, "temperature": 0.0, "return_tokens": True}
+        {"prompt": prompt, "max_tokens": 24, "temperature": 0.0, "logprobs": 1}
     )
+    tokens = [token["id"] for token in answer["choices"][0]["logprobs"]["content"]]
     ours = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
-    assert answer["tokens"] == ours[0, len(prompt) :].tolist()
+    assert tokens == ours[0, len(prompt) :].tolist()
