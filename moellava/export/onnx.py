@@ -7,7 +7,6 @@ write_graph      one module
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -127,7 +126,7 @@ def write_graph(module: nn.Module, example: Tensor, path: Path, *, names: tuple[
         expected = module(example)
     with replacing(path) as part:
         program.save(part, external_data=False)
-        difference = _difference(_session(part)(names[0], example), expected)
+        difference = _difference(_run(part, example, label), expected)
         if not difference <= LARGEST_DIFFERENCE:
             raise ValueError(
                 f"{label}: onnxruntime's output differs from torch's by {difference:.1e} of the "
@@ -152,11 +151,18 @@ def _class_name(module: nn.Module) -> str:
     return type(module.encoder if isinstance(module, _Tower) else module).__name__
 
 
-def _session(path: Path) -> Callable[[str, Tensor], Tensor]:
+def _run(path: Path, example: Tensor, label: str) -> Tensor:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda name, value: torch.from_numpy(session.run(None, {name: value.numpy()})[0])
+    (given,) = session.get_inputs()
+    if isinstance(given.shape[0], int):
+        raise ValueError(
+            f"{label} cannot be exported to ONNX: its graph takes {given.shape[0]} images and no "
+            "other number. Run it with moellava, or choose another tower or projector."
+        )
+    output: Tensor = torch.from_numpy(session.run(None, {given.name: example.numpy()})[0])
+    return output
 
 
 def _difference(found: Tensor, expected: Tensor) -> float:

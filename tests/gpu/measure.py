@@ -360,12 +360,12 @@ def run(machine: Machine) -> list[str]:
     return problems
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: does it run?")
     parser.add_argument("--json", type=Path, help="the same rows, for programs")
-    given = parser.parse_args()
+    given = parser.parse_args(words)
     device = torch.device(given.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device; --device cpu --tiny runs the same code at toy size")

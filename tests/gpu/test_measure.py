@@ -1,7 +1,6 @@
 """The script for a GPU runs at toy size on a CPU, so that it works when a card is at hand."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,16 +10,15 @@ from tests.gpu.measure import SECTIONS, TINY, Machine, Row
 
 
 @pytest.mark.slow
-def test_every_section_runs_at_toy_size(tmp_path):
-    script, out = Path(__file__).with_name("run"), tmp_path / "out.json"
-    words = [str(script), "--device", "cpu", "--tiny", "--json", str(out)]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_every_section_runs_at_toy_size(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    measure.main(["--device", "cpu", "--tiny", "--json", str(out)])
     found = json.loads(out.read_text())
     names = {row["section"] for row in found["rows"]}
     assert names == {section.__name__ for section in SECTIONS} - {"skipped_tests"}
     assert all(row["value"] > 0 for row in found["rows"])
-    assert "| bounds |" in done.stdout
+    assert "| bounds |" in capsys.readouterr().out
+    assert (Path(measure.__file__).parent / "run").read_text().endswith('tests.gpu.measure "$@"\n')
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(monkeypatch):
