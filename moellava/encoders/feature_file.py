@@ -242,8 +242,8 @@ def _prepare(partial: Path, header: bytes, bytes_per_image: int, num_images: int
         num_bytes = partial.stat().st_size - len(header)
         if not is_same or num_bytes > bytes_per_image * num_images:
             raise FileExistsError(
-                f"{partial} is unfinished work on other images or with another tower, or in another "
-                "precision; delete it to start anew."
+                f"{partial} is unfinished work on other images or with another tower, or in "
+                "another precision; delete it to start anew."
             )
         done = num_bytes // bytes_per_image
         file.truncate(len(header) + done * bytes_per_image)  # a kill may have cut an image in two
