@@ -199,6 +199,9 @@ def test_llama_cpp_gives_the_same_greedy_tokens(name, save, tmp_path):
     wide = {"hidden_size": 256, "intermediate_size": 512}  # what GGUF's blocks ask for
     fields = MODELS[name]
     model, folder = save({**fields, **wide} if fields is not None else None)
+    with torch.no_grad():  # llama.cpp does not report tokens of incomplete characters
+        model.lm_head.weight[:259] = 0
+    model.save_pretrained(folder)
     export_mixtral(folder, tmp_path / "out")
     converter = Path(os.environ["MOELLAVA_LLAMA_CPP"]) / "convert_hf_to_gguf.py"
     gguf = tmp_path / "model.gguf"

@@ -12,7 +12,7 @@ from moellava.export.onnx import write_graph
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.projector import ProjectorShape, build_projector, projectors
 from moellava.testing import TINYLLAMA
-from tests.encoders.test_transformers_towers import write_clip, write_siglip
+from tests.encoders.test_transformers import write_clip, write_siglip
 
 SMALL = {
     "perceiver": {"num_latents": 4, "num_layers": 1},
