@@ -212,7 +212,7 @@ def test_llama_cpp_gives_the_same_greedy_tokens(name, save, tmp_path):
     params.model.path = str(gguf)
     params.n_ctx, params.n_gpu_layers, params.warmup = 256, 0, False
     params.cpuparams.n_threads = 1
-    # By default keys and values are kept in float16, whose rounding may turn a router.
+    # By default keys and values are kept in float16.
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
