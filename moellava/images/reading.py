@@ -14,11 +14,10 @@ from typing import TypedDict
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from typing_extensions import Unpack
 
 from moellava.images.eight_bit import array_to_pil, to_eight_bit
-from moellava.images.image_like import ImageLike
+from moellava.images.image_like import ImageLike, is_tensor
 from moellava.images.kinds import (
     HEADER_BYTES,
     Decode,
@@ -79,7 +78,7 @@ def to_pil(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
         return to_pil(stored, **view)  # type: ignore[arg-type]  # a TypeError if it is not an image
     if (kind := kind_of_object(image)) is not None:
         return _decoded(kind.decode, image, options, f"The {kind.name} object")
-    if isinstance(image, Tensor):
+    if is_tensor(image):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):

@@ -66,3 +66,12 @@ def eval_rows(eval_folder):
 @pytest.fixture(scope="session")
 def tiny_loaded(eval_folder):
     return load_pretrained_model(parts_of(eval_folder), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def eval_checkpoint(tiny_loaded, eval_folder):
+    """`tiny_loaded`, saved."""
+    folder = eval_folder / "saved"
+    tiny_loaded.model.save_pretrained(folder)
+    tiny_loaded.processor.save_pretrained(folder)
+    return folder

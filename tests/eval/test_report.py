@@ -30,7 +30,7 @@ def report(tmp_path):
     path = tmp_path / "p.jsonl"
     path.write_text("".join(f"{row.as_line()}\n" for row in rows), encoding="utf-8")
     write_results(
-        tmp_path, path, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
+        tmp_path, rows, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
         facts={"checkpoint": EVIL, "data": EVIL},
         load_image=lambda name: Image.new("RGB", (300, 200), (200, 0, 0)),
     )  # fmt: skip
@@ -90,6 +90,24 @@ def test_what_a_reader_has_to_know_stands_above_the_list(report):
     assert "1 questions are about images of the training set" in above
     for title in ("What the image adds", "Without leaked images", "Closed answers", "Settings"):
         assert f"<h2>{title}</h2>" in above
+
+
+def test_every_group_has_its_calibration_picture(tmp_path):
+    rows = [
+        Prediction(
+            id=str(number), answer=truth, truth=truth, answer_type="closed",
+            answer_type_from="data", groups={"modality": "CT<" if number < 4 else "MR"},
+            probabilities={"yes": number / 10, "no": 1 - number / 10},
+        )
+        for number, truth in enumerate(["no", "yes", "no", "yes", "yes", "yes"])
+    ]  # fmt: skip
+    scores = write_results(tmp_path, rows, num_resamples=50)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for name in ("all", "modality: CT&lt;", "modality: MR"):
+        assert f"<figcaption>{name}</figcaption>" in page
+    area = scores["probabilities"]["all"]["auroc"]
+    assert f'<td class="number">{area["value"]:.3f}</td>' in page
+    assert f"{area['low']:.3f} to {area['high']:.3f}" in page
 
 
 def test_confusion_counts_both_and_neither_apart():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from moellava.data import Row, Turn
 from moellava.eval.asking import Asker
@@ -15,6 +16,7 @@ from moellava.eval.baselines import ALL_BASELINES
 from moellava.eval.predictions import read_predictions
 from moellava.eval.run import evaluate
 from moellava.eval.settings import EvaluationSettings
+from tests.eval.contract import read_and_check
 
 NEW = 4
 
@@ -40,6 +42,7 @@ def results(tiny_loaded, eval_rows, eval_folder, tmp_path_factory):
 
 def test_files_and_their_contract(results):
     scores, out = results
+    read_and_check(out)
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     predictions = list(read_predictions(out / "predictions.jsonl"))
@@ -80,6 +83,8 @@ def test_baselines_are_other_answers_to_the_same_questions(results):
     assert {one.answer for one in frequent if one.answer_type == "closed"} <= {"yes", "no"}
     blind = list(read_predictions(out / "baselines" / "no_image.jsonl"))
     assert {one.num_images_seen for one in blind} == {0}
+    seen = {name: entry["num_images_seen"] for name, entry in scores["baselines"].items()}
+    assert seen == {"blank": 28, "other_image": 28, "no_image": 0, "most_frequent": None}
 
 
 def test_what_the_image_adds_is_the_difference(results):
@@ -134,6 +139,13 @@ def test_the_prompt_reaches_the_model(tiny_loaded, eval_rows, tmp_path, monkeypa
     assert all("Is this a CT image?\nThink first." in text for text in read)
 
 
+def test_progress_is_shown_if_asked_for(tiny_loaded, eval_rows, tmp_path, capsys):
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "quiet", settings())
+    assert "question" not in capsys.readouterr().err
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "shown", settings(progress=True))
+    assert "predictions: 100%" in capsys.readouterr().err
+
+
 def test_answers_of_other_settings_are_not_mixed(tiny_loaded, eval_rows, tmp_path):
     evaluate(tiny_loaded, eval_rows[:2], tmp_path, settings())
     with pytest.raises(
@@ -148,6 +160,44 @@ def test_rows_without_answers_are_an_error(tiny_loaded, tmp_path):
     rows = [Row(id="1", images=(), turns=(Turn("user", "Q?"),))]
     with pytest.raises(ValueError, match="none of 1 rows has an answer"):
         evaluate(tiny_loaded, rows, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([], {}, r"rows\.json.*no row"),
+        ([("1", "CT?", " ")], {}, r"rows\.json, row 0 \(id '1'\): turn 1 \(assistant\) is empty"),
+        ([("1", "CT?", "yes")], {"split": "test"}, r"rows\.json: no usable row of split 'test'"),
+    ],
+)
+def test_data_without_truths_or_rows_is_named(tiny_loaded, tmp_path, rows, options, message):
+    records = [
+        {"id": row_id, "conversations": [{"from": "human", "value": question},
+                                         {"from": "gpt", "value": answer}]}
+        for row_id, question, answer in rows
+    ]  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(records))
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_loaded, tmp_path / "rows.json", tmp_path / "out", settings(), **options)
+
+
+def test_a_checkpoint_that_cannot_see_images_is_refused(eval_folder, eval_rows, tmp_path):
+    with pytest.raises(ValueError, match="mm_vision_tower"):
+        evaluate(eval_folder / "tinyllama_tiny", eval_rows, tmp_path / "out", settings())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_does_not_change_an_answer_in_float32(eval_checkpoint, eval_rows, tmp_path):
+    for device in ("cpu", "cuda"):
+        evaluate(
+            eval_checkpoint, eval_rows, tmp_path / device, settings(device=device, dtype="float32")
+        )
+    answers = [
+        [one.answer for one in read_predictions(tmp_path / device / "predictions.jsonl")]
+        for device in ("cpu", "cuda")
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_one_image_cannot_be_another(tiny_loaded, eval_rows, tmp_path):
@@ -183,7 +233,7 @@ append = AnswerFile.append
 def slow(self, predictions):
     append(self, predictions)
     print("batch", flush=True)
-    time.sleep(0.3)
+    time.sleep(0.1)
 AnswerFile.append = slow
 loaded = load_pretrained_model(parts_of(folder), dtype="float32")
 settings = EvaluationSettings(
@@ -227,5 +277,5 @@ def test_a_killed_run_ends_with_the_same_files(eval_folder, tmp_path):
     assert start(killed).wait() == 0
     for name in ("predictions.jsonl", "baselines/blank.jsonl", "baselines/most_frequent.jsonl"):
         assert without_seconds(killed / name) == without_seconds(whole / name)
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in (whole, killed)]
-    assert scores[0] == scores[1]
+    for name in ("scores.json", "report.html"):
+        assert (killed / name).read_text() == (whole / name).read_text()

@@ -89,6 +89,20 @@ def test_the_hot_patch_of_a_figure_is_on_its_pixels(explanation):
     assert (rows.min(), rows.max() + 1) == pytest.approx((3 * 18, 4 * 18), abs=2)
 
 
+@pytest.mark.parametrize("size", [(1200, 150), (150, 1200)], ids=["wide", "tall"])
+def test_a_long_picture_fits_a_page(size):
+    from moellava.explain.drawing.overlays import draw_overlay
+    from moellava.explain.frames import Frame
+
+    frame = Frame(left=0, top=0, right=size[0], bottom=size[1], width=size[0], height=size[1])
+    values = np.eye(4, dtype=np.float32)
+    figure = draw_overlay(
+        Image.new("RGB", size), frame, values, values, title="", label="", is_signed=False
+    )
+    assert figure.get_figwidth() < 10
+    assert figure.get_figheight() < 8
+
+
 def test_both_maps_share_one_scale(explanation):
     figure = explanation.draw_overlay()
     largest = max(explanation.map().max(), explanation.map(blank=True).max())
