@@ -304,10 +304,14 @@ def encoder(machine: Machine) -> Iterator[Row]:
     import open_clip
 
     from moellava.encoders import BiomedClipEncoder
-    from moellava.testing import write_biomedclip
+    from moellava.testing import BIOMEDBERT, write_biomedbert, write_biomedclip
 
     with tempfile.TemporaryDirectory() as folder:
         repo = write_biomedclip(Path(folder) / "biomedclip", vision=machine.sizes.tower)
+        # open_clip builds the text tower too: it is to look for that here, and not on the hub.
+        config_file = repo / "open_clip_config.json"
+        text = str(write_biomedbert(Path(folder) / "biomedbert"))
+        config_file.write_text(config_file.read_text().replace(BIOMEDBERT, text))
         ours = BiomedClipEncoder.from_pretrained(
             repo, dtype=torch.bfloat16, device=machine.device
         ).eval()
