@@ -8,7 +8,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli import data, encoders, explain
+from moellava.cli import data, encoders, explain, export
 from moellava.cli import eval as evaluation
 from moellava.cli.ask import ask
 from moellava.cli.chat import chat
@@ -75,6 +75,7 @@ app.command()(encoders.classify)
 app.add_typer(encoders.app, name="encoders")
 app.add_typer(data.app, name="data")
 app.add_typer(explain.app, name="explain")
+app.add_typer(export.app, name="export")
 app.add_typer(evaluation.app, name="eval")
 
 

@@ -68,8 +68,12 @@ def encode(
         int | None, typer.Option(help="Pixels; the trained size if not given.")
     ] = None,
     device: Device = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Such as bfloat16; float32 if not given.")
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16, or auto: bfloat16 where it is fast. As the tower is loaded if "
+            "not given, which is float32 for BiomedCLIP."
+        ),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -89,6 +93,7 @@ def encode(
     """Write the patch tokens of a folder of images to a safetensors file; a killed run resumes."""
     from moellava.encoders import create_encoder
     from moellava.encoders.feature_file import encode_files
+    from moellava.encoders.precision import choose_precision
     from moellava.images import image_suffixes
     from moellava.images.folder import find_images
 
@@ -106,7 +111,6 @@ def encode(
         None,
         encoder,
         device=device,
-        dtype=dtype,
         revision=revision,
         cache_dir=cache_dir,
         local_files_only=local_files_only,
@@ -116,7 +120,20 @@ def encode(
         skipped = first_names([str(path.relative_to(folder)) for path in without_pixels])
         typer.echo(f"{len(without_pixels)} DICOM files without pixels are skipped: {skipped}")
     names = [path.relative_to(folder).as_posix() for path in paths]
-    done = encode_files(tower, paths, names, out, batch_size=batch_size, progress=True, view=view)
+    if precision is not None:
+        dtype, reason = choose_precision(precision, tower.device)
+        precision = str(dtype).removeprefix("torch.")
+        typer.echo(f"precision: {precision}, {reason}")
+    done = encode_files(
+        tower,
+        paths,
+        names,
+        out,
+        batch_size=batch_size,
+        progress=True,
+        precision=precision,
+        view=view,
+    )
     typer.echo(
         f"{out}: {len(paths)} images, {tower.num_patches} patch tokens of width {tower.hidden_size}"
     )

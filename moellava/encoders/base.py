@@ -35,6 +35,7 @@ from moellava.encoders.outputs import (
     VisionEncoderOutput,
     synthesize_patch_tokens,
 )
+from moellava.encoders.precision import in_precision
 from moellava.images import Images
 from moellava.storage.errors import reading
 from moellava.storage.sources import Source, find_file, parse_source, split_hub_keywords
@@ -194,14 +195,25 @@ class VisionEncoder(PreTrainedModel):
             patch_tokens=tokens, pooled=trunk.pooled, synthesized=self.synthesized
         )
 
-    def encode(self, images: Images, *, batch_size: int = 16, progress: bool = False) -> Tensor:
+    def encode(
+        self,
+        images: Images,
+        *,
+        batch_size: int = 16,
+        progress: bool = False,
+        precision: str | None = None,
+    ) -> Tensor:
         """Patch tokens (B, N, D) of images, without gradients, on the encoder's device.
 
         Args:
             images: one image or a list: PIL, a path (DICOM and NIfTI included), an array or tensor
                 (H, W), (H, W, C) or (C, H, W), uint8, uint16 or float in 0..1.
+            precision: `float32`, `bfloat16`, or `auto`, which is bfloat16 where the hardware
+                multiplies it and says so in an INFO line; None is the encoder's own dtype. The
+                encoder stays as it is, and the tokens have the dtype they were computed in.
         """
-        return encode_images(self, images, batch_size=batch_size, progress=progress)
+        encoder = in_precision(self, precision)
+        return encode_images(encoder, images, batch_size=batch_size, progress=progress)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from moellava.encoders.base import VisionEncoder
 from moellava.encoders.batches import encode_batches
+from moellava.encoders.precision import in_precision
 from moellava.images import ImageLike, to_pil
 from moellava.storage.errors import reading
 from moellava.storage.locking import locked
 from moellava.storage.weights import weights_fingerprint
 from moellava.storage.writing import replacing
 
-TOKENS, NAMES = "patch_tokens", "names"
+TOKENS, NAMES, PRECISION = "patch_tokens", "names", "precision"
 MOST_NAMES_IN_HEADER = 2**24  # bytes; safetensors refuses headers of more than 100 MB
 # safetensors' words for the dtypes that a tower can have.
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -72,6 +73,11 @@ class FeatureFile:
         words = {word: dtype for dtype, word in _DTYPES.items()}
         return words[self._open().get_dtype()]
 
+    @property
+    def precision(self) -> str:
+        """What the tower ran in, such as `bfloat16`; the tokens may be stored as something else."""
+        return self.metadata.get(PRECISION) or _dtype_name(self.dtype)
+
     def tokens(self, name: str) -> Tensor:
         """Patch tokens (N, D) of one image."""
         if name not in self._row_of:
@@ -110,6 +116,7 @@ def encode_files(
     *,
     batch_size: int = 16,
     progress: bool = False,
+    precision: str | None = None,
     dtype: torch.dtype | None = None,
     load_image: Callable[..., Image.Image] = to_pil,
     view: Mapping[str, object] | None = None,
@@ -123,7 +130,8 @@ def encode_files(
 
     Args:
         paths: whatever `load_image` takes.
-        dtype: what is stored; the encoder's if not given.
+        precision: what the tower runs in, as in `VisionEncoder.encode`; the file remembers it.
+        dtype: what is stored; the precision if not given.
         view: options of `moellava.images.View`, such as `window`.
         metadata: kept in the file as it is.
 
@@ -131,12 +139,14 @@ def encode_files(
         How many images an earlier, interrupted call had done.
 
     Raises:
-        FileExistsError: `out` exists, or the unfinished work is of other images or another tower.
+        FileExistsError: `out` exists, or the unfinished work is of other images, of another tower,
+            or in another precision.
         OSError: another process writes the same file.
         ValueError: an image cannot be read; its file is named. The images before it are kept.
     """
     if not paths:
         raise ValueError("There are no images to encode.")
+    encoder = in_precision(encoder, precision)
     dtype = dtype or encoder.dtype
     with locked(out):
         if out.exists():
@@ -161,6 +171,10 @@ def encode_files(
     return done
 
 
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def _as_written_today(setting: object) -> object:
     return "patch" if setting == "default" else setting  # before one word stood for both
 
@@ -182,6 +196,7 @@ def _header(
     metadata = {**given, **settings}
     metadata["synthesized"] = json.dumps(encoder.synthesized)
     metadata.setdefault("weights", str(weights_fingerprint(encoder.state_dict())))
+    metadata.setdefault(PRECISION, _dtype_name(encoder.dtype))
     metadata["images"] = _fingerprint(paths)
     if chosen := {name: value for name, value in view.items() if value is not None}:
         metadata["view"] = json.dumps(chosen)
@@ -227,8 +242,8 @@ def _prepare(partial: Path, header: bytes, bytes_per_image: int, num_images: int
         num_bytes = partial.stat().st_size - len(header)
         if not is_same or num_bytes > bytes_per_image * num_images:
             raise FileExistsError(
-                f"{partial} is unfinished work on other images or with another tower; delete it to "
-                "start anew."
+                f"{partial} is unfinished work on other images or with another tower, or in "
+                "another precision; delete it to start anew."
             )
         done = num_bytes // bytes_per_image
         file.truncate(len(header) + done * bytes_per_image)  # a kill may have cut an image in two

@@ -131,7 +131,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         )
 
     def _project(self, patch_tokens: Tensor) -> BaseModelOutputWithPooling:
-        image_embeds: Any = list(self.multi_modal_projector(patch_tokens))  # I of (N, D_t)
+        # Contiguous: vLLM's linear layers on a CPU take nothing else.
+        image_embeds: Any = list(self.multi_modal_projector(patch_tokens.contiguous()))  # (N, D_t)
         return BaseModelOutputWithPooling(
             last_hidden_state=patch_tokens, pooler_output=image_embeds
         )

@@ -89,7 +89,7 @@ class QFormerProjector(nn.Module):
         self.output_projection = nn.Linear(hidden_size, text_width)
 
     def forward(self, patch_tokens: Tensor) -> Tensor:
-        queries = self.query_tokens.expand(len(patch_tokens), -1, -1)
+        queries = self.query_tokens.expand(patch_tokens.shape[0], -1, -1)
         output = self.qformer(query_embeds=queries, encoder_hidden_states=patch_tokens)
         hidden: Tensor = output.last_hidden_state.to(self.output_projection.weight.dtype)
         image_embeds: Tensor = self.output_projection(hidden)

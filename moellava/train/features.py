@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moellava.data.rows import Row
 from moellava.encoders import VisionEncoder
-from moellava.encoders.feature_file import FeatureFile, encode_files
+from moellava.encoders.feature_file import PRECISION, FeatureFile, encode_files
 from moellava.images import ImageLike, image_key, load_image
 from moellava.storage.weights import weights_fingerprint
 
@@ -32,11 +32,12 @@ class ImageFeatures:
         file = self.file
         anew = "Delete the file to encode anew, or give data.features another name."
         file.require_encoder(encoder)
-        if dtype == torch.float32 and file.dtype != torch.float32:
-            stored = str(file.dtype).removeprefix("torch.")
-            raise ValueError(
-                f"{file.path} holds features as {stored}, but optim.precision is fp32. {anew}"
-            )
+        stored = str(file.dtype).removeprefix("torch.")
+        for name, what in ((stored, "as"), (file.precision, "computed in")):
+            if dtype == torch.float32 and name != "float32":
+                raise ValueError(
+                    f"{file.path} holds features {what} {name}, but optim.precision is fp32. {anew}"
+                )
         if file.metadata.get("weights") != str(weights_fingerprint(encoder.state_dict())):
             raise ValueError(
                 f"{file.path} holds features of a tower with other weights than the model's. {anew}"
@@ -82,6 +83,9 @@ def encode_rows(
     if not path.exists():
         logger.info("%s: encoding %d images once", path, len(images))
         path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"weights": str(weights_fingerprint(encoder.state_dict()))}
+        if autocast:
+            metadata[PRECISION] = "bfloat16"
         context = (
             torch.autocast(encoder.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
         )
@@ -94,7 +98,7 @@ def encode_rows(
                 dtype=dtype,
                 progress=progress,
                 load_image=load_image,
-                metadata={"weights": str(weights_fingerprint(encoder.state_dict()))},
+                metadata=metadata,
             )
     features = ImageFeatures(path)
     features.require(encoder, images, dtype)

@@ -1,7 +1,7 @@
 """Encoders at BiomedCLIP's real dimensions, each number a ratio to a rival measured in the same
 run.
 
-    python -m tests.benchmarks.encoders [load tokens preprocess folder]
+    python -m tests.benchmarks.encoders [load tokens precision preprocess folder]
 
 Weights are random (a stand-in in the layout of the 784 MB pickle, its text tower BERT-base).
 """
@@ -26,6 +26,7 @@ from PIL import Image
 
 from moellava.encoders import BiomedClipEncoder
 from moellava.encoders.feature_file import encode_files
+from moellava.encoders.precision import choose_precision, in_precision
 from moellava.testing import write_biomedclip
 
 # Run in a fresh process: the seconds, or the peak resident megabytes, that loading costs above the
@@ -166,6 +167,28 @@ def tokens(repo: Path) -> None:
     row("patch tokens, batch of 16", "images/s", ours, theirs, ratio, ">= 1.05")
 
 
+def precision(repo: Path) -> None:
+    """Patch tokens in bfloat16 against open_clip's own encode_image, with the cosine to float32."""
+    import open_clip
+
+    encoder = BiomedClipEncoder.from_pretrained(repo)
+    half = in_precision(encoder, "bfloat16")
+    model, _ = open_clip.create_model_from_pretrained(f"local-dir:{repo}")
+    model.eval()
+    pixels = torch.randn(16, 3, 224, 224)
+    narrow = pixels.bfloat16()
+    with torch.inference_mode():
+        calls = {"ours": lambda: half(narrow), "theirs": lambda: model.encode_image(pixels)}
+        seconds = alternate(calls, rounds=7)
+        exact, found = encoder(pixels).patch_tokens, half(narrow).patch_tokens.float()
+    ours, theirs = ([16 / s for s in seconds[name]] for name in ("ours", "theirs"))
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    row("patch tokens in bfloat16, batch of 16", "images/s", ours, theirs, ratio, ">= 2.5")
+    cosine = torch.nn.functional.cosine_similarity(found, exact, dim=-1)
+    print(f"\nauto: {choose_precision('auto', encoder.device)}")
+    print(f"cosine to float32: mean {cosine.mean():.5f}, least {cosine.min():.5f}")
+
+
 def preprocess(repo: Path) -> None:
     """64 mixed images against open_clip's transform, with equal results."""
     from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -212,7 +235,13 @@ def folder(repo: Path) -> None:
     row("encode a folder of 200 JPEGs", "images/s", ours, theirs, ratio, ">= 0.9")
 
 
-BENCHMARKS = {"load": load, "tokens": tokens, "preprocess": preprocess, "folder": folder}
+BENCHMARKS = {
+    "load": load,
+    "tokens": tokens,
+    "precision": precision,
+    "preprocess": preprocess,
+    "folder": folder,
+}
 
 
 def main() -> None:

@@ -192,3 +192,15 @@ def test_encode_skips_a_structured_report_by_name(folder, small_biomedclip, tmp_
     assert code == 0, text
     assert "1 DICOM files without pixels are skipped: sub/report.dcm" in text
     assert "5 images" in text
+
+
+def test_encode_says_which_precision_it_chose(folder, small_biomedclip, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    words = ["encode", folder, "--out", tmp_path / "out", "--encoder", small_biomedclip]
+    code, text = run(*words, "--precision", "auto")
+    assert code == 0, text
+    assert "precision: bfloat16, this CPU multiplies bfloat16 (amx_bf16)" in text
+    assert load_file(tmp_path / "out")["patch_tokens"].dtype == torch.bfloat16
+    code, text = run(*words[:3], tmp_path / "other", *words[4:], "--precision", "half")
+    assert code == 1
+    assert "Unknown precision 'half'" in text

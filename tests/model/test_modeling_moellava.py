@@ -177,3 +177,13 @@ def test_a_dense_language_model_has_no_router(parts, images):
     assert output.logits.shape == (1, ids.shape[1], 32001)
     assert output.router_logits is None
     assert output.aux_loss is None
+
+
+def test_the_projector_is_given_contiguous_patch_tokens(loaded, pixels):
+    given = []
+    projector = loaded.model.model.multi_modal_projector
+    hook = projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        loaded.model.get_image_features(pixels)
+    hook.remove()
+    assert [tokens.is_contiguous() for tokens in given] == [True]

@@ -1,8 +1,13 @@
 """Features of a frozen tower are kept, and refused if they are of another."""
 
 import pytest
+import torch
 
+from moellava.encoders import create_encoder
+from moellava.encoders.feature_file import encode_files
+from moellava.testing.datasets import picture
 from moellava.train import train
+from moellava.train.features import ImageFeatures
 from tests.train.tiny import losses, parts_of, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -40,3 +45,16 @@ def test_kept_features_give_the_losses_of_encoding_each_time(tiny, tmp_path):
     )
     with pytest.raises(ValueError, match="features of a tower with other weights than the model's"):
         train(recipe, show_progress=False)
+
+
+def test_training_in_float32_refuses_features_that_were_computed_in_bfloat16(
+    small_biomedclip, tmp_path
+):
+    encoder = create_encoder("biomedclip", small_biomedclip)
+    out = tmp_path / "f.safetensors"
+    options = {"precision": "bfloat16", "dtype": torch.float32}
+    encode_files(encoder, [picture(0)], ["a"], out, **options)
+    features = ImageFeatures(out)
+    features.require(encoder, ["a"], torch.bfloat16)
+    with pytest.raises(ValueError, match=r"computed in bfloat16, but optim\.precision is fp32"):
+        features.require(encoder, ["a"], torch.float32)

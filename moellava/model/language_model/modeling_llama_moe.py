@@ -115,10 +115,29 @@ class LlamaMoeModel(LlamaMoePreTrainedModel, LlamaModel):
         self.gradient_checkpointing = False
         self.post_init()  # type: ignore[no-untyped-call]
 
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def forward(self, *args: Any, **kwargs: Any) -> MoeModelOutputWithPast:
+    def forward(  # spelled out: vLLM looks for names of arguments
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoeModelOutputWithPast:
         """As `LlamaModel`, but the output class has a place for the recorded router logits."""
-        return MoeModelOutputWithPast(**super().forward(*args, **kwargs))
+        outputs = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return MoeModelOutputWithPast(**outputs)
 
 
 class LlamaMoeForCausalLM(LlamaMoePreTrainedModel, LlamaForCausalLM, GenerationMixin):

@@ -1,5 +1,6 @@
 """The model against transformers' Mixtral and Llama: training, generation, round trips."""
 
+import inspect
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
@@ -427,3 +429,11 @@ def test_import_loads_no_training_or_quantisation_library():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "[]"
+
+
+def test_the_decoders_arguments_have_names():
+    """vLLM asks which arguments `forward` has before it starts."""
+    ours, llamas = (
+        inspect.signature(model.forward).parameters for model in (LlamaMoeModel, LlamaModel)
+    )
+    assert list(ours) == list(llamas)
