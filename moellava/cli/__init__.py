@@ -16,6 +16,7 @@ from moellava.cli.demo import demo
 from moellava.cli.serve import serve
 from moellava.cli.train import train
 from moellava.cli.verify import verify
+from moellava.cli.web import web
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ app = typer.Typer(
 app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
 app.command(short_help="Answer questions about images with a saved model.")(ask)
 app.command(short_help="Talk with a saved model about images.")(chat)
+app.command(short_help="Talk with a saved model in the browser.")(web)
 app.command(short_help="Answer OpenAI's chat completions over HTTP.")(serve)
 app.command(short_help="Train one stage by a recipe.")(train)
 app.command(short_help="Check that a tower and a language model are here and work.")(verify)
