@@ -6,7 +6,12 @@ from pathlib import Path
 
 from moellava.chat.transcript import save_transcript, transcript
 from moellava.messages import unknown_name
-from moellava.model.conversation import ChatModel, Conversation, read_picture
+from moellava.model.conversation import (
+    ChatModel,
+    Conversation,
+    read_picture,
+    require_chat_template,
+)
 
 HELP = """\
   /image PATH ...  show images with the next question
@@ -41,6 +46,7 @@ class TerminalChat:
     view: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_chat_template(self.loaded.processor)
         self.conversation = Conversation(self.loaded, system=self.system)
         self.waiting: list[dict[str, object]] = []
         self._commands: dict[str, Callable[[str], None]] = {

@@ -12,6 +12,7 @@ from moellava.images.dicom_file import GREY, read_dicom
 from moellava.images.dicom_grey import grey_range, grey_tags, shown_in
 from moellava.images.kinds import HEADER_BYTES, kind_of_file
 from moellava.images.optional import load_optional
+from moellava.images.picture import decode_picture
 from moellava.images.view import MAX_PIXELS, PLANES, View
 
 
@@ -84,14 +85,17 @@ def _describe_dicom(path: Path, view: View) -> ImageInfo:
 def _describe_nifti(path: Path, view: View) -> ImageInfo:
     nibabel = load_optional("nibabel", f"{path} is a NIfTI file", extra="nifti")
     image = nibabel.load(path)
-    axes = nibabel.io_orientation(image.affine)[:, 0]
-    natives = {int(axis): place for place, axis in enumerate(axes)}
+    orientation = nibabel.io_orientation(image.affine)
+    natives = {int(axis): place for place, axis in enumerate(orientation[:, 0])}
     sizes = {plane: int(image.shape[natives[axis]]) for plane, axis in PLANES.items()}
     view.check_size(sizes["sagittal"], sizes["coronal"], str(path))
     num_frames = {plane: sizes[plane] for plane in ("axial", "coronal", "sagittal")}
     native = natives[PLANES["axial"]]
+    middle = sizes["axial"] // 2
+    if orientation[native, 1] < 0:  # the file runs from head to feet
+        middle = sizes["axial"] - 1 - middle
     cut = [slice(None)] * 3
-    cut[native] = slice(sizes["axial"] // 2, sizes["axial"] // 2 + 1)
+    cut[native] = slice(middle, middle + 1)
     values = np.asanyarray(image.dataobj[(*cut, *(0 for _ in image.shape[3:]))])
     if values.dtype.kind not in "uif":
         return ImageInfo(num_frames=num_frames)
@@ -105,9 +109,13 @@ def _describe_nifti(path: Path, view: View) -> ImageInfo:
 
 
 def _describe_picture(path: Path, view: View) -> ImageInfo:
-    with Image.open(path) as image:
-        view.check_size(*image.size, str(path))
-        return ImageInfo(num_frames={"": int(getattr(image, "n_frames", 1))})
+    try:
+        with Image.open(path) as image:
+            view.check_size(*image.size, str(path))
+            return ImageInfo(num_frames={"": int(getattr(image, "n_frames", 1))})
+    except (Image.DecompressionBombError, OSError):
+        decode_picture(path, view, str(path))  # says what is wrong
+        raise
 
 
 _DESCRIBE: dict[str, Callable[[Path, View], ImageInfo]] = {

@@ -416,7 +416,17 @@ def encode_pictures(model: MoeLlavaForConditionalGeneration, pictures: Sequence[
         picture.embeds = own
 
 
+def require_chat_template(processor: MoeLlavaProcessor) -> None:
+    """Raise `ValueError` for a checkpoint that does not say how a conversation is written."""
+    if not processor.chat_template:
+        raise ValueError(
+            "The checkpoint has no chat template, so it is not known how questions are written to "
+            "its model. Add chat_template.jinja, as its training wrote them, to its folder."
+        )
+
+
 def _render(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> str:
+    require_chat_template(processor)
     messages = [{"role": turn.role, "content": _template_content(turn)} for turn in turns]
     try:
         return str(

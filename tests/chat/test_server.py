@@ -27,9 +27,9 @@ CT = get_testdata_file("CT_small.dcm", download=False)
 
 
 @contextmanager
-def running(loaded, **options):
+def running(loaded, name="toy", **options):
     """The address of a server with these options."""
-    app = create_app(loaded, name="toy", **options)
+    app = create_app(loaded, name=name, **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     listener = listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -13,7 +13,7 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import MutableHeaders
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,6 +22,7 @@ from moellava.chat.guard import LOOPBACK
 from moellava.chat.server import listening
 from moellava.chat.web.page import build_page
 from moellava.chat.web.session import Sessions, WebLimits
+from moellava.model.conversation import require_chat_template
 from moellava.model.loaded_model import LoadedModel
 
 _API = "/gradio_api"
@@ -56,14 +57,18 @@ def create_web_app(
     """The page's application, for any ASGI server; one in a process.
 
     Args:
-        folder: where uploads arrive. gradio takes it from GRADIO_TEMP_DIR, which is set to it.
+        folder: for uploads. gradio takes it from GRADIO_TEMP_DIR, which is set to a part of it.
         name: what the model is called on the page.
         system: the system prompt of every conversation, if any.
         local_only: answer only to requests that call this server localhost.
+
+    Raises:
+        ValueError: the model has no chat template.
     """
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    require_chat_template(loaded.processor)
     limits = limits or WebLimits()
     sessions = Sessions(loaded, folder, name=name, system=system, limits=limits)
+    os.environ["GRADIO_TEMP_DIR"] = str(sessions.arrivals)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +76,7 @@ def create_web_app(
         sessions.close_all()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_OnlyThePage)
+    app.add_middleware(_OnlyThePage, most_bytes=limits.session_bytes)
     if local_only:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
     mounted: FastAPI = gr.mount_gradio_app(
@@ -130,10 +135,11 @@ def _theme() -> gr.Theme:
 
 
 class _OnlyThePage:
-    """ASGI middleware: 404 for what the page does not need, and headers for the rest."""
+    """ASGI middleware: 404 for what the page does not need; bounded bodies, and headers."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
         self._app = app
+        self._most_bytes = most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -143,6 +149,19 @@ class _OnlyThePage:
         if path not in _PATHS and not path.startswith(_PATHS_BELOW):
             await PlainTextResponse("Not found.", 404)(scope, receive, send)
             return
+        length = Headers(scope=scope).get("content-length", "0")
+        if not length.isdigit() or int(length) > self._most_bytes:
+            message = f"The upload is larger than {self._most_bytes:,} bytes, the limit."
+            await PlainTextResponse(message, 413)(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            # A body that does not say its length is cut off, as if the client had left.
+            return message if num_bytes <= self._most_bytes else {"type": "http.disconnect"}
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -151,4 +170,4 @@ class _OnlyThePage:
                     headers[name] = value
             await send(message)
 
-        await self._app(scope, receive, send_with_headers)
+        await self._app(scope, receive_bounded, send_with_headers)

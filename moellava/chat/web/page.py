@@ -56,8 +56,8 @@ def build_page(sessions: Sessions, *, max_new_tokens: int) -> gr.Blocks:
 def _banner(name: str) -> str:
     return (
         f'<div class="moellava-head"><h1>{escape(name)}</h1>'
-        f"<span>{NO_DEVICE} Files stay on this machine and are deleted when the page is closed."
-        "</span></div>"
+        f"<strong>{NO_DEVICE}</strong><span>Files stay on the machine that runs this page, and are "
+        "deleted when you close it.</span></div>"
     )
 
 
@@ -78,9 +78,9 @@ class _Images:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self.files = gr.File(
-            label="Images: PNG, JPEG, TIFF, DICOM (also all files of a series), NIfTI",
+            label="PNG, JPEG, TIFF, NIfTI, DICOM or a whole series",
             file_count="multiple",
-            height=120,
+            height=140,
             elem_id="moellava-files",
         )
         self.choice = gr.Radio([], label="Shown", visible=False, elem_id="moellava-choice")
@@ -254,7 +254,8 @@ class _Chat:
         explaining = {"api_visibility": "private", "show_progress_on": self.chat, **_MODEL}
         self.explain.click(self._explain, self.kind, panel, **explaining)
         self.kind.input(self._explain, self.kind, panel, **explaining)
-        self.reset.click(self._reset, self._images.choice, asked, **_QUIET)
+        for cleared in (self.reset.click, self.chat.clear):  # the bin in the corner
+            cleared(self._reset, self._images.choice, asked, **_QUIET)
         self.save.click(self._save, None, self.saved, **_QUIET).then(
             None, self.saved, None, js=_DOWNLOAD, **_QUIET
         )

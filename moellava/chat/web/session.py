@@ -73,7 +73,7 @@ class Session:
     def add_files(self, uploads: Iterable[str]) -> list[str]:
         """Take uploaded files over; a message for each that is not an image."""
         moved = []
-        for upload in map(Path, uploads):
+        for upload in map(Path, dict.fromkeys(uploads)):
             folder = self._folder / str(self._num_uploads)  # two files may have one name
             folder.mkdir()
             self._num_uploads += 1
@@ -215,10 +215,13 @@ class Sessions:
         self, loaded: LoadedModel, folder: Path, *, name: str, system: str | None, limits: WebLimits
     ) -> None:
         self.loaded = loaded
-        self._folder = folder
+        self.arrivals = folder / "arrivals"  # uploads that no page has taken over yet
+        self._pages = folder / "pages"
         self._system = system
         self.name = name
         self.limits = limits
+        for part in (self.arrivals, self._pages):
+            part.mkdir(parents=True, exist_ok=True)
         self._open: dict[str, Session] = {}
         self._changing = threading.Lock()
 
@@ -236,7 +239,7 @@ class Sessions:
                     )
                 self._open[key] = Session(
                     self.loaded,
-                    self._folder,
+                    self._pages,
                     name=self.name,
                     system=self._system,
                     limits=self.limits,
@@ -244,11 +247,14 @@ class Sessions:
             return self._open[key]
 
     def close(self, key: str) -> None:
-        """Forget the session of a page that was left."""
+        """Forget the session of a page that was left, and delete its uploads."""
         with self._changing:
             session = self._open.pop(key, None)
-        if session is not None:
-            session.close()
+            if session is not None:
+                session.close()
+            if not self._open:  # of uploads that were broken off
+                for path in self.arrivals.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def close_all(self) -> None:
         """Forget all of them."""
