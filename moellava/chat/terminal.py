@@ -1,5 +1,6 @@
 """Lines that a person types → streamed answers: the loop of `moellava chat`."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,8 @@ class TerminalChat:
         if not text:
             raise ValueError("Give a path: /image scan.png")
         whole = Path(text).expanduser()
-        for path in [text] if whole.exists() else text.split():  # a path may hold spaces
+        # A path may hold spaces, bare or, as a terminal writes those dropped into it, quoted.
+        for path in [text] if whole.exists() else shlex.split(text):
             self._add_image(path)
 
     def _add_image(self, path: str) -> None:

@@ -400,6 +400,12 @@ def address_of(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def test_a_model_without_a_chat_template_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.processor, "chat_template", None)
+    with pytest.raises(ValueError, match=r"no chat template.*Add chat_template\.jinja"):
+        create_app(loaded, name="toy")
+
+
 def test_a_port_in_use_is_said_before_the_model_is_loaded(checkpoint):
     from typer.testing import CliRunner
 

@@ -132,6 +132,7 @@ class Session:
     ) -> Iterator[None]:
         updated = 0.0
         try:
+            yield  # the question is seen while the model reads it
             for piece in pieces:
                 exchange.answer += piece
                 if self._is_stopped.is_set():

@@ -112,6 +112,14 @@ def test_a_body_without_a_length_is_cut_off(address, folder):
     assert max(sizes, default=0) <= 1_000_000
 
 
+def test_a_browser_that_reads_slowly_does_not_hold_up_others(address):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connection.recv(1)
+        assert httpx.get(address).status_code == 200
+
+
 def test_a_web_page_under_another_name_is_refused(address):
     response = httpx.get(address, headers={"host": "evil.example"})
     assert response.status_code == 400
