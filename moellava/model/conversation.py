@@ -8,7 +8,7 @@
 | `answer_batch` | answers to several conversations at once |
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
@@ -39,6 +39,7 @@ VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 # {"role": "user", "content": "..."}, or a list of items:
 # {"type": "text", "text": "..."} and {"type": "image", "image": any image, "window": "lung"}.
 Message: TypeAlias = Mapping[str, object]
+Pieces: TypeAlias = Generator[str, None, None]
 
 
 class ChatModel(Protocol):
@@ -161,13 +162,16 @@ class Conversation:
         """
         return "".join(self.stream(text, images, **generation))
 
-    def stream(self, text: str, images: object = (), **generation: object) -> Iterator[str]:
-        """As `ask`, in pieces. Leaving the loop early stops the answer, and keeps what came."""
+    def stream(self, text: str, images: object = (), **generation: object) -> Pieces:
+        """As `ask`, in pieces.
+
+        Leaving the loop early, or `close()`, stops the answer, and keeps what came.
+        """
         items = [*(_image_item(image) for image in _as_list(images)), _text_item(text)]
         turn = read_message(self._loaded.processor, {"role": "user", "content": items})
         return self._start((*self._turns, turn), generation)
 
-    def answer(self, **generation: object) -> Iterator[str]:
+    def answer(self, **generation: object) -> Pieces:
         """The answer to the messages as they are, the last of which is the user's, in pieces."""
         return self._start(self._turns, generation)
 
@@ -175,7 +179,7 @@ class Conversation:
         if self._is_answering:
             raise ValueError("This conversation is being answered. Read or close the stream first.")
 
-    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, object]) -> Iterator[str]:
+    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, object]) -> Pieces:
         self._require_idle()
         require_question(turns)
         require_generation_options(generation)
@@ -196,7 +200,7 @@ class Conversation:
         pieces: Iterator[str],
         before: tuple[Turn, ...],
         turns: tuple[Turn, ...],
-    ) -> Iterator[str]:
+    ) -> Pieces:
         self._require_idle()
         if self._turns is not before:
             raise ValueError("The conversation has changed since this answer was asked for.")

@@ -1,8 +1,4 @@
-"""The page over HTTP: `create_web_app`, and `serve_web`, which runs it until it is stopped.
-
-Of all that gradio offers, only what the page needs can be reached: no files, no proxy, no history,
-no calls by name. The browser is told to fetch nothing from anywhere else.
-"""
+"""The page over HTTP: `create_web_app`, and `serve_web`, which runs it until it is stopped."""
 
 import os
 import tempfile
@@ -13,35 +9,15 @@ from pathlib import Path
 import gradio as gr
 import uvicorn
 from fastapi import FastAPI
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moellava.chat.guard import LOOPBACK
 from moellava.chat.server import listening
 from moellava.chat.web.page import build_page
+from moellava.chat.web.page_guard import PageGuard
 from moellava.chat.web.session import Sessions, WebLimits
 from moellava.model.conversation import require_chat_template
 from moellava.model.loaded_model import LoadedModel
-
-_API = "/gradio_api"
-_PATHS = ("/", "/config", "/theme.css", "/favicon.ico", f"{_API}/startup-events")
-_PATHS_BELOW = (
-    *("/assets/", "/static/", f"{_API}/heartbeat/", f"{_API}/queue/"),
-    *(f"{_API}/upload", f"{_API}/info", f"{_API}/cancel"),
-)
-_HEADERS = {
-    # Pictures stand in the page as data; an answer that names an address fetches nothing.
-    "Content-Security-Policy": (
-        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-        "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-        "worker-src 'self' blob:; frame-ancestors 'none'; base-uri 'self'; form-action 'self'"
-    ),
-    "Referrer-Policy": "no-referrer",
-    "X-Content-Type-Options": "nosniff",
-    "Cache-Control": "no-store",
-}
 
 
 def create_web_app(
@@ -76,7 +52,7 @@ def create_web_app(
         sessions.close_all()
 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_OnlyThePage, most_bytes=limits.session_bytes)
+    app.add_middleware(PageGuard, uploads=sessions.arrivals, most_bytes=limits.session_bytes)
     if local_only:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
     mounted: FastAPI = gr.mount_gradio_app(
@@ -132,42 +108,3 @@ def _theme() -> gr.Theme:
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )
-
-
-class _OnlyThePage:
-    """ASGI middleware: 404 for what the page does not need; bounded bodies, and headers."""
-
-    def __init__(self, app: ASGIApp, most_bytes: int) -> None:
-        self._app = app
-        self._most_bytes = most_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        path = scope["path"]
-        if path not in _PATHS and not path.startswith(_PATHS_BELOW):
-            await PlainTextResponse("Not found.", 404)(scope, receive, send)
-            return
-        length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdigit() or int(length) > self._most_bytes:
-            message = f"The upload is larger than {self._most_bytes:,} bytes, the limit."
-            await PlainTextResponse(message, 413)(scope, receive, send)
-            return
-        num_bytes = 0
-
-        async def receive_bounded() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            # A body that does not say its length is cut off, as if the client had left.
-            return message if num_bytes <= self._most_bytes else {"type": "http.disconnect"}
-
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers[name] = value
-            await send(message)
-
-        await self._app(scope, receive_bounded, send_with_headers)

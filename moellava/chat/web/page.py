@@ -17,7 +17,7 @@ from moellava.explain import KINDS
 
 PRESETS = (
     "What modality is this?",
-    "Which part of the body is shown?",
+    "Which organ is shown?",
     "Is anything abnormal?",
     "Describe the image.",
 )
@@ -78,7 +78,7 @@ class _Images:
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
         self.files = gr.File(
-            label="PNG, JPEG, TIFF, NIfTI, DICOM or a whole series",
+            label="PNG, JPEG, DICOM, NIfTI",
             file_count="multiple",
             height=140,
             elem_id="moellava-files",
@@ -212,7 +212,7 @@ class _Chat:
             latex_delimiters=[],
         )
         with gr.Row():
-            presets = [gr.Button(text, size="sm", min_width=140) for text in PRESETS]
+            presets = [gr.Button(text, size="sm", min_width=130) for text in PRESETS]
         self.question = gr.Textbox(
             show_label=False,
             placeholder="Ask about the images",
@@ -229,9 +229,9 @@ class _Chat:
                 0, 2, 0, step=0.05, label="Temperature (0: the likeliest answer)"
             )
         with gr.Row():
-            self.explain = gr.Button("Show where it looked", size="sm", min_width=140)
-            self.reset = gr.Button("New conversation", size="sm", min_width=140)
-            self.save = gr.Button("Download conversation", size="sm", min_width=140)
+            self.explain = gr.Button("Show where it looked", size="sm", min_width=130)
+            self.reset = gr.Button("New conversation", size="sm", min_width=130)
+            self.save = gr.Button("Download conversation", size="sm", min_width=130)
         with gr.Accordion("Where the model looked", open=True, visible=False) as self.looked:
             self.kind = gr.Radio(list(KINDS), value="attention", label="Map")
             self.overlay = gr.HTML(elem_id="moellava-overlay", elem_classes="moellava-panel")
@@ -249,7 +249,7 @@ class _Chat:
         self.question.submit(self._ask, [self.question, *settings], asked, **options)
         for preset in presets:
             preset.click(self._ask, [preset, *settings], asked, **options)
-        self.question.stop(self._stop, queue=False, **_QUIET)
+        self.question.stop(self._stop, **_QUIET)  # a queue of its own: it does not wait
         panel = [self.overlay, self.routes, self.looked, self.worked]
         explaining = {"api_visibility": "private", "show_progress_on": self.chat, **_MODEL}
         self.explain.click(self._explain, self.kind, panel, **explaining)

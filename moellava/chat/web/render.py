@@ -56,11 +56,9 @@ def viewer(loaded: ChatModel, image: PageImage | None) -> str:
     except (ValueError, OSError, ImportError) as error:
         return f'<p class="moellava-problem">{escape(" ".join(str(error).split()))}</p>'
     whole = _figure(
-        _uri(_bounded(picture)), image.name, f"the picture, {picture.width} × {picture.height}"
+        _uri(_bounded(picture)), image.name, f"picture, {picture.width} × {picture.height}"
     )
-    cropped = _figure(
-        _uri(seen), "model input", f"what the model sees, {seen.width} × {seen.height}"
-    )
+    cropped = _figure(_uri(seen), "model input", f"model input, {seen.width} × {seen.height}")
     return f'<div class="moellava-pictures">{whole}{cropped}</div>'
 
 

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from moellava.chat.transcript import transcript
 from moellava.chat.web.images import PageImage, read_uploads
 from moellava.explain import Explanation, explain
 from moellava.images import ViewOptions, to_pil
-from moellava.model.conversation import Conversation
+from moellava.model.conversation import Conversation, Pieces
 from moellava.model.loaded_model import LoadedModel
 
 _THUMBNAIL = 96  # pixels
@@ -113,7 +113,7 @@ class Session:
             [image.source() for image in asked],
             [image.picture(_THUMBNAIL) for image in asked],
         )
-        views = [dict(image.view) for image in asked]
+        views = [image.view.copy() for image in asked]
         items = [{"image": str(path), **view} for path, view in exchange.sources]
         self._is_stopped.clear()
         pieces = self._conversation.stream(question, items, **settings)
@@ -128,7 +128,7 @@ class Session:
         self._is_stopped.set()
 
     def _follow(
-        self, exchange: Exchange, asked: Sequence[PageImage], pieces: Generator[str]
+        self, exchange: Exchange, asked: Sequence[PageImage], pieces: Pieces
     ) -> Iterator[None]:
         updated = 0.0
         try:

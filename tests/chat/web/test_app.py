@@ -33,12 +33,16 @@ def upload(address, content=b"x" * 1000, name="a.png"):
     return httpx.post(url, files={"files": (name, content)}, timeout=30)
 
 
+def join(address, number, *data, session="s"):
+    body = {"data": data, "fn_index": number, "session_hash": session}
+    return httpx.post(f"{address}/gradio_api/queue/join", json=body, timeout=30)
+
+
 def call(address, number, *data, session="s"):
     """What gradio answers to a call of the page's function of this number."""
-    body = {"data": data, "fn_index": number, "session_hash": session}
-    url = f"{address}/gradio_api/queue"
-    assert httpx.post(f"{url}/join", json=body, timeout=30).status_code == 200
-    events = httpx.get(f"{url}/data", params={"session_hash": session}, timeout=30).text
+    assert join(address, number, *data, session=session).status_code == 200
+    url, params = f"{address}/gradio_api/queue/data", {"session_hash": session}
+    events = httpx.get(url, params=params, timeout=30).text
     found = [json.loads(line[6:]) for line in events.splitlines() if line.startswith("data: ")]
     return next(item for item in found if item["msg"] == "process_completed")
 
@@ -69,15 +73,35 @@ def test_an_upload_is_not_served_either(address):
         assert httpx.get(f"{address}/gradio_api/{name}").status_code == 404
 
 
-def test_a_file_that_was_not_uploaded_cannot_be_named(address, tmp_path, ct):
-    """A page takes over, and deletes, what it is given."""
+def test_a_call_may_name_no_file_but_an_upload(address, tmp_path, ct):
+    """A page takes over, and deletes, what it is given; gradio would fetch an address."""
     number = function(address, of="moellava-files")
-    file = {"path": ct, "meta": {"_type": "gradio.FileData"}}
-    assert not call(address, number, [file])["success"]
-    with open(ct, "rb") as opened:
-        assert opened.read(132).endswith(b"DICM")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.3)
+        fetched = f"http://127.0.0.1:{listener.getsockname()[1]}/a.png"
+        for path in (
+            ct,
+            fetched,
+            "/etc/passwd",
+            f"{upload(address).json()[0]}/../../../x",
+            1,
+            None,
+        ):
+            file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+            response = join(address, number, [file], session="other")
+            assert response.status_code == 403
+            assert "not uploaded" in response.text
+        with pytest.raises(TimeoutError):
+            listener.accept()
     (path,) = upload(address, b"x" * 500).json()
-    assert call(address, number, [{**file, "path": path}])["success"]
+    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
+    assert call(address, number, [file])["success"]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"x" * 2**21])
+def test_a_broken_call_is_refused(address, body):
+    response = httpx.post(f"{address}/gradio_api/queue/join", content=body)
+    assert response.status_code in (403, 413)
 
 
 def test_too_large_an_upload_is_refused_and_not_kept(address, folder):
@@ -133,7 +157,7 @@ def test_the_browser_is_told_to_fetch_nothing_from_elsewhere(address):
     links = re.findall(r"<(?:link|script|img)[^>]*(?:href|src)=\"(https?:)?//", response.text)
     assert not links
     theme = httpx.get(f"{address}/theme.css").text
-    assert "http" not in theme
+    assert not re.search(r"@import|url\((?![\"']?data:)", theme)
     assert "@font-face" not in theme
 
 
