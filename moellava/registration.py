@@ -1,9 +1,9 @@
 """moellava's classes with transformers' Auto classes, without importing transformers first.
 
 `import moellava` takes a moment and transformers takes seconds, so registration follows
-transformers:
-at once if its Auto classes are there already, else right after they are imported. Either way
-`AutoModelForImageTextToText.from_pretrained(folder)` knows our classes once both packages are in.
+transformers: at once if its Auto classes are there already, else right after they are imported.
+Either way `AutoModelForImageTextToText.from_pretrained(folder)` knows our classes once both
+packages are in.
 """
 
 import sys

@@ -78,7 +78,7 @@ def _save_images(
     groups = [list(group) for _, group in groupby(examples, key=lambda example: id(example.image))]
     named = [(f"{name}_{number:04}", group) for number, group in enumerate(groups)]
     for stem, group in named:
-        group[0].image.save(folder / f"{stem}.png")
+        group[0].image.save(folder / f"{stem}.png", compress_level=1)
     return named
 
 

@@ -19,6 +19,13 @@ def repo_of(name: str) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_gradients(request):
+    """Inference, as the oracles: torch's attention differs when gradients are recorded."""
+    with torch.set_grad_enabled("gradient" in request.node.name):
+        yield
+
+
 @pytest.fixture(params=sorted(ARCHITECTURES))
 def repo(request) -> Path:
     """A folder with an open_clip checkpoint; the test runs once per architecture."""

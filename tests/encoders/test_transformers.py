@@ -113,12 +113,6 @@ def tower(request, tmp_path_factory):
     )
 
 
-@pytest.fixture(autouse=True)
-def no_gradients(request):
-    with torch.set_grad_enabled("gradient" in request.node.name):
-        yield
-
-
 def pixels_of(encoder) -> torch.Tensor:
     return torch.randn(2, 3, *encoder.config.image_hw, generator=torch.Generator().manual_seed(1))
 
