@@ -94,7 +94,7 @@ def _describe_nifti(path: Path, view: View) -> ImageInfo:
     middle = sizes["axial"] // 2
     if orientation[native, 1] < 0:  # the file runs from head to feet
         middle = sizes["axial"] - 1 - middle
-    cut = [slice(None)] * 3
+    cut: list[slice] = [slice(None)] * 3
     cut[native] = slice(middle, middle + 1)
     values = np.asanyarray(image.dataobj[(*cut, *(0 for _ in image.shape[3:]))])
     if values.dtype.kind not in "uif":

@@ -126,7 +126,8 @@ class PageImage:
     def picture(self, max_side: int | None = None) -> Image.Image:
         """What is shown now, in 8 bits; not larger than asked for."""
         source, view = self.source()
-        picture = to_eight_bit(to_pil(source, **view, max_pixels=self.max_pixels))
+        view["max_pixels"] = self.max_pixels
+        picture = to_eight_bit(to_pil(source, **view))
         if max_side is not None:
             picture = picture.convert("RGB")
             picture.thumbnail((max_side, max_side))

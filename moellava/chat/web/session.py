@@ -255,7 +255,10 @@ class Sessions:
                 session.close()
             if not self._open:  # of uploads that were broken off
                 for path in self.arrivals.iterdir():
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
 
     def close_all(self) -> None:
         """Forget all of them."""
