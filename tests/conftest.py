@@ -38,6 +38,12 @@ def _once(name: str, write) -> None:
             done.touch()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_unconfigure() -> None:
     if _IS_OWNER:
         shutil.rmtree(HUB, ignore_errors=True)

@@ -61,6 +61,7 @@ def ask(
 
     from moellava.images import to_pil
     from moellava.model.builder_enhanced import load_pretrained_model
+    from moellava.model.load_options import default_device
 
     view = view_options(window, frame, plane)
     # Read before the model is loaded: an unreadable file should not cost a minute.
@@ -91,11 +92,3 @@ def _is_file_name(item: str) -> bool:
     return not any(letter.isspace() for letter in item) and bool(
         Path(item).suffix or os.sep in item
     )
-
-
-def default_device() -> str:
-    """A GPU if there is one, else the CPU."""
-    import torch
-
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from moellava.cli.ask import default_device
 from moellava.cli.image_options import Frame, Plane, Window, view_options
 
 
@@ -41,6 +40,7 @@ def chat(
 
     from moellava.chat.terminal import TerminalChat
     from moellava.model.builder_enhanced import load_pretrained_model
+    from moellava.model.load_options import default_device
 
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its arrow keys and history

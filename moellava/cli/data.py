@@ -170,12 +170,9 @@ def _names(text: str | None) -> list[str] | None:
 
 
 def _tokenizer(name: str) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer
+    from moellava.model.builder.parts import load_tokenizer  # takes a second to import
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        name, trust_remote_code=False
-    )
-    return tokenizer
+    return load_tokenizer(name)
 
 
 def _print_report(report: "Report") -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli.ask import default_device
 from moellava.cli.image_options import Frame, Plane, Window, view_options
 
 if TYPE_CHECKING:
@@ -159,6 +158,7 @@ def routing(
 
 def _load(checkpoint: str, device: str | None) -> "LoadedModel":
     from moellava.model.builder_enhanced import load_pretrained_model
+    from moellava.model.load_options import default_device
 
     device = device or default_device()
     return load_pretrained_model(checkpoint, device=device, progress=sys.stderr.isatty())

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from moellava.cli.ask import default_device
-
 
 def serve(
     checkpoint: Annotated[
@@ -43,6 +41,7 @@ def serve(
     from moellava.chat.server import listening
     from moellava.chat.server import serve as run
     from moellava.model.builder_enhanced import load_pretrained_model
+    from moellava.model.load_options import default_device
 
     listening(host, port).close()  # a port in use is said before the model is loaded
     loaded = load_pretrained_model(

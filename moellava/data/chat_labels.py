@@ -5,6 +5,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
+import jinja2
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from moellava.model.chat_templates import has_beginning
@@ -142,14 +143,16 @@ def _render_jinja(
     special_tokens = processor.tokenizer.special_tokens_map
     slim = [without_pictures(messages) for messages in conversations]
     # transformers declares the result a string; it is two lists.
-    rendered = cast(
-        Rendered,
-        render_jinja_template(
-            slim,
-            chat_template=chat_template,
-            return_assistant_tokens_mask=with_spans,
-            add_generation_prompt=asks,
-            **special_tokens,
-        ),
-    )
-    return rendered
+    try:
+        return cast(
+            Rendered,
+            render_jinja_template(
+                slim,
+                chat_template=chat_template,
+                return_assistant_tokens_mask=with_spans,
+                add_generation_prompt=asks,
+                **special_tokens,
+            ),
+        )
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses the messages: {error}") from error

@@ -15,6 +15,7 @@ from moellava.data.readers import Rows
 from moellava.data.rows import Row
 from moellava.images import ImageLike, exact_hash, load_image
 from moellava.images.kinds import HEADER_BYTES, kind_of_bytes
+from moellava.storage.locking import locked
 from moellava.storage.writing import replacing
 
 SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -48,6 +49,7 @@ def convert_rows(
         How many rows were written.
     Raises:
         FileExistsError: `out` is there already.
+        OSError: another process writes into its folder; it is named.
         ValueError: a suffix that is not known; a field that JSON cannot hold.
     """
     out = Path(out).expanduser()
@@ -70,7 +72,7 @@ def convert_rows(
         copy=copy_images and out.suffix != ".parquet",
         allow_outside=allow_outside,
     )
-    with replacing(out) as part:
+    with locked(out.parent), replacing(out) as part:
         writers[out.suffix](rows, part, out.suffix == ".json", store)
     return len(rows)
 

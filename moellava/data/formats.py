@@ -25,7 +25,7 @@ class Format:
         image_keys: the columns that hold images.
         id_keys: the columns that name a row, the first that has a value.
         image_folders: where its images lie, seen from the file.
-        archives: which archives beside the file hold the images of a split (None if not known).
+        archives: which zip archives beside the file hold the images of a split (None if not known).
     """
 
     name: str
@@ -158,5 +158,6 @@ def find_format(name: str, columns: Collection[str], source: str) -> Format:
             return form
     raise ValueError(
         f"Cannot tell the layout of {source} from its columns {sorted(columns)}. "
-        f"Give format, one of {', '.join(form.name for form in FORMATS)}."
+        f"Give format, one of {', '.join(form.name for form in FORMATS)}; or rename the columns of "
+        "a table to image, question and answer."
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, overload
 
 from moellava.data.rows import RowError
+from moellava.storage.errors import reason_of
 
 _CHUNK = 1 << 20  # bytes per read
 # Characters of one record; a broken quote must not pull the whole file into memory.
@@ -88,18 +89,21 @@ class JsonRecords(Sequence[object]):
 
     def _refuse_a_spread_object(self) -> None:
         """One object over many lines would else read as many broken rows."""
-        if isinstance(next(self.scan()), RowError):
+        first = next(self.scan())
+        if isinstance(first, RowError):
             raise ValueError(
-                f"{self.path} is neither a JSON list of rows nor JSON lines: its first line is not "
-                "a JSON object. If the rows stand under a key of one large object, write that list "
-                "to a file of its own."
+                f"{self.path} is neither a JSON list of rows nor JSON lines. Of its first line: "
+                f"{first.reason}. If the rows stand under a key of one large object, write that "
+                "list to a file of its own."
             )
 
 
 def _parsed(data: bytes) -> object:
     try:
         return json.loads(data)
-    except ValueError as error:
+    except UnicodeDecodeError as error:
+        return RowError(f"it is not JSON: {reason_of(error)}")
+    except (ValueError, RecursionError) as error:
         return RowError(f"it is not JSON: {error}")
 
 
@@ -127,7 +131,8 @@ def _list_spans(file: BinaryIO, path: Path) -> Iterator[tuple[int, int]]:
         window.expect_end()
     except (ValueError, EOFError) as error:
         raise ValueError(
-            f"{path} is broken JSON at byte {window.place}, after {count} complete rows: {error}"
+            f"{path} is broken JSON at byte {window.place}, after {count} complete rows: "
+            f"{reason_of(error) if isinstance(error, UnicodeDecodeError) else error}"
         ) from error
 
 

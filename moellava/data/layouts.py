@@ -67,7 +67,7 @@ def llava(record: Record, index: int, context: Context) -> Row:
     if not isinstance(turns, list):
         raise RowError(f"'conversations' is {_kind(turns)}; expected a list of {{'from', 'value'}}")
     return row_of(
-        rest | (json.loads(str(extra)) if extra else {}),
+        rest | (_json_object(extra) if extra else {}),
         index,
         context,
         source=str(source or "llava"),
@@ -289,14 +289,15 @@ def images_of(value: object, context: Context) -> tuple[ImageLike, ...]:
     if isinstance(value, list | tuple):
         return tuple(image for item in value for image in images_of(item, context))
     if isinstance(value, Mapping):
-        if value.get("bytes") is not None:
-            return (value["bytes"],)
+        data = value.get("bytes")
+        if isinstance(data, bytes):
+            return (data,)
         value = value.get("path")
         if value is None:
             raise RowError("an image is empty: it has neither bytes nor a path")
     if isinstance(value, str):
         return (str(context.image_root / value),)
-    if isinstance(value, int | float):
+    if isinstance(value, int | float | Mapping | list | tuple):
         raise RowError(f"an image is {_kind(value)}; expected a path")
     return (cast(ImageLike, value),)
 
@@ -353,7 +354,7 @@ def _turn(turn: object, number: int, role_key: str, text_key: str) -> Turn:
         if key not in turn:
             raise RowError(f"turn {number} has no {key!r}; it has {sorted(turn)}")
     role = turn[role_key]
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RowError(f"turn {number} is from {role!r}; expected one of {', '.join(ROLES)}")
     return Turn(ROLES[role], _content_of(turn[text_key], f"{text_key!r} of turn {number}"))
 
@@ -372,6 +373,16 @@ def _content_of(content: object, name: str) -> str:
         else:
             raise RowError(f"{name} has an item that is not of the type text or image")
     return "".join(parts)
+
+
+def _json_object(text: object) -> dict[str, object]:
+    try:
+        content = json.loads(str(text))
+    except ValueError as error:
+        raise RowError(f"{EXTRA_COLUMN!r} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise RowError(f"{EXTRA_COLUMN!r} holds {_kind(content)}; expected an object")
+    return content
 
 
 def _images_in(turns: object) -> list[object]:

@@ -1,5 +1,6 @@
 """Where a dataset lies, here or on the hub: the files of one split, the folder of its images."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from moellava.data.archives import unpacked
 from moellava.data.formats import Format
 from moellava.data.records import KINDS
 from moellava.messages import unknown_name
@@ -123,7 +125,8 @@ def find_image_root(
 
 
 def _root_of_most(candidates: Sequence[Path], names: Sequence[str]) -> Path | None:
-    counts = [sum((root / name).is_file() for name in names) for root in candidates]
+    # pathlib's is_file raises an error for a name that is too long to be one.
+    counts = [sum(os.path.isfile(root / name) for name in names) for root in candidates]
     return candidates[counts.index(max(counts))] if any(counts) else None
 
 
@@ -163,11 +166,7 @@ def _unpack(where: Location, form: Format) -> list[Path] | None:
     if not archives and where.hub is not None:
         folder = _download(where.hub, names)
         archives = [folder / name for name in names if (folder / name).is_file()]
-    if not archives:
-        return None
-    from datasets import DownloadManager
-
-    return [Path(DownloadManager().extract(str(path))) for path in archives]
+    return [unpacked(path) for path in archives] or None
 
 
 def _download(hub: HubDataset, patterns: Sequence[str]) -> Path:

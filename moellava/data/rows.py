@@ -111,6 +111,8 @@ def checked(row: Row) -> Row:
     for number, turn in enumerate(row.turns):
         if not turn.text.strip():  # an image alone may be a turn
             raise RowError(f"turn {number} ({turn.role}) is empty", kind="empty turn")
+        if not is_text(turn.text):
+            raise RowError(f"turn {number} ({turn.role}) has half of a surrogate pair, not text")
         if turn.role != "user" and IMAGE_TOKEN in turn.text:
             raise RowError(
                 f"turn {number} ({turn.role}) has {IMAGE_TOKEN}; only user turns may",
@@ -132,6 +134,15 @@ def checked(row: Row) -> Row:
             kind="placeholder mismatch",
         )
     return row
+
+
+def is_text(text: str) -> bool:
+    """Whether a string can be written as UTF-8; JSON can spell strings that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _content(text: str, images: Iterator[ImageLike]) -> str | list[dict[str, object]]:

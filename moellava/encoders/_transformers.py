@@ -217,8 +217,7 @@ class TransformersVisionEncoder(VisionEncoder):
         name = source.folder or source.repo_id
         hub: HubKeywords = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
-        if source.folder is not None:
-            require_own_files(source.folder)
+        require_own_files(source)
         with reading(str(name), "a tower of transformers"), _no_load_report():
             tower, info = tower_class.from_pretrained(
                 name,

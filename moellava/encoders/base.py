@@ -235,8 +235,7 @@ class VisionEncoder(PreTrainedModel):
             if cls.is_foreign(source):
                 return cls.load(source, image_size=image_size, device=device, **options)
             place = source.folder or source.repo_id
-            if source.folder is not None:
-                require_own_files(source.folder)
+            require_own_files(source)
         wants_info = kwargs.pop("output_loading_info", False)
         with nullcontext() if place is None else reading(place, "a saved encoder"):
             loaded: Any = super().from_pretrained(place, *args, output_loading_info=True, **kwargs)

@@ -251,6 +251,7 @@ class BiomedClipEncoder(VisionEncoder):
         with torch.inference_mode(), last_block(self.visual, attention):
             trunk = self.run_trunk(pixels, [self.num_layers - 1], norm=True, pooled=False)
             vectors = project_patches(self.visual, trunk.layers[0].patches)
+        require_finite("The image tower", vectors)
         return (text_vectors @ vectors[0].T).view(len(texts), *trunk.layers[0].grid)
 
     @property

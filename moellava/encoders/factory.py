@@ -39,6 +39,7 @@ from moellava.storage.sources import (
     parse_source,
     read_json,
 )
+from moellava.storage.weights import as_dtype, require_device
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,8 @@ def create_encoder(
             weights.
         TypeError: the family has no such option.
     """
+    require_device(device)
+    as_dtype(dtype)
     hub = HubOptions(
         revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )

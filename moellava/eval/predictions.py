@@ -11,6 +11,7 @@ from pathlib import Path
 from moellava.eval.answer_types import decide_answer_type
 from moellava.eval.scorers.registry import AnswerType
 from moellava.messages import unknown_name
+from moellava.storage.errors import reading
 
 # What a data set may say about a question, taken as groups if present.
 GROUP_KEYS = (
@@ -132,7 +133,7 @@ def read_answers(path: str | Path, keys: Mapping[str, str] | None = None) -> Ite
 
 
 def _records(path: Path) -> Iterator[tuple[int, Record]]:
-    with path.open(encoding="utf-8-sig") as file:
+    with reading(path, "predictions"), path.open(encoding="utf-8-sig") as file:
         if file.read(1) == "[":
             file.seek(0)
             lines: Iterator[object] = iter(json.load(file))

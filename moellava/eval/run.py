@@ -26,6 +26,7 @@ from moellava.eval.results import write_results
 from moellava.eval.settings import EvaluationSettings
 from moellava.images import load_image
 from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.load_options import default_device
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.weights import weights_fingerprint
 
@@ -267,15 +268,10 @@ def _load(checkpoint: str | Path | LoadedModel, settings: EvaluationSettings) ->
         return checkpoint
     return load_pretrained_model(
         checkpoint,
-        device=settings.device or _best_device(),
+        device=settings.device or default_device(),
         dtype=settings.dtype,
         progress=settings.progress,
     )
-
-
-def _best_device() -> str:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator.type if accelerator is not None else "cpu"
 
 
 def _options(question: Question) -> tuple[str, ...]:

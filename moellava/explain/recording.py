@@ -26,6 +26,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from moellava.model.language_model.moe import LlamaMoeRouter
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.storage.weights import require_finite
 
 IMPLEMENTATION = "moellava_recording"
 # Scores of as many heads at once as fit into this; all heads of a long prompt would take gigabytes.
@@ -95,6 +96,7 @@ def record(
         )
     chosen = input_ids[0, num_prompt_tokens:]
     logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+    require_finite("The model", logprobs)
     return Recording(
         attention=torch.stack(recorder.layers).numpy(),
         rollout=recorder.rollout[rows][:, columns].cpu().numpy(),

@@ -23,7 +23,7 @@ from moellava.model.builder.request import (
     is_description_file,
     read_build_request,
 )
-from moellava.model.checkpoint.configs import as_dtype, load_model_config
+from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.checkpoint.opening import open_saved
 from moellava.model.describe import describe, log_language_model, log_vision
 from moellava.model.language_model import quantization_config
@@ -31,6 +31,7 @@ from moellava.model.load_options import DeviceMap, LoadOptions, MoeChoice
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.projector import build_projector
 from moellava.storage.sources import HubOptions
+from moellava.storage.weights import as_dtype, require_device
 
 __all__ = [
     "CustomVisionConfig",
@@ -136,6 +137,7 @@ def load_pretrained_model(
         moe_config=moe_config,
         seed=seed,
     )
+    require_device(device)
     is_saved = isinstance(model, str | Path) and not is_description_file(model)
     _require_one_place(device, device_map, is_saved)
     with progress_bars(progress):

@@ -71,7 +71,7 @@ class MoeLlavaConfig(PreTrainedConfig):
         vision = self.vision_config
         if vision.hidden_size is None:  # not yet built: encoders measure themselves
             with torch.device("meta"):
-                AutoModel.from_config(vision)
+                AutoModel.from_config(vision, trust_remote_code=False)
         return ProjectorShape(
             vision_width=vision.hidden_size,
             text_width=self.text_config.hidden_size,

@@ -32,6 +32,7 @@ from transformers import (
 
 from moellava.messages import did_you_mean
 from moellava.model.chat_templates import end_of_turn
+from moellava.storage.weights import require_finite
 
 DEFAULT_MAX_NEW_TOKENS = 64
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -228,6 +229,7 @@ def generate_answers(
     options = {"do_sample": False, "max_length": None, **generation}
     options["max_new_tokens"] = max(answer.max_new_tokens for answer in answers)
     options.pop("stop_strings", None)  # the answers see to it, and cut the text
+    processors = [*(options.pop("logits_processor", None) or ()), _require_finite_scores]
     num_prompt_tokens = inputs["input_ids"].shape[1]
     if options.get("num_beams", 1) == 1:
         recorder = _Recorder(top_logprobs)
@@ -235,10 +237,10 @@ def generate_answers(
         criteria = options.pop("stopping_criteria", None) or ()
         options["stopping_criteria"] = StoppingCriteriaList([*criteria, follower])
         if top_logprobs is not None:
-            processors = options.pop("logits_processor", None) or ()
-            options["logits_processor"] = LogitsProcessorList([*processors, recorder])
+            processors.append(recorder)
     elif top_logprobs is not None:
         raise ValueError("top_logprobs cannot be recorded with beams. Leave one of them out.")
+    options["logits_processor"] = LogitsProcessorList(processors)
     generated: Any = model.generate(**inputs, **options)
     # (B, T + new), alone or beside scores and hidden states
     sequences: Tensor = generated if isinstance(generated, Tensor) else generated.sequences
@@ -330,6 +332,15 @@ def _end_ids(model: GenerationMixin, generation: Mapping[str, Any]) -> list[int]
     if ids is None:
         return []
     return [ids] if isinstance(ids, int) else [int(token) for token in ids]
+
+
+def _require_finite_scores(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """A logits processor: NaN would become an answer that looks like any other.
+
+    Tokens that are forbidden have the score -inf, but not all of them.
+    """
+    require_finite("The model", scores.amax(dim=-1))
+    return scores
 
 
 class _Recorder(LogitsProcessor):

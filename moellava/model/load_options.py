@@ -1,4 +1,4 @@
-"""How a model is built or opened, whatever its parts: `LoadOptions`."""
+"""How a model is built or opened, whatever its parts: `LoadOptions`, `default_device`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,3 +33,9 @@ class LoadOptions:
             "device_map": self.device_map,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+
+def default_device() -> str:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator.type if accelerator is not None else "cpu"

@@ -103,11 +103,13 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
 
     def __init__(self, config: MoeLlavaConfig):
         super().__init__(config)
-        self.vision_tower: VisionEncoder = AutoModel.from_config(config.vision_config)
+        self.vision_tower: VisionEncoder = AutoModel.from_config(
+            config.vision_config, trust_remote_code=False
+        )
         self.multi_modal_projector = build_projector(
             config.projector_type, config.projector_shape, config.projector_options
         )
-        self.language_model = AutoModel.from_config(config.text_config)
+        self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_vision_tower(self) -> VisionEncoder:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 from PIL import Image
 from transformers import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin
@@ -136,9 +137,16 @@ class MoeLlavaProcessor(ProcessorMixin):
     def apply_chat_template(  # type: ignore[override]  # the rest of a long signature goes through
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
     ) -> Any:
-        """As `ProcessorMixin`; `chat_template` may also be a name of `TEMPLATES`."""
+        """As `ProcessorMixin`; `chat_template` may also be a name of `TEMPLATES`.
+
+        Raises:
+            ValueError: if the template refuses the conversation, or cannot be rendered.
+        """
         template = TEMPLATES.get(chat_template or "", chat_template)
-        return super().apply_chat_template(conversation, template, **kwargs)
+        try:
+            return super().apply_chat_template(conversation, template, **kwargs)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The model's chat template refuses the messages: {error}") from error
 
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any

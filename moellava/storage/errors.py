@@ -93,6 +93,10 @@ def _first_sight(file: Path) -> str:
 
 def reason_of(error: BaseException) -> str:
     """One line that says what is wrong, without torch's advice to load unsafely."""
+    if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
+        return reason_of(error.__cause__)  # datasets puts nothing of it into its own text
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not {error.encoding.upper()} at byte {error.start}; save it as UTF-8."
     text = str(error)
     refused = re.search(r"WeightsUnpickler error:\s*(.+)", text)
     line = refused[1] if refused else next(iter(text.strip().splitlines()), "")

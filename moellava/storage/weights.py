@@ -4,7 +4,10 @@ read_weights                    safetensors, or a pickle opened with `weights_on
 assign_weights                  into a module, without copying
 require_fit, require_loaded     the one strict check of loading
 read_index, require_own_files   the files of sharded weights, none of them outside the folder
+require_covered                 the files are large enough for what a config asks for
 require_finite                  what a model computed is a number
+nonfinite_names                 weights that hold NaN or infinity
+as_dtype, require_device        what a user asks weights to be, and where
 weights_fingerprint             a short name for weights, for comparison
 """
 
@@ -20,11 +23,12 @@ from torch import Tensor, nn
 
 from moellava.messages import first_names
 from moellava.storage.errors import reading, reason_of
-from moellava.storage.sources import read_json
+from moellava.storage.sources import WEIGHT_SUFFIXES, Source, find_file, read_json
 
 # What training loops put a state dict under, and torch's wrappers before its names.
 WRAPPERS = ("state_dict", "model", "model_state_dict", "module", "net")
 NAME_PREFIXES = ("module.", "_orig_mod.")
+WHOLE_FILE = "model.safetensors"
 
 
 def read_weights(path: Path, prefixes: tuple[str, ...] = ("",)) -> dict[str, Tensor]:
@@ -69,10 +73,108 @@ def read_index(path: Path) -> dict[str, str]:
     return {str(tensor): str(name) for tensor, name in weight_map.items()}
 
 
-def require_own_files(folder: Path) -> None:
-    """Check the indexes of a folder before a library reads them; errors as `read_index`."""
-    for index in sorted(folder.glob("*.index.json")):
+def require_own_files(source: Source) -> None:
+    """Check, before transformers loads weights, that it will read those of this source alone.
+
+    Raises:
+        ValueError: an index names a file outside its folder; or there is an adapter, for which
+            transformers would take the weights of the base that the adapter names.
+    """
+    if source.folder is not None:
+        indexes = sorted(source.folder.glob("*.index.json"))
+    else:
+        is_sharded = find_file(source, WHOLE_FILE) is None
+        index = _file_if_any(source, f"{WHOLE_FILE}.index.json", download=is_sharded)
+        indexes = [] if index is None else [index]
+    for index in indexes:
         read_index(index)
+    adapter = _file_if_any(source, "adapter_config.json", download=True)
+    if adapter is not None:
+        raise ValueError(
+            f"{adapter} is of an adapter, which is not opened with the weights beside it. Merge it "
+            "into its base with PEFT's merge_and_unload, save that, and open it."
+        )
+
+
+def _file_if_any(source: Source, name: str, *, download: bool) -> Path | None:
+    try:
+        return find_file(source, name, download=download, required=False)
+    except OSError:  # such as a repo without access: the loader says so, of a file that it needs
+        return None
+
+
+def require_covered(source: Source, num_values: int) -> None:
+    """Check, before memory is spent, that the files can hold what a config asks for.
+
+    transformers allocates weights that no file holds, and tells afterwards.
+
+    Args:
+        num_values: of all weights together.
+
+    Raises:
+        ValueError: the files have less than two bits for each.
+    """
+    folder = source.folder
+    if folder is None:
+        config = find_file(source, "config.json")
+        folder = None if config is None else config.parent
+    files = [
+        path
+        for suffix in WEIGHT_SUFFIXES
+        for path in (folder.glob(f"*{suffix}") if folder is not None else ())
+    ]
+    size = sum(path.stat().st_size for path in files)
+    if files and num_values > 4 * size:
+        raise ValueError(
+            f"The config.json of {source.folder or source.repo_id} asks for {num_values:,} values, "
+            f"but its files of weights have {size:,} bytes. Fetch both again: they are not of one "
+            "model."
+        )
+
+
+def nonfinite_names(weights: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors that hold NaN or infinity.
+
+    Every value is read once, in a sum, ten times as fast as `torch.isfinite`: NaN and infinity stay
+    in it. Left out are tensors without values, on the meta device, and quantised ones.
+    """
+    return [
+        name
+        for name, weight in weights.items()
+        if type(weight) in (Tensor, nn.Parameter)
+        and weight.is_floating_point()
+        and not weight.is_meta
+        and not bool(weight.sum().isfinite())  # the sum of large numbers may be infinite, too
+        and not bool(weight.isfinite().all())
+    ]
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name; None for None and "auto", which leave the stored one."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(
+            f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their "
+            "names."
+        )
+    return found
+
+
+def require_device(device: torch.device | str | None) -> None:
+    """Raise `ValueError` for a device that this machine does not have; None is any."""
+    if device is None:
+        return
+    try:
+        torch.empty(0, device=device)
+    # torch raises AssertionError where it was built without the device's backend.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        here = "cpu" if accelerator is None else f"cpu and {accelerator.type}"
+        raise ValueError(
+            f"device is {str(device)!r}, but this machine has {here}: {reason_of(error)}"
+        ) from error
 
 
 def require_finite(where: object, values: Tensor) -> None:

@@ -37,6 +37,7 @@ from moellava.train.run_folder import (
     MODEL_FOLDER,
     PICTURE_FILE,
     begin_run,
+    require_log,
     write_log,
 )
 from moellava.train.stage import TrainResult
@@ -48,6 +49,15 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 logger = logging.getLogger(__name__)
+
+# What a resumed run goes on with.
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "global_step": (int,),
+    "max_steps": (int,),
+    "epoch": (int, float),
+    "log_history": (list,),
+    "stateful_callbacks": (dict,),
+}
 
 
 def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
@@ -156,15 +166,33 @@ def _require_resumable(checkpoint: Path) -> None:
 def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:
     """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
     if checkpoint is not None:
-        with reading(checkpoint / TRAINER_STATE_NAME, "a trainer's state"):
-            state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
-            if not isinstance(state.global_step, int) or not isinstance(state.max_steps, int):
-                raise TypeError("global_step and max_steps are whole numbers")
+        state = read_state(checkpoint)
         if state.global_step >= state.max_steps:
             trainer.load_checkpoint(checkpoint)
             trainer.state = state
             return
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+
+
+def read_state(checkpoint: Path) -> TrainerState:
+    """The step, epoch and log of a checkpoint, as transformers wrote them.
+
+    Raises:
+        ValueError: if the file cannot be read, or is of another checkpoint.
+    """
+    path = checkpoint / TRAINER_STATE_NAME
+    with reading(path, "a trainer's state"):
+        state: TrainerState = TrainerState.load_from_json(str(path))
+        for name, kinds in _STATE_TYPES.items():
+            found = getattr(state, name)
+            if not isinstance(found, kinds) or isinstance(found, bool):
+                raise TypeError(f"{name} is a {type(found).__name__}")
+        if checkpoint.name != f"checkpoint-{state.global_step}":
+            raise ValueError(f"it is of step {state.global_step}")
+        require_log(state.log_history)
+        if not all(isinstance(entry.get("step"), int) for entry in state.log_history):
+            raise TypeError("an entry of its log_history has no step")
+    return state
 
 
 def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:

@@ -14,13 +14,13 @@ from moellava.model.builder.assembly import configure
 from moellava.model.builder.request import read_build_request
 from moellava.model.builder.upcycle import upcycle_loaded, upcycled_config
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.checkpoint.configs import load_model_config
+from moellava.model.checkpoint.configs import load_model_config, open_processor
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.sources import HubOptions
 from moellava.train.options import Recipe
 from moellava.train.router_file import router_for
 from moellava.train.stage import stage_of
@@ -87,7 +87,7 @@ def outline_model(recipe: Recipe) -> LoadedModel:
         config = load_model_config(start)
         if not isinstance(config, MoeLlavaConfig):  # a LLaVA: its sizes are known once it is read
             return build_model(recipe)
-        processor = MoeLlavaProcessor.from_pretrained(start)
+        processor = open_processor(start, HubOptions())
     if _becomes_mixture(recipe, config):
         config = upcycled_config(config, recipe.moe.config)
         router_for(recipe, config)

@@ -60,7 +60,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
         ValueError: for an unknown key, with the nearest known one; for a value that its key does
             not admit; for a setting that the stage would not look at.
     """
-    settings = dict(source) if isinstance(source, Mapping) else _read(source)
+    settings = dict(source) if isinstance(source, Mapping) else _read_checked(source)
     for override in overrides:
         name, equals, text = override.partition("=")
         if not equals:
@@ -73,7 +73,8 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
             raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
         _set(settings, name, value)
     if "stage" not in settings:
-        raise ValueError(f"The recipe has no stage. Choose one of {', '.join(STAGES)}.")
+        where = "" if isinstance(source, Mapping) else f" {source}"
+        raise ValueError(f"The recipe{where} has no stage. Choose one of {', '.join(STAGES)}.")
     recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
@@ -110,6 +111,15 @@ def _moe_config(settings: Mapping[str, object]) -> dict[str, object]:
         name: convert(float, value, f"moe.config.{name}") if name in floats else value
         for name, value in settings.items()
     }
+
+
+def _read_checked(source: str | Path) -> dict[str, object]:
+    """The settings of a file, whose own mistakes name it; `overrides` may have others."""
+    settings = _read(source)
+    if "stage" in settings:
+        with reading(Path(source).expanduser(), "a recipe"):
+            stage_of(from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS))
+    return settings
 
 
 def _read(source: str | Path) -> dict[str, object]:

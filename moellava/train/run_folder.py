@@ -5,17 +5,20 @@
 | `run_folder` | `output_dir` as a path |
 | `require_same_recipe` | a run resumes only with the recipe that began it |
 | `begin_run`, `read_log`, `write_log` | write `recipe.yaml`; read and write `log.json` |
+| `require_log` | an error for what is not a log |
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from moellava.storage.errors import reading
 from moellava.storage.writing import write_text
 from moellava.train.checkpoints import clear_staging
+from moellava.train.log.router_load import KINDS
 from moellava.train.options import Recipe, recipe_to_dict, without_secrets
 from moellava.train.stage import LogEntry
 
@@ -24,6 +27,8 @@ ADAPTER_FOLDER = "adapter"
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.json"
 PICTURE_FILE = "training.png"
+# Entries of the log that are not numbers: the load of each expert, answers to held-out questions.
+_NESTED_IN_LOG = ("load", "answers")
 # Keys that may change when a run resumes: they do not change the weights.
 _FREE_KEYS = ("output_dir", "logging", "saving", "evaluation")
 
@@ -79,9 +84,23 @@ def read_log(run: Path) -> list[LogEntry]:
     """The log of a finished run."""
     with reading(run / LOG_FILE, "a log"):
         log: list[LogEntry] = json.loads((run / LOG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-            raise TypeError("a log is a list of entries")
+        require_log(log)
     return log
+
+
+def require_log(log: object) -> None:
+    """Raise `TypeError` or `ValueError` unless something read from a file is a log of a run."""
+    if not isinstance(log, list):
+        raise TypeError(f"a log is a list of entries, not a {type(log).__name__}")
+    for number, entry in enumerate(log):
+        if not isinstance(entry, dict):
+            raise TypeError(f"entry {number} of the log is a {type(entry).__name__}")
+        for name, value in entry.items():
+            if name not in _NESTED_IN_LOG and not isinstance(value, int | float):
+                raise TypeError(f"{name} of entry {number} of the log is not a number")
+        for kind in KINDS if "load" in entry else ():
+            if np.asarray(entry["load"][kind], dtype=float).ndim != 2:
+                raise TypeError(f"the load of entry {number} of the log is not a table")
 
 
 def write_log(log: list[LogEntry], run: Path) -> None:

@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.storage.errors import reading
 
 
 def shard(model: MoeLlavaForConditionalGeneration, device: torch.device) -> None:
@@ -69,12 +70,13 @@ def load_checkpoint(model: nn.Module, checkpoint: Path) -> None:
     Args:
         model: what is trained; a PEFT model reads its adapters alone.
     """
-    if not _has_adapters(model):
-        load_model(model, checkpoint / "model.safetensors")
-        return
-    from peft import set_peft_model_state_dict
+    with reading(checkpoint, "a checkpoint"):
+        if not _has_adapters(model):
+            load_model(model, checkpoint / "model.safetensors")
+            return
+        from peft import set_peft_model_state_dict
 
-    set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
 
 
 def save_model(

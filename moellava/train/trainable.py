@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from moellava.messages import unknown_name
+from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.train.options import Lora
@@ -133,7 +134,5 @@ def with_adapters(
 
 def merge_adapters(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
     """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder."""
-    from peft import PeftModel
-
-    merged: PreTrainedModel = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged: PreTrainedModel = read_adapter(base, adapter).merge_and_unload()
     return merged

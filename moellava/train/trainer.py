@@ -18,6 +18,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from moellava.data.collate import ChatCollator
 from moellava.data.rows import Row
+from moellava.model.checkpoint.adapter import name_base
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.errors import reading
 from moellava.train import sharding
@@ -316,6 +317,7 @@ class MoeLlavaTrainer(Trainer):
         if self.args.should_save:
             # A pickle with paths of this machine, and the tokens that `trainer` may hold.
             (Path(str(output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            name_base(Path(str(output_dir)), self.loaded.model.config.language_model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_sharded:

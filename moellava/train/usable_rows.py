@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from moellava.data.rows import Row
 from moellava.images.threads import map_in_threads
 from moellava.messages import first_names
+from moellava.storage.errors import refuse_stand_in
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ def _open_header(image: object) -> None:
             raise FileNotFoundError(f"the image {path} does not exist")
         if not path.is_file():
             raise ValueError(f"the image {path} is not a file")
+        refuse_stand_in(path)
         if path.suffix.lower() in Image.registered_extensions():
             Image.open(path).close()
         elif path.stat().st_size == 0:  # DICOM and NIfTI are read when their turn comes

@@ -46,5 +46,8 @@ BROKEN = (
     ({"image": ["a.jpg", "b.jpg"]}, "1 <image> marks for 2 images"),
     ({"image": None}, "1 <image> marks for 0 images"),
     ({"image": 3}, "an image is a int"),
+    ({"image": {"bytes": 3, "path": ["a"]}}, "an image is a list; expected a path"),
+    ({"extra_json": "{"}, "'extra_json' is not JSON"),
+    ({"extra_json": "[]"}, "'extra_json' holds a list; expected an object"),
     ({"video": "a.mp4"}, "it has a 'video'"),
 )

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from moellava.data import read_rows
 from moellava.data.convert import ImageStore, convert_rows
 from moellava.images import exact_hash, load_image
+from moellava.storage.locking import locked
 from moellava.testing import write_medmnist, write_slake, write_vqa_rad_authors
 from moellava.testing.datasets import picture
 
@@ -122,6 +124,15 @@ def test_errors(sources, tmp_path):
         ValueError, match=r"out\.csv: which kind of file\? .* \.json, \.jsonl, \.parquet"
     ):
         convert_rows(sources["llava"], tmp_path / "out.csv")
+
+
+def test_two_processes_do_not_write_into_one_folder(sources, tmp_path):
+    """They would share the names of images that are half written."""
+    rows = sources["llava"]
+    with locked(tmp_path), pytest.raises(OSError, match=rf"in use by .*pid {os.getpid()} on "):
+        convert_rows(rows, tmp_path / "out.json")
+    convert_rows(rows, tmp_path / "out.json")
+    assert not list(tmp_path.glob("*.lock"))
 
 
 def test_two_pictures_of_the_same_numbers_are_two_files(tmp_path):

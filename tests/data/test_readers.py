@@ -114,9 +114,9 @@ class TestErrors:
         )
         assert [row.id for row in read] == ["good", "also good"]
         assert [bad.id for bad in read.bad] == [f"bad-{n}" for n in range(len(BROKEN))] + [None]
-        assert [bad.index for bad in read.bad] == list(range(1, 11))
-        assert "10 of 12 rows left out" in caplog.text
-        assert [read.number(0), read.number(1)] == [0, 11]
+        assert [bad.index for bad in read.bad] == list(range(1, 14))
+        assert "13 of 15 rows left out" in caplog.text
+        assert [read.number(0), read.number(1)] == [0, 14]
 
     def test_a_row_of_a_table_is_named_too(self, tmp_path):
         (tmp_path / "train.csv").write_text("image,question,answer\na.jpg,Why?,No\nb.jpg,,No\n")

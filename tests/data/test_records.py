@@ -60,6 +60,31 @@ def test_text_of_another_encoding_or_kind_is_an_error_that_names_the_file(tmp_pa
         read_rows(path)
 
 
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl"])
+@pytest.mark.parametrize("place", ["in the header", "in a row"])
+def test_latin_1_is_told_to_be_saved_as_utf_8(tmp_path, suffix, place):
+    rows = [{"image": "a.jpg", "question": "Warum?", "answer": "Nö"}] * 3
+    if place == "in the header":
+        rows = [row | {"größe": "1"} for row in rows]
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    text = {
+        "csv": "\n".join(lines),
+        "json": json.dumps(rows, ensure_ascii=False),
+        "jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+    }
+    path = tmp_path / f"t.{suffix}"
+    path.write_bytes(text[suffix].encode("latin-1"))
+    with pytest.raises(ValueError, match=rf"t\.{suffix}.*not UTF-8.*save it as UTF-8"):
+        read_rows(path, cache_dir=tmp_path / "cache")
+
+
+def test_a_table_with_other_columns_says_how_to_call_them(tmp_path):
+    (tmp_path / "t.csv").write_text("img;q;a\na.jpg;Why?;No\n")
+    message = r"t\.csv from its columns \['a', 'img', 'q'\].*rename the columns .* to image"
+    with pytest.raises(ValueError, match=message):
+        read_rows(tmp_path / "t.csv")
+
+
 def test_arrays_that_unpack_a_thousandfold_are_refused(tmp_path):
     zeros = np.zeros((200, 200, 200), np.uint8)
     np.savez_compressed(tmp_path / "a.npz", train_images=zeros, train_labels=np.zeros((200, 1)))

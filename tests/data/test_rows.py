@@ -95,3 +95,9 @@ def test_rows_that_cannot_be_used_say_why(broken, kind, message):
 def test_an_image_alone_and_a_system_turn_are_fine():
     checked(row("<image>", "A chest.", images=["a"]))
     checked(row("Be kind.", "Why?", "No.", roles=("system", "user", "assistant")))
+
+
+def test_half_of_a_surrogate_pair_is_not_text():
+    """JSON can spell it, and a tokenizer fails on it in the middle of a training."""
+    with pytest.raises(RowError, match=r"turn 1 \(assistant\) has half of a surrogate pair"):
+        checked(row("Why?", "No \ud83d."))

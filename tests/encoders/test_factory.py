@@ -127,6 +127,20 @@ def test_options_of_the_wrong_type_are_named(hub_cache, name, value, message):
         create_encoder("clip", OPENAI_CLIP, **{name: value})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "banana"}, r"device is 'banana', but this machine has cpu.*: "),
+        ({"device": "xpu:7"}, r"device is 'xpu:7', but this machine has cpu.*: "),
+        ({"dtype": "int8"}, "dtype is 'int8'; give torch.float32"),
+        ({"dtype": "banana"}, "dtype is 'banana'; give torch.float32"),
+    ],
+)
+def test_devices_and_dtypes_that_cannot_be_are_named(hub_cache, options, message):
+    with pytest.raises(ValueError, match=message):
+        create_encoder("clip", OPENAI_CLIP, **options)
+
+
 def test_none_keeps_the_towers_own(small_biomedclip):
     given = dict.fromkeys(encoder_options())
     assert create_encoder("biomedclip", small_biomedclip, **given).config.select_layer == -2

@@ -10,28 +10,9 @@ from moellava.model.builder_enhanced import (
 )
 from moellava.model.describe import count_active_parameters
 from moellava.testing import BIOMEDCLIP, TINYLLAMA
+from tests.model.prompts import chat_inputs
 
 MISSION = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": BIOMEDCLIP, "mm_hidden_size": 768}
-
-
-def chat_inputs(loaded, images, questions):
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": question}],
-            }
-        ]
-        for image, question in zip(images, questions, strict=True)
-    ]
-    return loaded.processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
 
 
 @pytest.mark.usefixtures("hub_cache", "no_network")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from moellava.explain import explain
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -255,3 +256,43 @@ class TestGeneration:
         batch = loaded.processor(text=["What?"], return_tensors="pt")
         loaded.model.generate(**batch, max_new_tokens=2)
         assert "max_length" not in caplog.text
+
+
+class TestNonFinite:
+    """Weights that turned NaN after they were read, or a dtype too narrow for what is computed."""
+
+    @pytest.fixture(params=["model.norm.weight", "multi_modal_projector.0.bias"])
+    def spoilt(self, loaded, request):
+        (weight,) = (
+            value for name, value in loaded.model.named_parameters() if name.endswith(request.param)
+        )
+        whole = weight.detach().clone()
+        with torch.no_grad():
+            weight[3] = float("nan") if "norm" in request.param else float("inf")
+        yield loaded
+        with torch.no_grad():
+            weight.copy_(whole)
+
+    ASKERS = {
+        "answer": lambda loaded, image: loaded.answer(image, "What?", max_new_tokens=2),
+        "beams": lambda loaded, image: loaded.answer(image, "What?", max_new_tokens=2, num_beams=2),
+        "samples": lambda loaded, image: loaded.answer(
+            image, "What?", max_new_tokens=2, do_sample=True, temperature=0.5
+        ),
+        "stream": lambda loaded, image: list(
+            loaded.stream(
+                [{"role": "user", "content": [{"type": "image", "image": image}]}],
+                max_new_tokens=2,
+            )
+        ),
+        "explain": lambda loaded, image: explain(loaded, image, "What?", answer="A lung."),
+    }
+
+    @pytest.mark.parametrize("ask", ASKERS)
+    def test_it_is_an_error_and_not_an_answer(self, spoilt, images, ask):
+        with pytest.raises(ValueError, match="The model gives NaN or infinity"):
+            self.ASKERS[ask](spoilt, images[0])
+
+    def test_tokens_that_are_forbidden_are_not_an_error(self, loaded, images):
+        options = {"suppress_tokens": list(range(500)), "bad_words_ids": [[600]]}
+        assert loaded.answer(images[0], "What?", max_new_tokens=2, **options)

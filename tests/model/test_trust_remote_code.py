@@ -15,6 +15,7 @@ from moellava.model.builder_enhanced import (
 from moellava.model.checkpoint.difference import load_trainable
 from moellava.model.checkpoint.llava import read_llava
 from moellava.model.checkpoint.projector_file import read_projector
+from moellava.model.language_model import read_state_dict
 from moellava.testing import TINYLLAMA, write_llava
 
 TRAP = """
@@ -52,6 +53,7 @@ LOADERS = {
     "difference": load_trainable,
     "llava": read_llava,
     "projector": read_projector,
+    "weights of a language model": read_state_dict,
     "language model": lambda folder: load_pretrained_model(
         {"model_name_or_path": str(folder), "mm_vision_tower": str(folder)}
     ),
@@ -81,6 +83,41 @@ def test_a_folder_of_traps_runs_nothing(loader, hub_cache, tmp_path, answers_yes
     set_trap(folder, tmp_path / "ran")
     with pytest.raises((OSError, ValueError)):
         LOADERS[loader](folder)
+    assert not (tmp_path / "ran").exists()
+
+
+# transformers has a config of these types, but no model of every class: it would ask for code.
+KNOWN_TYPES = ("vit", "align_text_model")
+
+
+@pytest.mark.parametrize("model_type", KNOWN_TYPES)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_known_type_whose_model_only_code_has(
+    loader, model_type, hub_cache, tmp_path, answers_yes
+):
+    folder = shutil.copytree(hub_cache[TINYLLAMA], tmp_path / "trapped")
+    set_trap(
+        folder,
+        tmp_path / "ran",
+        config={"model_type": model_type},
+        tokenizer_config={"tokenizer_class": "LlamaTokenizer"},
+    )
+    with contextlib.suppress(OSError, ValueError):  # a config and a tokenizer can be read
+        LOADERS[loader](folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+def test_a_part_of_a_saved_model_whose_model_only_code_has(loaded, tmp_path, answers_yes, part):
+    folder = tmp_path / "saved"
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+    (folder / "trap.py").write_text(TRAP.format(marker=str(tmp_path / "ran")))
+    config = json.loads((folder / "config.json").read_text())
+    trap = {"model_type": "align_text_model", "auto_map": {"AutoModel": f"{folder}--trap.Trap"}}
+    (folder / "config.json").write_text(json.dumps(config | {part: config[part] | trap}))
+    with pytest.raises((OSError, ValueError, TypeError)):
+        load_pretrained_model(folder)
     assert not (tmp_path / "ran").exists()
 
 

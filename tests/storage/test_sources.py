@@ -181,7 +181,7 @@ def test_failed_download_names_the_file_the_reason_and_the_command(monkeypatch, 
         (b"", r".*it is empty"),
         (b"<html></html>", r".*it is a web page"),
         ("{}".encode("utf-16"), r".*it is UTF-16"),
-        (b'{"name": "Z\xfcrich"}', r".*cannot be read as JSON: 'utf-8' codec"),
+        (b'{"name": "Z\xfcrich"}', r".*cannot be read as JSON: it is not UTF-8 at byte 11"),
         (b"[1]", "holds a JSON list; expected an object"),
     ],
 )

@@ -11,8 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moellava.storage.errors import LFS_FIRST_LINE
+from moellava.storage.sources import HubOptions, parse_source
 from moellava.storage.weights import (
     assign_weights,
+    nonfinite_names,
     read_index,
     read_weights,
     require_finite,
@@ -88,7 +90,7 @@ def write_index(folder: Path, *files: str) -> Path:
 def test_an_index_names_files_of_its_folder(tmp_path):
     path = write_index(tmp_path, "model-00001-of-00002.safetensors", "..a.safetensors")
     assert read_index(path) == {"t0": "model-00001-of-00002.safetensors", "t1": "..a.safetensors"}
-    require_own_files(tmp_path)
+    require_own_files(parse_source(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -97,9 +99,44 @@ def test_an_index_names_files_of_its_folder(tmp_path):
 )
 def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
     path = write_index(tmp_path, "model-00001-of-00002.safetensors", name)
-    for read, place in ((read_index, path), (require_own_files, tmp_path)):
+    for read, place in ((read_index, path), (require_own_files, parse_source(tmp_path))):
         with pytest.raises(ValueError, match=r"index\.json names the file .* is not a plain name"):
             read(place)
+
+
+def test_an_index_in_the_cache_of_the_hub_is_checked_too(tmp_path):
+    snapshot = tmp_path / "models--a--b" / "snapshots" / ("f" * 40)
+    snapshot.mkdir(parents=True)
+    write_index(snapshot, "../outside.safetensors")
+    source = parse_source("a/b", HubOptions(revision="f" * 40, cache_dir=tmp_path))
+    with pytest.raises(ValueError, match=r"names the file '\.\./outside\.safetensors'"):
+        require_own_files(source)
+
+
+def test_weights_beside_an_adapter_are_refused(tmp_path):
+    """transformers would read the weights of the base that the adapter names."""
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/elsewhere"}')
+    with pytest.raises(ValueError, match=r"adapter_config\.json is of an adapter.*Merge it"):
+        require_own_files(parse_source(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_one_value_among_many_that_is_not_finite_is_found(value, dtype):
+    weights = {"good": torch.ones(70_000, dtype=dtype), "bad": torch.ones(300, 300, dtype=dtype)}
+    weights["bad"][150, 150] = value
+    assert nonfinite_names(weights) == ["bad"]
+
+
+def test_large_sums_and_values_that_are_not_floats_are_finite():
+    assert not nonfinite_names(
+        {
+            "large": torch.full((10,), 3e38),
+            "half": torch.full((1000,), 6e4, dtype=torch.float16),
+            "integers": torch.ones(3, dtype=torch.int64),
+            "meta": torch.empty(3, device="meta"),
+        }
+    )
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "<html>", '{"weight_map": []}'])

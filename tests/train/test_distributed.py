@@ -16,7 +16,7 @@ from moellava.train import train
 from moellava.train.arguments import training_arguments
 from moellava.train.options import recipe_to_dict
 from moellava.train.recipe import FOLDER, load_recipe
-from tests.train.results import losses_of, said_by, status_of, weights_of
+from tests.train.results import losses_of, rows_of, said_by, status_of, weights_of
 from tests.train.tiny import tiny_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -43,6 +43,22 @@ def test_two_processes_give_the_losses_and_weights_of_one(two, one, runs):
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
         torch.testing.assert_close(weight, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_a_process_without_an_image_trains_the_projector_as_one_process_does(parallel, runs):
+    two, one = f"{parallel} without images", "one without images"
+    assert status_of(runs, two)["ended"] == 0, said_by(runs, two)
+    batches = [batch for steps in rows_of(runs, two) for step in steps.values() for batch in step]
+    assert ["row0"] in batches  # one of the rows without an image, alone on its process
+    assert ["row4"] in batches
+    ours, theirs = (dict(losses_of(runs, name)) for name in (two, one))
+    assert len(theirs) == 5
+    assert ours == pytest.approx(theirs, abs=1e-5)
+    ours, theirs = weights_of(runs, two), weights_of(runs, one)
+    for name, weight in ours.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

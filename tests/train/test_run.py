@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import shutil
 
 import pytest
 
@@ -21,38 +20,6 @@ def test_a_finished_run_is_not_trained_again(tiny, tmp_path):
     assert (first.was_finished, again.was_finished) == (False, True)
     assert losses(again) == losses(first)
     assert (again.model_folder / "model.safetensors").stat().st_mtime_ns == written
-
-
-def test_a_folder_of_another_recipe_is_refused(chain, tiny):
-    recipe = tiny_recipe(tiny, "tune", chain / "tune")
-    with pytest.raises(ValueError, match=r"another recipe \(.*start_from.*another output_dir"):
-        train(recipe, show_progress=False)
-
-
-def test_a_recipe_without_a_folder_is_refused(tiny):
-    recipe = tiny_recipe(tiny, "tune", "x", "output_dir=null")
-    with pytest.raises(ValueError, match=r"no output_dir. Add output_dir=runs/NAME"):
-        train(recipe, show_progress=False)
-
-
-def test_only_the_settings_that_differ_are_printed(tiny, tmp_path):
-    train(tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=1"), show_progress=False)
-    other = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=1", "optim.warmup=0.5")
-    with pytest.raises(
-        ValueError, match=r"another recipe \(optim.warmup: 0.03 then, 0.5 now\). Give the same"
-    ):
-        train(other, show_progress=False)
-
-
-def test_a_checkpoint_without_the_optimizers_state_is_not_resumed(tiny, tmp_path):
-    recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=4")
-    result = train(recipe, show_progress=False)
-    shutil.rmtree(result.model_folder)
-    (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").unlink()
-    with pytest.raises(FileNotFoundError, match=r"checkpoint-4 has no optimizer.pt.*Delete this"):
-        train(recipe, show_progress=False)
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
-    assert losses(train(recipe, show_progress=False)) == losses(result)
 
 
 def hold(folder, held, ended):

@@ -235,44 +235,6 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(
     assert all(weight.isfinite().all() for weight in trainers[0].loaded.model.parameters())
 
 
-def test_a_full_disk_stops_and_keeps_the_last_good_checkpoint(tiny, tmp_path, monkeypatch):
-    """The system refuses to let a file grow beyond 100 kB, as it does when a disk is full."""
-    import resource
-
-    own, (soft, hard) = MoeLlavaTrainer._save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def limited(self, *args):
-        if self.state.global_step == 4:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
-            return own(self, *args)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-    monkeypatch.setattr(MoeLlavaTrainer, "_save_checkpoint", limited)
-    recipe = tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=5")
-    with pytest.raises(
-        OSError, match=r"checkpoint-4 could not be written: .*too large.* If"
-    ) as caught:
-        train(recipe, show_progress=False)
-    assert "The last good checkpoint is checkpoint-2" in str(caught.value)
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not list((tmp_path / "out" / ".unfinished").glob("*"))
-    monkeypatch.undo()
-    result = train(recipe, show_progress=False)  # room again: it goes on
-    whole = train(
-        tiny_recipe(tiny, "tune", tmp_path / "whole", "optim.max_steps=5"), show_progress=False
-    )
-    assert losses(result) == losses(whole)
-
-
-def test_an_error_in_our_own_code_is_not_called_a_full_disk(tiny, tmp_path, monkeypatch):
-
-    monkeypatch.setattr(MoeLlavaTrainer, "_save_scaler", lambda *args: {}["missing"])
-    with pytest.raises(KeyError, match="missing"):
-        train(tiny_recipe(tiny, "tune", tmp_path / "out", "optim.max_steps=2"), show_progress=False)
-
-
 @pytest.mark.parametrize("packing", ["false", "true"])
 def test_a_batch_without_an_image_trains_the_projector_by_nothing(packing, tiny, tmp_path):
     """Stage 1: rows 0 and 4 have no image; of batches of one row, theirs change nothing."""
@@ -287,13 +249,3 @@ def test_a_batch_without_an_image_trains_the_projector_by_nothing(packing, tiny,
     (tmp_path / "text.json").write_text(json.dumps([rows[0], rows[4]]))
     settings[0] = f"data.train={tmp_path / 'text.json'}"
     train(tiny_recipe(tiny, "align", tmp_path / "text", *settings), show_progress=False)
-
-
-def test_an_error_begins_on_a_line_of_its_own(tiny, tmp_path, monkeypatch, capfd):
-    def fail(*args, **kwargs):
-        raise ValueError("in the middle")
-
-    monkeypatch.setattr(MoeLlavaTrainer, "compute_loss", fail)
-    with pytest.raises(ValueError, match="in the middle"):
-        train(tiny_recipe(tiny, "tune", tmp_path / "out"))
-    assert capfd.readouterr().err.endswith("\n")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from moellava.data import Row, Turn
+from moellava.storage.errors import LFS_FIRST_LINE
 from moellava.train import train
 from moellava.train.batches import read_data
 from moellava.train.usable_rows import usable_rows
@@ -60,6 +61,14 @@ def test_no_usable_row_is_an_error_with_skip_bad_too():
     rows = [Row(id="a", images=(), turns=(Turn("user", "why?"),))]
     with pytest.raises(ValueError, match=r"1 of 1 rows of data.train cannot be used: 'a'"):
         usable_rows(rows, "data.train", skip_bad=True, show_progress=False)
+
+
+def test_a_git_lfs_pointer_in_place_of_an_image_is_called_one(tmp_path):
+    (tmp_path / "a.png").write_bytes(LFS_FIRST_LINE + b"\noid sha256:0\nsize 9\n")
+    turns = (Turn("user", "<image> why?"), Turn("assistant", "so"))
+    rows = [Row(id="a", images=(str(tmp_path / "a.png"),), turns=turns)]
+    with pytest.raises(ValueError, match=r"'a' \(.*a\.png is a Git LFS pointer"):
+        usable_rows(rows, "data.train", skip_bad=False, show_progress=False)
 
 
 def test_images_in_memory_are_taken_as_they_are():

@@ -267,6 +267,12 @@ def main(folder, *chosen):
         lora=plain,
         **two,
     )
+    # Rows 0 and 4 have no image: one process of two has none at all in that step.
+    alone = ("data.group_by_length=false", "optim.batch_size=2")
+    runs("one without images", "align", *alone, TWO_ROWS)
+    for parallel in ("ddp", "fsdp2"):
+        one_row = ("optim.per_device_batch_size=1", f"parallel={parallel}")
+        runs(f"{parallel} without images", "align", *alone, *one_row, **two)
     features = f"data.features={folder / 'features.safetensors'}"
     runs("one aligned", "align")
     runs("two with features", "align", features, TWO_ROWS, **two)

@@ -16,7 +16,6 @@ from moellava.model.builder.parts import IMAGE_TOKEN, load_encoder, load_tokeniz
 from moellava.model.builder.request import BuildRequest
 from moellava.model.chat_templates import multimodal_chat_template
 from moellava.model.checkpoint.configs import (
-    as_dtype,
     load_generation_config,
     load_model_config,
     model_type_of,
@@ -41,6 +40,7 @@ from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joi
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, projector_options
 from moellava.storage.sources import HubOptions, origin_of
+from moellava.storage.weights import as_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -8,6 +8,7 @@ from typing_extensions import Unpack
 
 from moellava.encoders import VisionEncoder, create_encoder
 from moellava.model.builder.request import BuildRequest
+from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions
 
 IMAGE_TOKEN = "<image>"
@@ -23,9 +24,10 @@ def load_tokenizer(
         **hub: `revision`, `cache_dir`, `local_files_only`, `token`, as in transformers.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            model_name_or_path, trust_remote_code=False, **hub
-        )
+        with reading(model_name_or_path, "a tokenizer"):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model_name_or_path, trust_remote_code=False, **hub
+            )
     except (OSError, ValueError) as error:
         raise OSError(
             f"No tokenizer can be read at {str(model_name_or_path)!r}: {error}"

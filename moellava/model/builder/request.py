@@ -11,6 +11,7 @@ import yaml
 from moellava.encoders import OptionValue, encoder_options
 from moellava.messages import unknown_name
 from moellava.settings import convert, from_mapping
+from moellava.storage.errors import reading
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +84,11 @@ def read_build_request(
         ValueError: for an unknown key (the nearest known one is suggested), a missing one, a value
             of another type, or two different values for the same setting (both are named).
     """
+    description = "model description"
+    if is_description_file(model):
+        description += f" {model}"
     found = _Settings()
-    found.add(_as_mapping(model, "the model description"), "the model description")
+    found.add(_as_mapping(model, f"the {description}"), f"the {description}")
     found.add({"encoder_type": encoder_type}, "the argument encoder_type")
     if custom_vision_config is not None:
         place = "custom_vision_config"
@@ -95,7 +99,7 @@ def read_build_request(
     for key in required:
         if key not in found.values:
             raise ValueError(
-                f"The model description has no {key!r}: {REQUIRED[key]}, as a hub id or a folder. "
+                f"The {description} has no {key!r}: {REQUIRED[key]}, as a hub id or a folder. "
                 f"Found: {', '.join(sorted(found.values)) or 'nothing'}."
             )
     own = {key: value for key, value in found.values.items() if key in _OWN_KEYS}
@@ -157,15 +161,28 @@ def _projector_settings(given: Mapping[str, object]) -> dict[str, object]:
 
 
 def _read_file(path: Path) -> Mapping[str, object]:
-    try:
-        content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))  # JSON is YAML too
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+    with reading(path.expanduser()):
+        text = path.expanduser().read_text(encoding="utf-8")
+        try:
+            content = yaml.safe_load(text)  # JSON is YAML too
+        except yaml.YAMLError as error:
+            kind = path.suffix[1:].upper()
+            raise ValueError(f"{path} is not valid {kind}: {error}") from error
+        _require_right_types(content)
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} holds a {type(content).__name__}; expected keys such as model_name_or_path."
         )
     return content
+
+
+def _require_right_types(content: object) -> None:
+    """Check what a file says before other settings are added, so that its mistakes name it."""
+    if isinstance(content, Mapping):
+        found = _Settings()
+        found.add(content, "the model description")
+        own = {key: value for key, value in found.values.items() if key in _OWN_KEYS}
+        from_mapping(BuildRequest, own, kind="key of a model description")
 
 
 def _as_mapping(given: object, place: str) -> Mapping[str, object]:

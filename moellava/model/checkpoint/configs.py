@@ -4,10 +4,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
+import jinja2
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.errors import reading
+from moellava.storage.limits import require_bounded
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
@@ -30,6 +33,8 @@ SAMPLING = (
     "eta_cutoff",
 )
 GENERATION_FILE = "generation_config.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAMPLE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
 
 def load_model_config(
@@ -42,12 +47,46 @@ def load_model_config(
         ValueError: if it is a checkpoint of the original LLaVA's code.
     """
     name, place = _place_of(model_name_or_path)
-    _require_not_original(name, _settings_of(name, place, HubOptions(**hub)))
+    settings = _settings_of(name, place, HubOptions(**hub))
+    _require_not_original(name, settings)
+    require_bounded(f"the config.json of {name}", settings)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub)
-    except (OSError, ValueError) as error:
+        with reading(place, "a config"):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                place, trust_remote_code=False, **hub
+            )
+    except (OSError, ValueError, TypeError) as error:
         raise _unreadable(name, error) from error
     return config
+
+
+def open_processor(place: str, hub: HubOptions) -> MoeLlavaProcessor:
+    """The processor of a saved model, tried on one conversation.
+
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file cannot be read, is of another kind of processor, or does not work.
+    """
+    with reading(place, "a processor"):
+        processor: MoeLlavaProcessor = MoeLlavaProcessor.from_pretrained(
+            place,
+            trust_remote_code=False,
+            **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
+        )
+        if processor.chat_template is not None:
+            _require_works(processor)
+    return processor
+
+
+def _require_works(processor: MoeLlavaProcessor) -> None:
+    try:
+        text = processor.apply_chat_template(_SAMPLE, tokenize=False)
+    except ValueError as error:
+        # A template may refuse the sample by raise_exception, such as one that wants a system turn.
+        if type(error.__cause__) is jinja2.TemplateError:
+            return
+        raise
+    processor(text=text, padding=True)
 
 
 def model_type_of(model_name_or_path: str | Path, **hub: Unpack[HubKeywords]) -> str:
@@ -95,11 +134,17 @@ def read_generation_config(path: Path) -> GenerationConfig:
         ValueError: if the file cannot be read; it is named.
     """
     settings = read_json(path)
-    try:
+    with reading(path, "a generation config"):
         config: GenerationConfig = GenerationConfig.from_dict(settings)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a generation config: {error}") from error
+        for name in _TOKEN_IDS:
+            _require_token_ids(name, getattr(config, name))
     return savable(config)
+
+
+def _require_token_ids(name: str, found: object) -> None:
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(isinstance(one, int) and one >= 0 for one in ids):
+        raise ValueError(f"{name} is {found!r}; expected the number of a token, or a list of them.")
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:
@@ -114,19 +159,6 @@ def savable(config: GenerationConfig) -> GenerationConfig:
         for name in SAMPLING:
             setattr(config, name, getattr(default, name))
     return config
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by itself or by its name; None for None and "auto", which leave the stored one."""
-    if dtype is None or dtype == "auto":
-        return None
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(
-            f"dtype is {dtype!r}; give torch.float32, torch.bfloat16 or torch.float16, or their "
-            "names."
-        )
-    return found
 
 
 def _place_of(model_name_or_path: str | Path) -> tuple[str, str]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -31,9 +31,11 @@ from typing_extensions import Unpack
 from moellava.encoders import create_encoder, encoder_options
 from moellava.encoders.factory import encoder_kinds
 from moellava.messages import first_names, unknown_name
+from moellava.model.checkpoint.adapter import name_base, read_adapter, require_known_kind
 from moellava.model.checkpoint.configs import (
     GENERATION_FILE,
     model_type_of,
+    open_processor,
     read_generation_config,
 )
 from moellava.model.checkpoint.llava import read_llava
@@ -49,7 +51,9 @@ from moellava.model.modeling_moellava import (
     joined_name,
 )
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, Origin, read_json
+from moellava.storage.weights import read_weights
 from moellava.storage.writing import write_json
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,8 @@ def save_trainable(
     if isinstance(model, LoadedModel):
         processor = processor or model.processor
     has_adapter = hasattr(whole, "peft_config")
+    for adapter in getattr(whole, "peft_config", {}).values():
+        require_known_kind(adapter.peft_type.value)
     own = _without_adapter(whole)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +137,8 @@ def save_trainable(
         if processor is not None:
             processor.save_pretrained(staging)
         if has_adapter:
-            _save_adapter(whole, staging / ADAPTER_FOLDER, own.config.language_model)
+            whole.save_pretrained(str(staging / ADAPTER_FOLDER))
+            name_base(staging / ADAPTER_FOLDER, own.config.language_model)
     logger.info(
         "%s: %d of %d tensors differ from the base, %d of %d bytes",
         folder,
@@ -181,7 +188,8 @@ def open_trainable(
     """As `load_trainable`, with the options as they are passed on inside the package."""
     folder = folder.expanduser()
     _require_complete(folder)
-    config = MoeLlavaConfig.from_pretrained(folder)
+    with reading(folder, "a config"):
+        config = MoeLlavaConfig.from_pretrained(folder)
     dtype = options.dtype or _dtype_of(config)
     state = _add_base(folder, config, base, dtype, hub)
     generation_config = None
@@ -190,7 +198,7 @@ def open_trainable(
     loaded = model_from_tensors(
         state,
         config,
-        MoeLlavaProcessor.from_pretrained(folder, trust_remote_code=False),
+        open_processor(str(folder), hub),
         name=str(folder),
         dtype=dtype,
         options=options,
@@ -198,9 +206,7 @@ def open_trainable(
         built_from={key: str(path) for key, path in base.items()},
     )
     if (folder / ADAPTER_FOLDER).is_dir():
-        from peft import PeftModel  # only those who saved an adapter need it
-
-        adapted: Any = PeftModel.from_pretrained(loaded.model, str(folder / ADAPTER_FOLDER))
+        adapted: Any = read_adapter(loaded.model, folder / ADAPTER_FOLDER)
         adapted.eval()
         loaded = replace(loaded, model=adapted)
     return loaded
@@ -233,14 +239,6 @@ def _replacing_files(folder: Path) -> Iterator[Path]:
     staging.rmdir()
 
 
-def _save_adapter(model: PreTrainedModel, folder: Path, name: str | None) -> None:
-    """PEFT's own files, but without the path of the base on this machine."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # a form that nobody filled in, with that path
-    path = folder / "adapter_config.json"
-    write_json(path, {**read_json(path), "base_model_name_or_path": name})
-
-
 def _require_complete(folder: Path) -> None:
     if not (folder / BASE_FILE).is_file():
         if (folder / STAGING_FOLDER).is_dir():
@@ -266,7 +264,7 @@ def _add_base(
     folder: Path, config: MoeLlavaConfig, base: BasePlaces, dtype: torch.dtype, hub: HubOptions
 ) -> dict[str, Tensor]:
     """The saved difference, completed by the base's weights."""
-    state = load_file(folder / WEIGHTS_FILE)
+    state = read_weights(folder / WEIGHTS_FILE)
     names = _weight_names(config)
     base_state = _read_base(config, base, hub)
     shared = {name: base_state[name] for name in base_state if name in names and name not in state}

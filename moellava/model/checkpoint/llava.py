@@ -6,6 +6,7 @@
 | `read_mm_projector` | the projector's weights of the original code |
 """
 
+import copy
 import os
 from dataclasses import asdict
 from pathlib import Path
@@ -41,8 +42,14 @@ from moellava.model.language_model.upcycling import (
 from moellava.model.load_options import MoeChoice
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.storage.sources import HubKeywords, HubOptions, Origin, origin_of
-from moellava.storage.weights import read_weights, require_loaded
+from moellava.storage.errors import reading
+from moellava.storage.sources import HubKeywords, HubOptions, Origin, origin_of, parse_source
+from moellava.storage.weights import (
+    read_weights,
+    require_covered,
+    require_loaded,
+    require_own_files,
+)
 
 PROJECTOR_TYPE = "mlp2x_gelu"
 # transformers' names of the projector's layers, and ours, which are the original LLaVA's.
@@ -82,7 +89,7 @@ def read_llava(
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
     llava_config: Any = load_model_config(name, **hub)
     _require_clip_and_llama(name, llava_config)
-    llava = _load_llava(name, HubOptions(**hub))
+    llava = _load_llava(name, llava_config, HubOptions(**hub))
     dtype = dtype or llava.dtype
     own_processor = _load_processor(name, llava_config, HubOptions(**hub))
     origin = origin_of(name, HubOptions(**hub))
@@ -209,16 +216,22 @@ def _require_clip_and_llama(name: str, config: Any) -> None:
             )
 
 
-def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
+def _load_llava(name: str, config: LlavaConfig, hub: HubOptions) -> LlavaForConditionalGeneration:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        name,
-        trust_remote_code=False,
-        dtype="auto",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
-    )
+    source = parse_source(name, hub)
+    require_own_files(source)
+    with reading(name, "a LLaVA"):
+        with torch.device("meta"):
+            outline = LlavaForConditionalGeneration(copy.deepcopy(config))
+        require_covered(source, outline.num_parameters())
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            name,
+            trust_remote_code=False,
+            dtype="auto",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
+        )
     llava: LlavaForConditionalGeneration
     llava, info = loaded
     require_loaded(name, info)
@@ -227,7 +240,8 @@ def _load_llava(name: str, hub: HubOptions) -> LlavaForConditionalGeneration:
 
 def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
     try:
-        processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
+        with reading(name, "a processor"):
+            processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
     except (OSError, ValueError) as error:
         raise OSError(
             f"The LLaVA checkpoint {name!r} has no processor that can be read "

@@ -2,14 +2,17 @@
 
 from pathlib import Path
 
-from moellava.model.checkpoint.configs import load_generation_config, load_model_config
+from moellava.model.checkpoint.configs import (
+    load_generation_config,
+    load_model_config,
+    open_processor,
+)
 from moellava.model.checkpoint.difference import is_trainable_folder, open_trainable
 from moellava.model.checkpoint.llava import read_llava
 from moellava.model.checkpoint.strict import model_from_tensors, read_model
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.sources import HubOptions
 
 
@@ -45,13 +48,8 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
             )
         return open_trainable(Path(name), {}, options, hub)
     place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    model = read_model(place, name, options, hub)
-    processor = MoeLlavaProcessor.from_pretrained(
-        place,
-        trust_remote_code=False,
-        **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
-    )
-    return LoadedModel(model, processor)
+    model = read_model(place, name, config, options, hub)
+    return LoadedModel(model, open_processor(place, hub))
 
 
 def _open_llava(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:

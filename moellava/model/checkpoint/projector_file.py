@@ -27,6 +27,8 @@ from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identi
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX
 from moellava.model.projector import ProjectorShape, build_projector
+from moellava.storage.errors import reading
+from moellava.storage.sources import read_json
 from moellava.storage.weights import read_weights, require_fit
 from moellava.storage.writing import replacing
 
@@ -131,7 +133,7 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
     place = Path(path).expanduser()
     own = place / PROJECTOR_FILE if place.is_dir() else place
     if own.is_file() and own.suffix == ".safetensors":
-        with safe_open(own, framework="pt") as file:
+        with reading(own, "a projector"), safe_open(own, framework="pt") as file:
             header = (file.metadata() or {}).get(HEADER)
             if header is not None:
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -141,14 +143,15 @@ def read_projector(path: str | os.PathLike[str]) -> TrainedProjector:
                     path=str(path), tower=tower, state_dict=state, **description
                 )
     config_file = (place if place.is_dir() else place.parent) / "config.json"
-    settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    settings = read_json(config_file) if config_file.is_file() else {}
     if place.is_dir() and settings.get("model_type") == MoeLlavaConfig.model_type:
         return _from_saved_model(place)
     return _from_llava(place, settings)
 
 
 def _from_saved_model(folder: Path) -> TrainedProjector:
-    config: Any = MoeLlavaConfig.from_pretrained(folder)
+    with reading(folder, "a config"):
+        config: Any = MoeLlavaConfig.from_pretrained(folder)
     state = _saved_tensors(folder, (PROJECTOR_PREFIX, TOWER_PREFIX))
     projector = _without_prefix(state, PROJECTOR_PREFIX)
     if not projector and config.projector_type != "identity":

@@ -1,39 +1,61 @@
 """Weights that fit exactly → a model: `read_model` from files, `model_from_tensors` from memory."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from moellava.messages import first_names
-from moellava.model.checkpoint.configs import savable
+from moellava.model.checkpoint.configs import GENERATION_FILE, read_generation_config, savable
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.storage.sources import HubOptions
-from moellava.storage.weights import require_loaded
+from moellava.storage.errors import reading
+from moellava.storage.sources import HubOptions, find_file, parse_source
+from moellava.storage.weights import (
+    nonfinite_names,
+    require_covered,
+    require_loaded,
+    require_own_files,
+)
 
 
 def read_model(
-    place: str, name: str, options: LoadOptions, hub: HubOptions
+    place: str, name: str, config: MoeLlavaConfig, options: LoadOptions, hub: HubOptions
 ) -> MoeLlavaForConditionalGeneration:
     """The model that `save_pretrained` wrote, without a tensor too many or too few.
 
     Args:
         place: its folder or hub id.
         name: what the user called it, for messages.
+        config: its own.
     """
+    source = parse_source(place, hub)
+    require_own_files(source)
+    with reading(place, "a model"):
+        require_covered(source, _num_values(config))
+    # transformers passes over a file that it cannot read.
+    generation_file = find_file(source, GENERATION_FILE, download=True, required=False)
+    generation_config = generation_file and read_generation_config(generation_file)
     keywords = {**options.keywords, **hub.keywords, "dtype": options.dtype or "auto"}
     model = _from_pretrained(place, name, **keywords)
-    if model.generation_config is not None:
+    if generation_config:
+        model.generation_config = generation_config
+    elif model.generation_config is not None:
         savable(model.generation_config)
     return model
+
+
+def _num_values(config: MoeLlavaConfig) -> int:
+    with torch.device("meta"):
+        return MoeLlavaForConditionalGeneration(copy.deepcopy(config)).num_parameters()
 
 
 def model_from_tensors(
@@ -72,47 +94,26 @@ def _from_pretrained(
     place: str | None, name: str, **keywords: object
 ) -> MoeLlavaForConditionalGeneration:
     """transformers only logs a missing tensor, and leaves some of them uninitialised."""
-    try:
-        loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
-            place, output_loading_info=True, trust_remote_code=False, **keywords
-        )
-    except SafetensorError as error:  # it does not say which file
-        files = sorted(Path(place or "").glob("*.safetensors"))
-        broken = ", ".join(file.name for file in files if not _is_readable(file))
-        raise OSError(
-            f"A weights file of {name!r} cannot be read; is it complete? {broken} ({error}). Copy "
-            "or save it again."
-        ) from error
+    with reading(place or name, "a model"):
+        try:
+            loaded: Any = MoeLlavaForConditionalGeneration.from_pretrained(
+                place,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are in the loading info
+                trust_remote_code=False,
+                **keywords,
+            )
+        except SafetensorError as error:  # it does not say which file
+            for file in sorted(Path(place or "").glob("*.safetensors")):
+                with reading(file, "safetensors"), safe_open(file, framework="pt"):
+                    pass
+            raise error
     model: MoeLlavaForConditionalGeneration
     model, info = loaded
     require_loaded(name, info)
-    _require_finite(name, model)
-    return model
-
-
-def _require_finite(name: str, model: MoeLlavaForConditionalGeneration) -> None:
-    """Refuse weights of a training that diverged.
-
-    Of each tensor the first and last 64 values are looked at, so that mapped files stay unread: a
-    step with a non-finite gradient spoils whole tensors.
-    """
-    spoilt = []
-    for key, weight in model.named_parameters():
-        if weight.is_meta or not weight.is_floating_point() or type(weight) is not nn.Parameter:
-            continue
-        values = weight.detach().reshape(-1)
-        if not torch.isfinite(torch.cat([values[:64], values[-64:]])).all():
-            spoilt.append(key)
-    if spoilt:
+    if spoilt := nonfinite_names(model.state_dict()):
         raise ValueError(
             f"The weights of {name} hold NaN or infinite values: {first_names(spoilt)}. The "
             "training diverged, or a file is damaged: use an earlier checkpoint."
         )
-
-
-def _is_readable(file: Path) -> bool:
-    try:
-        with safe_open(file, framework="pt"):
-            return True
-    except SafetensorError:
-        return False
+    return model

@@ -199,7 +199,7 @@ def dense_state_dict(
 def causal_lm_shapes(config: PreTrainedConfig) -> dict[str, Shape]:
     """Name to shape of every weight of the config's `ForCausalLM`, without a tied `lm_head`."""
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     tied = model.all_tied_weights_keys
     return {
         name: tuple(value.shape) for name, value in model.state_dict().items() if name not in tied

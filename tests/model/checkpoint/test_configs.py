@@ -83,3 +83,34 @@ class TestGenerationConfig:
         (language_model / "generation_config.json").unlink()
         loaded = load_pretrained_model(parts | {"model_name_or_path": str(language_model)})
         assert loaded.model.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
+
+    @pytest.mark.parametrize(
+        "content", ["{", "[]", '{"eos_token_id": "x"}', '{"bos_token_id": -1}']
+    )
+    def test_a_broken_file_of_a_saved_model_is_an_error_that_names_it(self, whole, content):
+        (whole / "generation_config.json").write_text(content)
+        with pytest.raises(ValueError, match=r"generation_config\.json "):
+            load_pretrained_model(whole)
+
+
+@pytest.fixture
+def whole(loaded, tmp_path):
+    loaded.model.save_pretrained(tmp_path / "whole")
+    loaded.processor.save_pretrained(tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+class TestChatTemplate:
+    @pytest.mark.parametrize("template", ["{{ nothing.at.all }}", "{% for %}", "{{ 1 +}}"])
+    def test_one_that_cannot_be_rendered_is_found_when_the_model_is_opened(self, whole, template):
+        (whole / "chat_template.jinja").write_text(template)
+        with pytest.raises(ValueError, match=r"whole cannot be read as a processor: .*template"):
+            load_pretrained_model(whole)
+
+    def test_one_that_refuses_some_conversations_opens(self, whole):
+        template = "{% if messages | length != 1 %}{{ raise_exception('one turn') }}{% endif %}yes"
+        (whole / "chat_template.jinja").write_text(template)
+        again = load_pretrained_model(whole)
+        assert again.answer(None, "What?", max_new_tokens=1)
+        with pytest.raises(ValueError, match="chat template refuses the messages: one turn"):
+            again.answer(None, [[{"role": "user", "content": "a"}] * 2], max_new_tokens=1)

@@ -109,12 +109,6 @@ class TestTrainable:
             load_trainable(tmp_path / "saved", base=base).model, state_of(loaded.model)
         )
 
-    def test_no_path_of_this_machine_is_saved(self, small, tmp_path):
-        save_trainable(small, tmp_path)
-        text = "".join(path.read_text() for path in tmp_path.glob("*.json"))
-        assert str(tmp_path.parent) not in text
-        assert "moellava-hub-" not in text
-
     @pytest.mark.parametrize("moment", range(1, 6))
     def test_a_save_that_ends_while_files_are_replaced_is_not_opened(
         self, small, parts, tmp_path, monkeypatch, moment

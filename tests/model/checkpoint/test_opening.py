@@ -11,27 +11,7 @@ from moellava.model.builder_enhanced import (
     load_pretrained_model,
 )
 from moellava.testing import TINYLLAMA
-
-
-def chat_inputs(loaded, images, questions):
-    conversations = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": question}],
-            }
-        ]
-        for image, question in zip(images, questions, strict=True)
-    ]
-    return loaded.processor.apply_chat_template(
-        conversations,
-        tokenize=True,
-        add_generation_prompt=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
-
+from tests.model.prompts import chat_inputs
 
 RELOAD = """
 import json, sys, torch

@@ -1,9 +1,9 @@
-import pytest
-import torch
+import json
 
-from moellava.model.builder_enhanced import (
-    load_pretrained_model,
-)
+import pytest
+
+from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.checkpoint import strict
 
 
 class TestBadInput:
@@ -38,6 +38,25 @@ class TestBadInput:
         with pytest.raises((OSError, ValueError), match=shard.name):
             load_pretrained_model(sharded)
 
+    def test_a_config_that_asks_for_more_than_the_files_hold_allocates_nothing(
+        self, sharded, monkeypatch
+    ):
+        path = sharded / "config.json"
+        config = json.loads(path.read_text())
+        config["text_config"]["vocab_size"] = 10_000_000
+        path.write_text(json.dumps(config))
+        monkeypatch.setattr(strict, "_from_pretrained", None)
+        with pytest.raises(ValueError, match=r"asks for [\d,]+ values, but its files .* bytes"):
+            load_pretrained_model(sharded)
+
+    def test_an_index_that_leaves_the_folder_is_refused(self, sharded):
+        index = sharded / "model.safetensors.index.json"
+        content = json.loads(index.read_text())
+        content["weight_map"]["lm_head.weight"] = "../outside.safetensors"
+        index.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"names the file '\.\./outside\.safetensors'"):
+            load_pretrained_model(sharded)
+
     def test_a_folder_without_weights_is_refused(self, loaded, tmp_path):
         loaded.model.config.save_pretrained(tmp_path)
         loaded.processor.save_pretrained(tmp_path)
@@ -53,7 +72,8 @@ class TestBadInput:
         loaded.processor.save_pretrained(tmp_path)
         state = load_file(tmp_path / "model.safetensors")
         name = next(name for name in state if part in name)
-        state[name] = torch.full_like(state[name], value)
+        state[name] = state[name].clone()
+        state[name].view(-1)[state[name].numel() // 2] = value  # one, in the middle
         save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=f"NaN or infinite values: {name}"):
             load_pretrained_model(tmp_path)

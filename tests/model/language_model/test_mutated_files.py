@@ -1,12 +1,6 @@
-"""Broken files of language models: whatever they hold, errors are of an expected kind.
-
-A few hundred mutations with a fixed seed; MOELLAVA_MUTATIONS=20 makes it twenty times as many.
-"""
+"""Broken files of language models: whatever they hold, errors are of an expected kind."""
 
 import json
-import os
-import random
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,117 +9,7 @@ import torch
 from moellava.model.language_model import LlamaMoeConfig, imported_state_dict, read_state_dict
 from moellava.model.language_model.router_weights import read_router
 from tests.model.language_model.test_mixtures import make_mixtral, write_moe_llava
-
-TIMES = int(os.environ.get("MOELLAVA_MUTATIONS", "1"))
-EXPECTED = (ValueError, OSError, ImportError, TypeError)
-WHOLE_FILES = (
-    b"",
-    b"\x00" * 64,
-    b"<!DOCTYPE html><html><body>404</body></html>",
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n",
-    b"[]",
-    b"null",
-    b'"text"',
-    b'{"weight_map": []}',
-    b'{"weight_map": {"model.norm.weight": "../../outside.safetensors"}}',
-    '{"model_type": "llama"}'.encode("utf-16"),
-    '{"model_type": "läma"}'.encode("latin-1"),
-    b'{"a":' * 3000 + b"1" + b"}" * 3000,
-)
-VALUES = (
-    None,
-    -1,
-    0,
-    1,
-    10**9,
-    10**30,
-    0.5,
-    1e308,
-    float("nan"),
-    True,
-    "x",
-    "",
-    [],
-    {},
-    [[]],
-    [-1],
-)
-
-
-def broken_bytes(content: bytes, generator: random.Random) -> bytes:
-    """The content with a few bytes changed, lost or added, more often at its start."""
-    data = bytearray(content)
-    for _ in range(generator.choice((1, 1, 2, 8))):
-        place = int(len(data) * generator.random() ** 3)
-        kind = generator.randrange(4)
-        if kind == 0:
-            data = data[:place]
-        elif kind == 1:
-            data[place:place] = generator.randbytes(generator.randrange(1, 9))
-        elif kind == 2:
-            del data[place : place + generator.randrange(1, 9)]
-        elif place < len(data):
-            data[place] = generator.randrange(256)
-        if not data:
-            break
-    return bytes(data)
-
-
-def broken_value(content: bytes, generator: random.Random) -> bytes:
-    """A JSON object with one value, at any depth, replaced or removed."""
-    whole = json.loads(content)
-    place = whole
-    while True:
-        key = generator.choice(sorted(place))
-        if not isinstance(place[key], dict) or not place[key] or generator.random() < 0.3:
-            break
-        place = place[key]
-    if generator.random() < 0.2:
-        del place[key]
-    else:
-        place[key] = generator.choice(VALUES)
-    return json.dumps(whole).encode()
-
-
-def mutations(content: bytes, *, count: int, seed: int, is_json: bool) -> Iterator[bytes]:
-    generator = random.Random(seed)
-    yield from WHOLE_FILES
-    for _ in range(count * TIMES):
-        if is_json and generator.random() < 0.7:
-            yield broken_value(content, generator)
-        else:
-            yield broken_bytes(content, generator)
-
-
-def require_named_errors(
-    file: Path, read: Callable[[], object], *, count: int, is_json: bool, seed: int = 0
-) -> None:
-    """Mutate a file in place; every reading succeeds or fails as promised, and some fail."""
-    content = file.read_bytes()
-    num_refused = 0
-    for index, mutated in enumerate(mutations(content, count=count, seed=seed, is_json=is_json)):
-        file.write_bytes(mutated)
-        error = error_of(read)
-        if error is None:
-            continue
-        num_refused += 1
-        where = f"mutation {index} of {file.name}: {type(error).__name__}: {error}"
-        assert isinstance(error, EXPECTED), where
-        # Parsers' own kinds are subclasses of ValueError.
-        assert not isinstance(error, UnicodeError | json.JSONDecodeError), where
-        assert file.parent.name in str(error), where
-        assert "weights_only=False" not in str(error), where
-    file.write_bytes(content)
-    assert error_of(read) is None
-    assert num_refused > len(WHOLE_FILES) // 2
-
-
-def error_of(read: Callable[[], object]) -> BaseException | None:
-    try:
-        read()
-    except BaseException as error:  # panics of Rust libraries are not Exceptions
-        return error
-    return None
+from tests.mutations import require_named_errors
 
 
 @pytest.fixture
