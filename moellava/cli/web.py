@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from moellava.cli.ask import default_device
-
 
 def web(
     checkpoint: Annotated[
@@ -42,6 +40,7 @@ def web(
         ) from error
     from moellava.chat.server import listening
     from moellava.model.builder_enhanced import load_pretrained_model
+    from moellava.model.load_options import default_device
 
     listening(host, port).close()  # a port in use is said before the model is loaded
     loaded = load_pretrained_model(
