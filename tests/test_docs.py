@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from moellava.testing import BIOMEDCLIP
+from moellava.testing import BIOMEDCLIP, TINYLLAMA
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
@@ -15,6 +15,7 @@ GUIDES = (
     "biomedclip.md",
     "builder.md",
     "data.md",
+    "explain.md",
     "from_llava.md",
     "saving.md",
 )
@@ -22,7 +23,9 @@ GUIDES = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES)
-def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path, monkeypatch):
+def test_the_snippets_of_a_guide_run(
+    guide, hub_cache, small_biomedclip, dataset_cache, tmp_path, monkeypatch
+):
     from huggingface_hub import HfApi
     from PIL import Image
     from skimage import data
@@ -31,6 +34,8 @@ def test_the_snippets_of_a_guide_run(guide, hub_cache, dataset_cache, tmp_path, 
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "biomedclip").symlink_to(hub_cache[BIOMEDCLIP])
     write_mm_projector(tmp_path / "checkpoints" / "llava-pretrain")
+    if guide == "explain.md":
+        write_checkpoint(tmp_path / "moellava-demo" / "checkpoint", small_biomedclip)
     snippets = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL
     )
@@ -51,6 +56,23 @@ def write_mm_projector(folder):
     folder.mkdir(parents=True)
     state = {f"model.mm_projector.{name}": value for name, value in layers.state_dict().items()}
     torch.save(state, folder / "mm_projector.bin")
+
+
+def write_checkpoint(folder, tower):
+    """A whole model as `moellava demo` leaves it, with random weights."""
+    from moellava import load_pretrained_model
+
+    parts = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(tower)}
+    loaded = load_pretrained_model(parts, dtype="float32")
+    loaded.model.save_pretrained(folder)
+    loaded.processor.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.png")), ids=lambda path: path.name)
+def test_every_picture_is_small_and_shown(path):
+    pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
+    assert path.stat().st_size < 200_000
+    assert any(f"]({path.name})" in page for page in pages)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

@@ -20,7 +20,7 @@ from moellava.model.conversation import Turn, read_message
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
 _GZIP = b"\x1f\x8b"
-_DEFLATED_DICOM = b"1.2.840.10008.1.2.1.99"  # unpacked by pydicom without a bound
+_DEFLATED_DICOM = b"1.2.840.10008.1.2.1.99"  # pydicom unpacks all of it at once
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,10 +42,13 @@ def demo(
     example = result.answers[0].row
     shutil.copyfile(str(example.images[0]), out / "held_out.png")
     ask = f'moellava ask {result.checkpoint} {out / "held_out.png"} "{example.question}"'
+    held_out = out / "data" / "held_out.json"
+    score = f"moellava eval {result.checkpoint} {held_out} --baselines all --out {out}/evaluation"
     typer.echo(
         f"\nAll questions and answers: {out / ANSWERS_FILE}\n"
         f"Picture: {picture}\n"
-        f"Ask it:  {ask}\n\n"
+        f"Ask it:  {ask}\n"
+        f"Score it (needs the extra eval): {score}\n\n"
         "This toy learned a dozen pictures in minutes. It is NOT a medical model: it only shows "
         "that the parts work."
     )

@@ -32,6 +32,9 @@ Images = Annotated[
     Path | None, typer.Option(help="The folder that relative image paths start from.")
 ]
 Language = Annotated[str | None, typer.Option(help="Of SLAKE: en or zh; both if not given.")]
+ClassNames = Annotated[
+    str | None, typer.Option(help="Of a classification set, separated by commas, in order.")
+]
 Scorer = Annotated[
     list[str] | None, typer.Option(help="A rule, such as strict or llava_med; repeatable.")
 ]
@@ -55,6 +58,7 @@ def run(
     split: Split = None,
     images: Images = None,
     language: Language = None,
+    class_names: ClassNames = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
     device: Annotated[
@@ -79,6 +83,9 @@ def run(
     leaks: Annotated[
         str | None,
         typer.Option(help="A training set: also score without the images that it has."),
+    ] = None,
+    train_split: Annotated[
+        str | None, typer.Option(help="Of --train and --leaks, if they have several.")
     ] = None,
     resamples: Resamples = 1000,
 ) -> None:
@@ -113,8 +120,10 @@ def run(
         split=split,
         images=images,
         language=language,
+        class_names=_class_names(class_names),
         train=train,
         leaks=leaks,
+        train_split=train_split,
     )
     typer.echo(text_table(scores))
     _say_counts(scores)
@@ -143,6 +152,7 @@ def score(
     split: Split = None,
     images: Images = None,
     language: Language = None,
+    class_names: ClassNames = None,
     scorer: Scorer = None,
     group_by: GroupBy = None,
     resamples: Resamples = 1000,
@@ -159,7 +169,10 @@ def score(
     from moellava.eval.statistics import Resamples
     from moellava.eval.text_table import text_table
 
-    asked = None if data is None else _questions(data, split, images, language, group_by)
+    asked = None
+    if data is not None:
+        names = _class_names(class_names)
+        asked = _questions(data, group_by, split, images, language, names)
     named = None if keys is None else _pairs(keys)
     judge = None
     if judge_url is not None:
@@ -213,12 +226,20 @@ def compare(
     found = compare_predictions(
         one, other, find_scorers(scorer or ()), group_by=group_by, num_resamples=resamples
     )
-    typer.echo(difference_table(found))
+    typer.echo(difference_table(found, group_by or ()))
     for name, ids in (("A", found["only_first"]), ("B", found["only_second"])):
         if isinstance(ids, list) and ids:
             typer.echo(f"only {name} answers {len(ids):,} questions: they are left out")
     if out is not None:
         write_json(out, found)
+
+
+@app.command(name="lmms-tasks")
+def lmms_tasks() -> None:
+    """Print the folder of the tasks for lmms-eval: lmms-eval --include_path FOLDER."""
+    from moellava.eval.lmms import tasks_folder
+
+    typer.echo(tasks_folder())
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -235,17 +256,22 @@ def _pairs(text: str) -> dict[str, str]:
     return {name.strip(): key.strip() for name, _, key in pairs}
 
 
+def _class_names(text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else _names(text)
+
+
 def _questions(
     data: str,
+    group_by: Sequence[str] | None,
     split: str | None,
     images: Path | None,
     language: str | None,
-    group_by: Sequence[str] | None,
+    class_names: Sequence[str] | None,
 ) -> "list[Question]":
     from moellava.data.readers import read_rows
     from moellava.eval.questions import known_groups, questions_of
 
-    rows = read_rows(data, images=images, split=split, language=language)
+    rows = read_rows(data, images=images, split=split, language=language, class_names=class_names)
     if group_by is not None:
         known_groups(rows, group_by)
     return list(questions_of(rows, root=rows.image_root, group_by=group_by))
@@ -267,5 +293,10 @@ def _say_counts(scores: Any) -> None:
     for text, count in counts.items():
         if count:
             typer.echo(f"{count:,} {text}")
+    for name, count in scores["groups_not_scored"].items():
+        typer.echo(f"the group {name} has {count:,} values: it is not scored by value")
+    if scores["num_images_seen"] is not None:
+        told = f"the model was given {scores['num_images_seen']:,} images"
+        typer.echo(f"{told} for {scores['num_questions']:,} questions")
     if scores["uses_gold_type"]:
         typer.echo("the prompt uses the gold answer's type")

@@ -110,7 +110,7 @@ def routing(
     group_by: Annotated[
         str, typer.Option(help="answer_type, source, split, or a further field of the rows.")
     ],
-    out: Annotated[Path, typer.Option(help="Folder for routing.json and routing.png.")],
+    out: Annotated[Path, typer.Option(help="Folder for routing.json and the pictures.")],
     images: Annotated[
         Path | None, typer.Option(help="The folder that relative image paths start from.")
     ] = None,
@@ -146,6 +146,7 @@ def routing(
     out.mkdir(parents=True, exist_ok=True)
     (out / "routing.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     result.draw(out / "routing.png")
+    result.draw_coactivation(out / "coactivation.png")
     counts = ", ".join(f"{group} {count}" for group, count in result.num_rows.items())
     typer.echo(f"{len(chosen)} rows: {counts}")
     typer.echo("mutual information of group and expert, bits (95 % of shuffled labels are below):")
@@ -153,7 +154,8 @@ def routing(
         texts = [f"{layer.bits:.4f} ({layer.shuffled_95:.4f})" for layer in layers]
         typer.echo(f"  {phase:9} {'  '.join(texts)}")
     typer.echo(NOT_SHOWN)
-    typer.echo(f"written: {out / 'routing.json'}, {out / 'routing.png'}")
+    names = ("routing.json", "routing.png", "coactivation.png")
+    typer.echo(f"written: {', '.join(str(out / name) for name in names)}")
 
 
 def _load(checkpoint: str, device: str | None) -> "LoadedModel":

@@ -5,15 +5,18 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
 from moellava.data.fingerprints import Fingerprint, fingerprint, near_pairs
 from moellava.data.readers import Rows
 from moellava.data.rows import IMAGE_TOKEN, Row
 from moellava.images import ImageLike, image_key, map_in_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MAX_DISTANCE = 4  # of 64 bits: a resized or re-encoded copy usually differs in 0 to 2
 _BATCH = 64  # images read at a time
@@ -127,7 +130,7 @@ def check_rows(
     rows: Rows,
     *,
     against: Rows | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     max_distance: int = MAX_DISTANCE,
     progress: bool = False,
 ) -> Report:
@@ -270,7 +273,7 @@ def _first(places: list[str]) -> str:
     return places[0] if len(places) == 1 else f"{places[0]} and {len(places) - 1} more"
 
 
-def _length_of(tokenizer: PreTrainedTokenizerBase | None) -> Callable[[Row], int]:
+def _length_of(tokenizer: "PreTrainedTokenizerBase | None") -> Callable[[Row], int]:
     def text(row: Row) -> str:
         return "\n".join(turn.text.replace(IMAGE_TOKEN, "") for turn in row.turns)
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from moellava.data import layouts
+from moellava.data import choice_layouts, layouts
 from moellava.data.layouts import Context, Record
 from moellava.data.rows import Row
 from moellava.messages import unknown_name
@@ -71,12 +71,21 @@ FORMATS: list[Format] = [
     ),
     Format(
         name="pmc_vqa",
-        to_row=layouts.pmc_vqa,
+        to_row=choice_layouts.pmc_vqa,
         matches=has("Figure_path", "Question", "Answer", "Choice A"),
         image_keys=("Figure_path",),
         id_keys=("index",),
         image_folders=("images", "figures", "images_2/figures", "images_2"),
         archives=_pmc_vqa_archives,
+    ),
+    Format(
+        name="omnimedvqa",
+        to_row=choice_layouts.omnimedvqa,
+        matches=has("question", "gt_answer", "option_A", "image_path"),
+        image_keys=("image_path",),
+        id_keys=("question_id",),
+        # The files are OmniMedVQA/QA_information/*/*.json, and their paths start at OmniMedVQA.
+        image_folders=("../..", "..", "images"),
     ),
     Format(
         name="vqa_rad",

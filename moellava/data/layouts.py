@@ -28,7 +28,6 @@ ROLES: dict[str, Role] = {
 ANSWER_TYPES = {"open": "OPEN", "closed": "CLOSED", "close": "CLOSED"}
 # Of the parquet files that we write: fields of any type, as one JSON text.
 EXTRA_COLUMN = "extra_json"
-PMC_VQA_PROMPT = "Answer with the option's letter from the given choices directly."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,42 +155,6 @@ def slake(record: Record, index: int, context: Context) -> Row | None:
         image=image,
         question=question,
         answer=answer,
-    )
-
-
-def pmc_vqa(record: Record, index: int, context: Context) -> Row:
-    """PMC-VQA: four choices; the answer is the letter (`Answer_label` in version 1, `Answer` in 2).
-
-    Columns of version 1, as its card shows: Figure_path, Question, Answer, Choice A to D,
-    Answer_label; of version 2, as the code of its users reads: index, Figure_path, Caption,
-    Question, Choice A to D, Answer, split.
-    """
-    letters = "ABCD"
-    columns = [f"Choice {letter}" for letter in letters]
-    (figure, question, answer, *written), rest = taken(
-        record, "Figure_path", "Question", "Answer", *columns
-    )
-    row_id, rest = first_taken(rest, "index")
-    label, rest = first_taken(rest, "Answer_label")
-    # Choices are written " A:text ".
-    choices = [
-        text_of(text, column).strip().removeprefix(f"{letter}:").strip()
-        for text, column, letter in zip(written, columns, letters, strict=True)
-    ]
-    label = str(label or answer).strip()
-    if label not in tuple(letters):
-        raise RowError(f"the answer is {label!r}; expected one of the letters {', '.join(letters)}")
-    options = [f"{letter}: {choice}" for letter, choice in zip(letters, choices, strict=True)]
-    images = needed_images(figure, context)
-    prompt = "\n".join([text_of(question, "Question").strip(), *options, PMC_VQA_PROMPT])
-    return row_of(
-        rest | {"id": row_id} | ({"Answer": answer} if answer != label else {}),
-        index,
-        context,
-        source="pmc_vqa",
-        images=images,
-        turns=[asked(prompt, images), Turn("assistant", label)],
-        choices=choices,
     )
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import re
-import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 
 from moellava.data.json_records import JsonRecords
 from moellava.storage.errors import reading
-from moellava.storage.limits import require_within
+from moellava.storage.limits import require_unpackable
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,7 +119,7 @@ def open_records(files: Sequence[Path], split: str | None, cache_dir: str | None
             return JsonRecords(path)
     if kind == ".npz":
         with reading(path, "arrays of NumPy"):
-            _refuse_bomb(path)
+            require_unpackable(path)
             return NpzRecords(path, _npz_split(path, split))
     if kind in (".csv", ".parquet"):
         with reading(path, "a table"):
@@ -130,12 +129,6 @@ def open_records(files: Sequence[Path], split: str | None, cache_dir: str | None
             f"{path} is a pickle, which can run code when read. Use the set's parquet or JSON form."
         )
     raise ValueError(f"{path} is a {kind or 'nameless'} file; expected one of {', '.join(KINDS)}.")
-
-
-def _refuse_bomb(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(member.file_size for member in archive.infolist())
-    require_within("expansion", unpacked // max(1, path.stat().st_size), path)
 
 
 def npz_splits(path: Path) -> list[str]:

@@ -201,7 +201,7 @@ def _ask(
 
 def _answers(loaded: LoadedModel, rows: Sequence[Row], collator: ChatCollator) -> list[str]:
     found = answer_rows(loaded, rows, collator, max_new_tokens=MAX_NEW_TOKENS, batch_size=24)
-    return [item["answer"] for item in found]
+    return [item.answer for item in found]
 
 
 def _write_answers(answers: Iterable[HeldOutAnswer], path: Path) -> None:

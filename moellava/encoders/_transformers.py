@@ -23,6 +23,7 @@ from moellava.encoders.configuration import (
 )
 from moellava.encoders.outputs import LayerTokens, TrunkOutput
 from moellava.storage.errors import reading
+from moellava.storage.limits import require_bounded
 from moellava.storage.sources import (
     HubKeywords,
     JsonObject,
@@ -198,7 +199,7 @@ class TransformersVisionEncoder(VisionEncoder):
     @classmethod
     def is_foreign(cls, source: Source) -> bool:
         """Whether the source is a repo or folder of transformers; a whole CLIP will do."""
-        config_file = find_file(source, CONFIG_FILE, download=True)
+        config_file = find_file(source, CONFIG_FILE, download=True, required=False)
         assert config_file is not None  # download=True finds it or raises
         return read_json(config_file).get("model_type") != cls.config_class.model_type
 
@@ -218,6 +219,9 @@ class TransformersVisionEncoder(VisionEncoder):
         hub: HubKeywords = source.hub.keywords if source.folder is None else {}
         tower_class: Any = getattr(transformers, cls.tower_class) if cls.tower_class else AutoModel
         require_own_files(source)
+        config_file = find_file(source, CONFIG_FILE, download=True, required=False)
+        if config_file is not None:
+            read_json(config_file)  # its sizes are within the limits
         with reading(str(name), "a tower of transformers"), _no_load_report():
             tower, info = tower_class.from_pretrained(
                 name,
@@ -230,7 +234,7 @@ class TransformersVisionEncoder(VisionEncoder):
         require_fit(source.name, missing=info["missing_keys"], mismatched=info["mismatched_keys"])
         with reading(str(name), "an image processor"):
             processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False, **hub)
-        config_file = find_file(source, CONFIG_FILE, download=True)
+        require_bounded(f"the image processor of {name}", plain_config(processor))
         chosen: JsonObject = dict(options)
         config = cls.config_class(
             tower_config=plain_config(tower.config),

@@ -53,6 +53,27 @@ MOST_FREQUENT = "most_frequent"
 ALL_BASELINES = (*BASELINES, MOST_FREQUENT)
 
 
+def changed_question(
+    baseline: str, question: Question, names: Sequence[str], source: str
+) -> tuple[Turns, Images]:
+    """The conversation and images that a baseline asks about in place of the question's own.
+
+    Args:
+        names: of all images.
+        source: of the data, for the message.
+
+    Raises:
+        ValueError: the baseline cannot be made of this data.
+    """
+    changed = BASELINES[baseline](question, names)
+    if changed is None:
+        raise ValueError(
+            f"The baseline {baseline} needs two different images; {source} has {len(names)}. Leave "
+            "it out."
+        )
+    return changed
+
+
 def most_frequent(
     predictions: Iterable[Prediction], known: Iterable[tuple[str, str, str]]
 ) -> Iterator[Prediction]:

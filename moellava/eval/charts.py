@@ -31,7 +31,7 @@ def bars(entries: Sequence[Bar], title: str) -> str:
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = _x(tick)
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{height}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="12">{tick:g}</text>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="12">{100 * tick:g} %</text>')
     for number, bar in enumerate(entries):
         y = _TOP + number * (_BAR_HEIGHT + _GAP) + _GAP / 2
         middle = y + _BAR_HEIGHT / 2

@@ -5,7 +5,7 @@ The layout of our own `predictions.jsonl` is the fields of `Prediction`, one JSO
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from moellava.eval.answer_types import decide_answer_type
@@ -15,6 +15,7 @@ from moellava.storage.errors import reading
 
 # What a data set may say about a question, taken as groups if present.
 GROUP_KEYS = (
+    "dataset",
     "modality",
     "modality_type",
     "location",
@@ -60,7 +61,8 @@ class Prediction:
 
     def as_line(self) -> str:
         """One line of `predictions.jsonl`, without its newline."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        record = {name: getattr(self, name) for name in FIELDS}  # asdict copies, and takes longer
+        return json.dumps(record, ensure_ascii=False)
 
 
 FIELDS = tuple(item.name for item in fields(Prediction))
@@ -157,14 +159,23 @@ def _parse(line: str, path: Path, number: int) -> object:
 def _layout(record: Record) -> dict[str, str]:
     """Told by the keys of the first line."""
     if "filtered_resps" in record:
-        return _LMMS_EVAL
+        # In a file it is the one answer; in memory, and beside others, a list.
+        is_text = isinstance(record["filtered_resps"], str)
+        return {
+            **_LMMS_EVAL,
+            "answer": "filtered_resps" if is_text else "filtered_resps.0",
+            "question": "doc.question" if "doc" in record else "input",
+        }
     if "question_id" in record and "text" in record:
         return _LLAVA
     return {name: name for name in FIELDS}
 
 
 def _answer(record: Record, layout: Mapping[str, str], place: str) -> Answer:
-    found = {name: _look_up(record, key) for name, key in layout.items()}
+    found = {
+        name: record[key] if key in record else _look_up(record, key)
+        for name, key in layout.items()
+    }
     for name in ("id", "answer"):
         if found.get(name) is None:
             raise ValueError(

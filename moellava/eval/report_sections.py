@@ -1,6 +1,6 @@
 """The parts of the report above its list, as escaped HTML: `sections`, `warnings`, `subtitle`."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -51,6 +51,8 @@ def warnings(scores: Json) -> str:
         told.append(f"{len(scores['empty_truth']):,} predictions have no truth: not scored.")
     if scores["uses_gold_type"]:
         told.append("The prompt uses the gold answer's type, which tells the model about it.")
+    for name, count in scores["groups_not_scored"].items():
+        told.append(f"The group {name!r} has {count:,} values: it is not scored by value.")
     join = scores.get("join") or {}
     if join.get("without_row"):
         told.append(
@@ -112,28 +114,39 @@ def _all_metrics(scorers: Json) -> str:
 
 
 def _numbers(found: Json) -> list[str]:
-    interval = f"{100 * found['low']:.1f} to {100 * found['high']:.1f}"
-    return [f"{100 * found['value']:.1f}", interval, f"{found['n']:,}"]
+    return [f"{100 * found['value']:.1f}", _range(found), f"{found['n']:,}"]
+
+
+def _range(found: Json, scale: float = 100, digits: int = 1) -> str:
+    return f"{scale * found['low']:.{digits}f} to {scale * found['high']:.{digits}f}"
 
 
 def _image_adds(scores: Json) -> str:
-    rows = []
+    """A table for each scorer, the first one open."""
+    head = ["metric", "baseline", "model", "baseline", "adds", "95 % interval", "McNemar p"]
+    parts: list[str] = []
+    for scorer in scores["scorers"]:
+        rows = [row for metric in _MAIN for row in _adds_of(scores, scorer, metric)]
+        if rows:
+            parts.append(f"<details{'' if parts else ' open'}><summary>{escape(scorer)}</summary>")
+            parts.append(f"{_table(head, rows)}</details>")
+    if "most_frequent" in scores["baselines"] and scores.get("most_frequent_from"):
+        source = escape(str(scores["most_frequent_from"]))
+        parts.append(f'<p class="soft">The most frequent answers are those of {source}.</p>')
+    return "".join(parts)
+
+
+def _adds_of(scores: Json, scorer: str, metric: str) -> Iterator[list[str]]:
+    """A row for each baseline that has the metric."""
     for name, adds in scores["image_adds"].items():
-        for scorer, entry in adds["scorers"].items():
-            for metric, found in entry["metrics"].items():
-                if metric not in _MAIN:
-                    continue
-                own = scores["scorers"][scorer]["metrics"][metric]["value"]
-                other = scores["baselines"][name]["scorers"][scorer]["metrics"][metric]["value"]
-                p = f"{found['mcnemar_p']:.3g}" if "mcnemar_p" in found else ""
-                shares = [f"{100 * own:.1f}", f"{100 * other:.1f}"]
-                rows.append([name, f"{scorer}: {metric}", *shares, *_numbers(found)[:2], p])
-    head = ["baseline", "metric", "model", "baseline", "adds", "95 % interval", "McNemar p"]
-    if "most_frequent" not in scores["baselines"] or not scores.get("most_frequent_from"):
-        return _table(head, rows)
-    source = escape(str(scores["most_frequent_from"]))
-    note = f'<p class="soft">The most frequent answers are those of {source}.</p>'
-    return _table(head, rows) + note
+        found = adds["scorers"].get(scorer, {"metrics": {}})["metrics"].get(metric)
+        if found is None:
+            continue
+        own = scores["scorers"][scorer]["metrics"][metric]["value"]
+        other = scores["baselines"][name]["scorers"][scorer]["metrics"][metric]["value"]
+        p = f"{found['mcnemar_p']:.3g}" if "mcnemar_p" in found else ""
+        shares = [f"{100 * own:.1f}", f"{100 * other:.1f}"]
+        yield [metric, name, *shares, *_numbers(found)[:2], p]
 
 
 def _group(values: Json) -> str:
@@ -171,17 +184,28 @@ def _probabilities(found: Json) -> str:
         for value, scores in values.items()
     ]
     for name, scores in named:
-        area = "" if scores["auroc"] is None else f"{scores['auroc']:.3f}"
-        shares = [f"{100 * scores['accuracy']:.1f}", area, f"{scores['ece']:.3f}"]
-        rows.append([name, f"{scores['n']:,}", *shares])
-    bins = [(one["confidence"], one["accuracy"], one["count"]) for one in found["all"]["bins"]]
-    picture = reliability(bins, "reliability")
+        area = ["", ""]
+        if scores["auroc"] is not None:
+            area = [f"{scores['auroc']['value']:.3f}", _range(scores["auroc"], 1, 3)]
+        accuracy = f"{100 * scores['accuracy']['value']:.1f}"
+        error = f"{scores['ece']:.3f}"
+        rows.append([name, f"{scores['n']:,}", accuracy, _range(scores["accuracy"]), *area, error])
     note = (
         "The most probable of the stated options (or of yes and no) at the first position of the "
         f"answer; the calibration error is over {found['all']['num_bins']} bins of equal width."
     )
-    head = ["", "n", "accuracy", "AUROC of yes", "calibration error"]
-    return f'<p class="soft">{escape(note)}</p>{picture}{_table(head, rows)}'
+    interval = "95 % interval"
+    head = ["", "n", "accuracy", interval, "AUROC of yes", interval, "calibration error"]
+    pictures = "".join(_reliability(name, scores["bins"]) for name, scores in named)
+    return (
+        f'<p class="soft">{escape(note)}</p>{_table(head, rows)}'
+        f'<div class="pictures-row">{pictures}</div>'
+    )
+
+
+def _reliability(name: str, bins: Sequence[Json]) -> str:
+    entries = [(one["confidence"], one["accuracy"], one["count"]) for one in bins]
+    return f"<figure>{reliability(entries, name)}<figcaption>{escape(name)}</figcaption></figure>"
 
 
 def _settings(scores: Json) -> str:
@@ -194,16 +218,17 @@ def _settings(scores: Json) -> str:
             scores[name].items() if isinstance(scores[name], Mapping) else [("", scores[name])]
         )
     ]
-    return _table(["", ""], rows)
+    return _table(["", ""], rows, has_numbers=False)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells that begin with a digit are numbers, and stand right."""
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, has_numbers: bool = True) -> str:
+    """If it has numbers, cells that begin with a digit are some, and stand right."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    body = "".join(f"<tr>{''.join(_cell(text, has_numbers) for text in row)}</tr>" for row in rows)
     return f'<div class="scroll"><table><tr>{top}</tr>{body}</table></div>'
 
 
-def _cell(text: str) -> str:
-    kind = ' class="number"' if text[:1].isdigit() or text[:2].startswith("-") else ""
+def _cell(text: str, may_be_number: bool) -> str:
+    is_number = may_be_number and (text[:1].isdigit() or text.startswith("-"))
+    kind = ' class="number"' if is_number else ""
     return f"<td{kind}>{escape(text)}</td>"

@@ -13,7 +13,7 @@ from moellava.eval.probabilities import probability_scores
 from moellava.eval.report import write_report
 from moellava.eval.score_table import ScoreTable, score_predictions
 from moellava.eval.scorers import find_scorers
-from moellava.eval.scores import metric_dicts, summarize
+from moellava.eval.scores import metric_dicts, scored_groups, summarize
 from moellava.eval.statistics import NUM_RESAMPLES, Resamples
 from moellava.storage.writing import write_json
 
@@ -22,7 +22,7 @@ FORMAT = 1  # of scores.json
 
 def write_results(
     out: Path,
-    predictions: Path,
+    predictions: Sequence[Prediction],
     *,
     scorers: Sequence[str] = (),
     group_by: Sequence[str] | None = None,
@@ -37,7 +37,7 @@ def write_results(
 
     Args:
         out: gets `scores.json` and `report.html`.
-        predictions: a file in our own layout.
+        predictions: in the order of the data.
         baselines: name → file, for the same questions.
         leaked: ids of questions about images of the training set; None if nobody looked.
         facts: of how the answers were made, kept as they are.
@@ -48,17 +48,22 @@ def write_results(
         The content of `scores.json`.
     """
     rules = find_scorers(scorers)
-    listed = list(read_predictions(predictions))
-    table = score_predictions(listed, rules, group_by=group_by)
+    table = score_predictions(predictions, rules, group_by=group_by)
     resamples = Resamples(table.clusters, num_resamples=num_resamples)
     scores: dict[str, object] = {"format": FORMAT, **(facts or {}), **summarize(table, resamples)}
-    scores["probabilities"] = probability_scores(listed, list(table.groups))
+    numbers = {row_id: number for number, row_id in enumerate(table.ids)}
+    scores["probabilities"] = probability_scores(
+        predictions, numbers, resamples, scored_groups(table)
+    )
     others = {
         name: score_predictions(read_predictions(path), rules, group_by=group_by)
         for name, path in (baselines or {}).items()
     }
     scores["baselines"] = {
-        name: metric_dicts(other, resamples.intervals(other.values))
+        name: {
+            **metric_dicts(other, resamples.intervals(other.values)),
+            "num_images_seen": other.num_images_seen,
+        }
         for name, other in others.items()
     }
     scores["image_adds"] = {
@@ -66,12 +71,12 @@ def write_results(
         for name, other in others.items()
     }
     if judge is not None:
-        scores["judge"] = _judged(table, resamples, listed, judge, out / "judge.jsonl")
+        scores["judge"] = _judged(table, resamples, predictions, judge, out / "judge.jsonl")
     if leaked is not None:
         scores["leaks"] = _without_leaks(table, resamples, leaked)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "scores.json", scores)
-    scored = [one for one in listed if one.truth.strip()]
+    scored = [one for one in predictions if one.truth.strip()]
     write_report(out / "report.html", scores, table, scored, load_image)
     return scores
 

@@ -1,38 +1,28 @@
 """A checkpoint and a data set in, scores with intervals out: `evaluate`."""
 
-import hashlib
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
 
 import moellava
-from moellava.data.readers import Rows, read_rows
-from moellava.data.rows import Row, Turn
 from moellava.eval.answer_file import AnswerFile
+from moellava.eval.answering import ask_about, predict
 from moellava.eval.asking import Answered, Asked, Asker
-from moellava.eval.baselines import BASELINES, BLANK, MOST_FREQUENT, most_frequent
+from moellava.eval.baselines import BASELINES, MOST_FREQUENT, changed_question, most_frequent
+from moellava.eval.evaluation_data import DataSource, EvaluationData, read_evaluation_data, rows_of
 from moellava.eval.leaks import leaked_questions
-from moellava.eval.option_tokens import YES_NO
-from moellava.eval.predictions import Prediction, read_predictions
-from moellava.eval.prompts import Prompt, find_prompt
-from moellava.eval.questions import Question, known_groups, questions_of
+from moellava.eval.predictions import read_predictions
+from moellava.eval.prompts import find_prompt
+from moellava.eval.questions import Question, questions_of
 from moellava.eval.results import write_results
 from moellava.eval.settings import EvaluationSettings
-from moellava.images import load_image
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.load_options import default_device
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.weights import weights_fingerprint
-
-DataSource = str | Path | Sequence[Row]
-
-_BLANK_SIZE = (64, 64)
 
 
 def evaluate(
@@ -44,8 +34,10 @@ def evaluate(
     split: str | None = None,
     images: str | Path | None = None,
     language: str | None = None,
+    class_names: Sequence[str] | None = None,
     train: DataSource | None = None,
     leaks: DataSource | None = None,
+    train_split: str | None = None,
 ) -> dict[str, object]:
     """Ask a model every question of a data set and score its answers.
 
@@ -55,9 +47,10 @@ def evaluate(
     Args:
         checkpoint: a folder, a hub id, or a model that is loaded.
         data: what `read_rows` reads, or rows.
-        split, images, language: of data that is read.
+        split, images, language, class_names: of data that is read, see `read_rows`.
         train: the training split, for the most frequent answers; without it, those of `data` count.
         leaks: a training set; the scores are also given without the rows whose images it has.
+        train_split: of `train` and `leaks`, if they have several.
 
     Returns:
         The content of `scores.json`.
@@ -67,13 +60,22 @@ def evaluate(
             prompt beyond the context, or a folder with answers of other settings.
     """
     settings = settings or EvaluationSettings()
-    asked = _read(data, settings, split, images, language)
+    asked = read_evaluation_data(
+        data,
+        split=split,
+        images=images,
+        language=language,
+        class_names=class_names,
+        group_by=settings.group_by,
+        limit=settings.limit,
+    )
     counted = asked.questions
+    read_as = {"images": images, "language": language, "class_names": class_names}
     if train is not None:
-        counted = list(questions_of(_rows(train, images=images)))
+        counted = list(questions_of(rows_of(train, split=train_split, **read_as)))
     leaked = None
     if leaks is not None:
-        training_rows = _rows(leaks, images=images)
+        training_rows = rows_of(leaks, split=train_split, **read_as)
         leaked = leaked_questions(asked.questions, asked.rows, training_rows, root=asked.root)
     run = _Run(_load(checkpoint, settings), asked, Path(out), settings)
     main = run.answer("predictions.jsonl", None)
@@ -88,7 +90,7 @@ def evaluate(
     }
     return write_results(
         Path(out),
-        main,
+        list(read_predictions(main)),
         scorers=settings.scorers,
         group_by=settings.group_by,
         baselines=baselines,
@@ -99,42 +101,12 @@ def evaluate(
     )
 
 
-@dataclass
-class _Data:
-    """The rows, and what is asked about them; an image is read when it is needed."""
-
-    rows: Sequence[Row]
-    name: str
-    root: Path | None
-    questions: list[Question]
-    without_truth: list[str]
-    places: dict[str, tuple[int, int]] = field(default_factory=dict)  # image → row, number there
-
-    def __post_init__(self) -> None:
-        for question in self.questions:
-            for number, name in enumerate(question.image_names):
-                self.places.setdefault(name, (question.row_number, number))
-
-    def load(self, name: str) -> Image.Image:
-        if name == BLANK:
-            return Image.new("RGB", _BLANK_SIZE)
-        row, number = self.places[name]
-        return load_image(self.rows[row].images[number])
-
-    def fingerprint(self) -> str:
-        """SHA-256 over the questions, truths and image names."""
-        digest = hashlib.sha256()
-        for one in self.questions:
-            turns = [(turn.role, turn.text) for turn in one.turns]
-            told = (one.id, turns, one.truth, one.answer_type, one.options, one.image_names)
-            digest.update(repr(told).encode())
-        return digest.hexdigest()
-
-
 class _Run:
     """One model and one data set, asked once for the scores and once for each baseline."""
 
-    def __init__(self, loaded: LoadedModel, data: _Data, out: Path, settings: EvaluationSettings):
+    def __init__(
+        self, loaded: LoadedModel, data: EvaluationData, out: Path, settings: EvaluationSettings
+    ):
         self.loaded, self.data, self.out, self.settings = loaded, data, out, settings
         self.prompt = find_prompt(settings.prompt)
         self.fingerprints = {
@@ -168,7 +140,7 @@ class _Run:
             self.asker.ask(waiting), len(asked), len(file.done), name, self.settings.progress
         ):
             file.append(
-                _prediction(questions[one.id], asked[one.id], one, self.prompt) for one in batch
+                predict(questions[one.id], asked[one.id], one, self.prompt) for one in batch
             )
         file.finish(list(questions))
         return file.path
@@ -219,48 +191,8 @@ class _Run:
         for question in self.data.questions:
             turns, images = question.turns, question.image_names
             if baseline is not None:
-                changed = BASELINES[baseline](question, names)
-                if changed is None:
-                    raise ValueError(
-                        f"The baseline {baseline} needs two different images; {self.data.name} has "
-                        f"{len(names)}. Leave it out."
-                    )
-                turns, images = changed
-            yield Asked(
-                id=question.id,
-                turns=_prompted(turns, question, self.prompt),
-                images=images,
-                options=_options(question),
-            )
-
-
-def _rows(data: DataSource, **options: str | Path | None) -> Sequence[Row]:
-    if not isinstance(data, str | Path):
-        return data
-    given = {name: value for name, value in options.items() if value is not None}
-    return read_rows(data, **given)  # type: ignore[arg-type]  # each option has its own type
-
-
-def _read(
-    data: DataSource,
-    settings: EvaluationSettings,
-    split: str | None,
-    images: str | Path | None,
-    language: str | None,
-) -> _Data:
-    rows = _rows(data, split=split, images=images, language=language)
-    root = rows.image_root if isinstance(rows, Rows) else None
-    name = rows.source if isinstance(rows, Rows) else f"{len(rows)} rows"
-    if settings.group_by is not None:
-        known_groups(rows, settings.group_by)
-    found = questions_of(rows, root=root, group_by=settings.group_by)
-    questions = list(islice(found, settings.limit))
-    without = [row.id for row in rows if row.answer is None]
-    if not questions:
-        raise ValueError(
-            f"{name}: none of {len(rows)} rows has an answer to compare with. Give data that has."
-        )
-    return _Data(rows, name, root, questions, without)
+                turns, images = changed_question(baseline, question, names, self.data.name)
+            yield ask_about(question, self.prompt, turns, images)
 
 
 def _load(checkpoint: str | Path | LoadedModel, settings: EvaluationSettings) -> LoadedModel:
@@ -271,42 +203,6 @@ def _load(checkpoint: str | Path | LoadedModel, settings: EvaluationSettings) ->
         device=settings.device or default_device(),
         dtype=settings.dtype,
         progress=settings.progress,
-    )
-
-
-def _options(question: Question) -> tuple[str, ...]:
-    """Whose probabilities are wanted: the stated options, or yes and no for a closed question."""
-    if question.options:
-        letters = tuple(chr(ord("A") + number) for number in range(len(question.options)))
-        lists_letters = all(f"{letter}:" in question.text for letter in letters)
-        return letters if lists_letters else question.options
-    return YES_NO if question.answer_type == "closed" else ()
-
-
-def _prompted(turns: Sequence[Turn], question: Question, prompt: Prompt) -> tuple[Turn, ...]:
-    """The conversation with the prompt's words in its last turn."""
-    last = turns[-1]
-    text = prompt.write(last.text, question.truth, question.answer_type)
-    return (*turns[:-1], Turn(last.role, text))
-
-
-def _prediction(question: Question, asked: Asked, answered: Answered, prompt: Prompt) -> Prediction:
-    return Prediction(
-        id=question.id,
-        images=question.image_names,
-        question=question.text,
-        prompt=prompt.name,
-        answer=answered.text,
-        truth=question.truth,
-        answer_type=question.answer_type,
-        answer_type_from=question.answer_type_from,
-        options=question.options,
-        groups=question.groups,
-        num_tokens=answered.num_tokens,
-        seconds=answered.seconds,
-        is_cut=answered.is_cut,
-        num_images_seen=len(asked.images),
-        probabilities=answered.probabilities,
     )
 
 

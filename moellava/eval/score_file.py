@@ -80,13 +80,12 @@ def write_scores(
     """
     join = Join()
     out.mkdir(parents=True, exist_ok=True)
-    target = out / "predictions.jsonl"
-    with replacing(target) as part, part.open("w", encoding="utf-8") as file:
-        for prediction in join_predictions(path, questions, keys, join):
-            file.write(f"{prediction.as_line()}\n")
+    predictions = list(join_predictions(path, questions, keys, join))
+    with replacing(out / "predictions.jsonl") as part, part.open("w", encoding="utf-8") as file:
+        file.writelines(f"{prediction.as_line()}\n" for prediction in predictions)
     return write_results(
         out,
-        target,
+        predictions,
         scorers=scorers,
         group_by=group_by,
         num_resamples=num_resamples,

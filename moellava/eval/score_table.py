@@ -81,7 +81,10 @@ class _Filler:
         # Short answers repeat: each distinct one is scored once.
         self.distinct: dict[_Pair, int] = {}
         self.pairs = array("q")
-        self.scored: list[dict[tuple[str, str], float]] = []
+        # Their scores, as entries of a table: numbers, since 100,000 dicts take a gigabyte.
+        self.columns: dict[tuple[str, str], int] = {}
+        self.entry_rows, self.entry_columns = array("q"), array("q")
+        self.entry_values = array("d")
         self.images: list[tuple[int, ...]] = []
         self.image_numbers: dict[str, int] = {}
         self.groups: dict[str, list[str | None]] = {}
@@ -118,19 +121,30 @@ class _Filler:
             known.append(value)
         pair = (prediction.answer, prediction.truth, prediction.answer_type, prediction.options)
         if pair not in self.distinct:
-            self.distinct[pair] = len(self.scored)
-            self.scored.append(self._score(pair))
+            self.distinct[pair] = len(self.distinct)
+            self._score(pair)
         self.pairs.append(self.distinct[pair])
 
-    def _score(self, pair: _Pair) -> dict[tuple[str, str], float]:
+    def _score(self, pair: _Pair) -> None:
         answer, truth, answer_type, options = pair
-        return {
-            (scorer.name, metric): value
-            for scorer in self.scorers
-            for metric, value in scorer.score(
-                answer, truth, answer_type=answer_type, options=options
-            ).items()
-        }
+        row, columns = self.distinct[pair], self.columns
+        for scorer in self.scorers:
+            scored = scorer.score(answer, truth, answer_type=answer_type, options=options)
+            for metric, value in scored.items():
+                self.entry_rows.append(row)
+                self.entry_columns.append(columns.setdefault((scorer.name, metric), len(columns)))
+                self.entry_values.append(value)
+
+    def _distinct_values(self, metrics: Sequence[tuple[str, str]]) -> Floats:
+        """(distinct pairs, M) scores, `nan` where a metric does not apply."""
+        found = np.full((len(self.distinct), len(metrics)), np.nan)
+        place = np.empty(len(metrics), dtype=np.int64)  # of each column among the metrics
+        place[[self.columns[metric] for metric in metrics]] = np.arange(len(metrics))
+        if self.entry_values:
+            rows = np.frombuffer(self.entry_rows, np.int64)
+            columns = place[np.frombuffer(self.entry_columns, np.int64)]
+            found[rows, columns] = np.frombuffer(self.entry_values, np.float64)
+        return found
 
     def _count(self, name: str, value: int | bool | None) -> None:
         if value is not None:
@@ -146,12 +160,8 @@ class _Filler:
             without = f" ({len(self.empty_truth)} have an empty truth)" if self.empty_truth else ""
             raise ValueError(f"There is no prediction to score{without}.")
         num_rows = len(self.ids)
-        metrics = _in_order(self.scored, self.scorers)
-        places = {metric: m for m, metric in enumerate(metrics)}
-        distinct = np.full((len(self.scored), len(metrics)), np.nan)
-        for row, scored in enumerate(self.scored):
-            for metric, value in scored.items():
-                distinct[row, places[metric]] = value
+        metrics = _in_order(self.columns, self.scorers)
+        distinct = self._distinct_values(metrics)
         for known in self.groups.values():
             known.extend([None] * (num_rows - len(known)))
         for name in group_by or ():
@@ -177,9 +187,8 @@ class _Filler:
 
 
 def _in_order(
-    scored: Iterable[dict[tuple[str, str], float]], scorers: Sequence[Scorer]
+    metrics: Iterable[tuple[str, str]], scorers: Sequence[Scorer]
 ) -> list[tuple[str, str]]:
     """The metrics that occur, those of one scorer together."""
     order = {scorer.name: number for number, scorer in enumerate(scorers)}
-    found = {metric: None for scores in scored for metric in scores}
-    return sorted(found, key=lambda metric: order[metric[0]])
+    return sorted(metrics, key=lambda metric: order[metric[0]])

@@ -17,7 +17,7 @@ from moellava.eval.score_table import ScoreTable
 from moellava.eval.scorers.registry import SCORERS
 from moellava.eval.statistics import LEVEL, Interval, Resamples
 
-MOST_VALUES = 50  # a group with more values is counted, not scored
+MOST_VALUES = 50  # a group with more values is counted in `groups_not_scored`
 
 
 class ScorerScores(TypedDict):
@@ -57,21 +57,32 @@ def summarize(table: ScoreTable, resamples: Resamples | None = None) -> dict[str
         "empty_truth": table.empty_truth,
         "scorers": metric_dicts(table, resamples.intervals(table.values))["scorers"],
         "groups": by_group(table, resamples),
+        "groups_not_scored": {
+            name: len(_values(table, name))
+            for name in table.groups
+            if name not in scored_groups(table)
+        },
     }
 
 
 def by_group(table: ScoreTable, resamples: Resamples) -> dict[str, dict[str, Scores]]:
     """The same scores for the rows of each value of each group."""
     found: dict[str, dict[str, Scores]] = {}
-    for group, values in table.groups.items():
-        distinct = sorted({value for value in values if value is not None})
-        if len(distinct) > MOST_VALUES:
-            continue
+    for group in scored_groups(table):
         found[group] = {}
-        for value in distinct:
+        for value in _values(table, group):
             rows = table.rows_of(group, value)
             found[group][value] = metric_dicts(table, resamples.intervals(table.values, rows))
     return found
+
+
+def scored_groups(table: ScoreTable) -> list[str]:
+    """The groups with at most `MOST_VALUES` values."""
+    return [name for name in table.groups if len(_values(table, name)) <= MOST_VALUES]
+
+
+def _values(table: ScoreTable, group: str) -> list[str]:
+    return sorted({value for value in table.groups[group] if value is not None})
 
 
 def metric_dicts(table: ScoreTable, intervals: Sequence[Interval]) -> Scores:

@@ -1,10 +1,10 @@
-"""Uncertainty of scores, in numpy: intervals by bootstrap over images, paired tests, calibration.
+"""Uncertainty of scores, in numpy: intervals by bootstrap over images, and paired tests.
 
 | name | gives |
 |---|---|
 | `Resamples` | means and differences of means with 95 % intervals |
 | `mcnemar` | the p value of answers that changed between right and wrong |
-| `auroc`, `calibration` | how good probabilities are |
+| `percentile_bounds` | the interval that resampled values span |
 
 Letters: R resamples, C clusters (images), N rows, M metrics.
 """
@@ -84,7 +84,7 @@ class Resamples:
         """
         sums, counts = self._totals(values, rows)
         means, drawn = _ratio(sums.sum(0), counts.sum(0)), self._drawn_means(sums, counts)
-        low, high = _percentiles(drawn)
+        low, high = percentile_bounds(drawn)
         return [
             Interval(float(means[m]), float(low[m]), float(high[m]), int(counts[:, m].sum()))
             for m in range(values.shape[1])
@@ -115,12 +115,13 @@ class Resamples:
         used = np.flatnonzero(counts.any(axis=1))
         # One product gives sums and counts, and only over the clusters that have any.
         totals = np.concatenate([sums[used], counts[used]], axis=1)  # (C_used, 2M)
-        parts = [weights[:, used] @ totals for weights in self._weights()]
+        is_all = len(used) == self.num_clusters
+        parts = [(w if is_all else w[:, used]) @ totals for w in self.weights()]
         drawn = np.concatenate(parts) if parts else np.zeros((0, totals.shape[1]))
         num_metrics = sums.shape[1]
         return _ratio(drawn[:, :num_metrics], drawn[:, num_metrics:])
 
-    def _weights(self) -> Iterator[Floats]:
+    def weights(self) -> Iterator[Floats]:
         """How often each cluster is drawn, (r, C) for a few resamples at a time."""
         if not self.num_clusters:
             return
@@ -139,8 +140,8 @@ def _ratio(sums: Floats, counts: Floats) -> Floats:
     return np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
 
 
-def _percentiles(drawn: Floats) -> tuple[Floats, Floats]:
-    """The bounds of the interval of each column; resamples that drew no row of it do not count."""
+def percentile_bounds(drawn: Floats) -> tuple[Floats, Floats]:
+    """The bounds of the interval of each column of (R, M); a `nan` is no resample of its column."""
     tail = 100 * (1 - LEVEL) / 2
     bounds = np.full((2, drawn.shape[1]), np.nan)
     for m in range(drawn.shape[1]):
@@ -185,54 +186,3 @@ def _binomial_p(fewer: int, total: int) -> float:
         for k in range(fewer + 1)
     ]
     return min(1.0, 2 * math.fsum(math.exp(chance - total * math.log(2)) for chance in log_chances))
-
-
-def auroc(probabilities: Floats, is_positive: NDArray[np.bool_]) -> float:
-    """The chance that a positive row has a higher probability than a negative one; ties count half.
-
-    `nan` if there are no positive or no negative rows.
-    """
-    num_positive = int(is_positive.sum())
-    num_negative = len(is_positive) - num_positive
-    if not num_positive or not num_negative:
-        return math.nan
-    _, inverse, counts = np.unique(probabilities, return_inverse=True, return_counts=True)
-    mean_ranks = np.cumsum(counts) - (counts - 1) / 2  # from 1; tied rows share their mean rank
-    rank_sum = float(mean_ranks[inverse.reshape(-1)][is_positive].sum())
-    return (rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative)
-
-
-@dataclass(frozen=True)
-class Bin:
-    """Rows of similar confidence: their number, mean confidence and share that is right."""
-
-    count: int
-    confidence: float
-    accuracy: float
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The expected calibration error over bins of equal width; empty bins are left out."""
-
-    ece: float
-    num_bins: int
-    bins: list[Bin]
-
-
-def calibration(confidence: Floats, is_right: NDArray[np.bool_], num_bins: int = 15) -> Calibration:
-    """How far confidence is from accuracy: the mean over rows of each bin's difference.
-
-    Bin k holds the confidences in (k/num_bins, (k+1)/num_bins]; the first also holds 0.
-    """
-    edges = np.linspace(0.0, 1.0, num_bins + 1)
-    numbers = np.searchsorted(edges[1:-1], confidence, side="left")
-    bins, error = [], 0.0
-    for number in range(num_bins):
-        is_here = numbers == number
-        count = int(is_here.sum())
-        if count:
-            found = Bin(count, float(confidence[is_here].mean()), float(is_right[is_here].mean()))
-            bins.append(found)
-            error += count / len(confidence) * abs(found.confidence - found.accuracy)
-    return Calibration(error if bins else math.nan, num_bins, bins)

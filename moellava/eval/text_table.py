@@ -19,15 +19,26 @@ def text_table(scores: Json) -> str:
     return _aligned([head, *rows])
 
 
-def difference_table(comparison: Json) -> str:
-    """First minus second for every metric, with interval and McNemar's test."""
+def difference_table(comparison: Json, group_by: Sequence[str] = ()) -> str:
+    """First minus second for every metric, with interval and McNemar's test.
+
+    Args:
+        group_by: groups that also have a part of the table for each of their values.
+    """
     head = ["scorer", "metric", "difference", "95 % interval", "n", "first", "second", "p"]
-    rows = [
+    parts = [_aligned([head, *_difference_rows(comparison)])]
+    for name in group_by:
+        for value, found in comparison["groups"].get(name, {}).items():
+            parts.append(f"\n{name}: {value}\n" + _aligned([head, *_difference_rows(found)]))
+    return "\n".join(parts)
+
+
+def _difference_rows(comparison: Json) -> list[list[str]]:
+    return [
         [scorer, metric, *_numbers(found), *_changes(found)]
         for scorer, entry in comparison["scorers"].items()
         for metric, found in entry["metrics"].items()
     ]
-    return _aligned([head, *rows])
 
 
 def _numbers(found: Json) -> list[str]:

@@ -5,7 +5,7 @@ Letters: R rows, S sparse layers, E experts, G groups.
 | name | what it gives |
 |---|---|
 | `route_dataset` | a `DatasetRouting` |
-| `DatasetRouting` | load with intervals, mutual information, co-activation; `to_dict`, `draw` |
+| `DatasetRouting` | load with intervals, mutual information, co-activation, as numbers and drawn |
 | `group_of` | the group that a row belongs to |
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from moellava.data import Row
 from moellava.data.collate import ChatCollator
-from moellava.explain.drawing.routes import draw_group_load
+from moellava.explain.drawing.routes import draw_coactivation, draw_group_load
 from moellava.explain.group_statistics import (
     Information,
     bootstrap_loads,
@@ -56,6 +56,7 @@ class DatasetRouting:
     Args:
         group_by: the field whose values are the groups.
         layers: index in the language model of each of the S sparse layers.
+        num_experts_per_tok: k.
         num_rows, num_images: per group.
         load: phase → group → (S, E): mean over rows of each row's shares, so long rows do not
             outweigh short ones; the lower and upper end of its 95 % interval by a bootstrap over
@@ -67,6 +68,7 @@ class DatasetRouting:
 
     group_by: str
     layers: tuple[int, ...]
+    num_experts_per_tok: int
     num_rows: dict[str, int]
     num_images: dict[str, int]
     load: dict[str, dict[str, tuple[Array, Array, Array]]]
@@ -88,6 +90,7 @@ class DatasetRouting:
         return {
             "group_by": self.group_by,
             "layers": list(self.layers),
+            "num_experts_per_tok": self.num_experts_per_tok,
             "num_rows": self.num_rows,
             "num_images": self.num_images,
             "load": loads,
@@ -102,10 +105,25 @@ class DatasetRouting:
         }
 
     def draw(self, path: Path | str | None = None) -> "Figure":
-        """The load of each expert per group, layer and phase, with intervals and the even line."""
+        """The load of each expert per group, layer and phase, with intervals and the even line.
+
+        Above each panel stands the mutual information of group and expert, and the 95th percentile
+        of that of shuffled labels.
+        """
         num_rows, num_images = sum(self.num_rows.values()), sum(self.num_images.values())
         title = f"Load by {self.group_by}: {num_rows} rows, {num_images} images, 95 % intervals"
-        return draw_group_load(self.layers, self.load, title=title, path=path)
+        notes = {
+            phase: [f"{layer.bits:.3f} bits (chance < {layer.shuffled_95:.3f})" for layer in layers]
+            for phase, layers in self.information.items()
+        }
+        return draw_group_load(self.layers, self.load, notes, title=title, path=path)
+
+    def draw_coactivation(self, path: Path | str | None = None) -> "Figure":
+        """Which experts are chosen together, per layer and phase."""
+        num_experts = next(iter(self.coactivation.values())).shape[1]
+        even = self.num_experts_per_tok * (self.num_experts_per_tok - 1)
+        even /= max(1, num_experts * (num_experts - 1))
+        return draw_coactivation(self.layers, self.coactivation, even=even, path=path)
 
 
 def route_dataset(
@@ -144,6 +162,7 @@ def route_dataset(
     return DatasetRouting(
         group_by=group_by,
         layers=tuple(config.moe_layer_indices),
+        num_experts_per_tok=config.num_experts_per_tok,
         num_rows={name: int((groups == name).sum()) for name in names},
         num_images={name: len(set(images[groups == name].tolist())) for name in names},
         load={

@@ -1,34 +1,42 @@
 """A model, images and a question → an `Explanation` of its answer."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import BatchFeature, DynamicCache
 
 from moellava.explain.effects import AnswerScorer, ablation_map, gradient_map, mean_colour
 from moellava.explain.explanation import Explanation
 from moellava.explain.frames import measure_frame
 from moellava.explain.grids import TokenGrid, find_token_grid
-from moellava.explain.recording import Recording, record
-from moellava.explain.routing import Routing, phases_of
-from moellava.images import (
-    ImageLike,
-    Images,
-    ViewOptions,
-    as_image_list,
-    to_eight_bit,
-    to_pil,
+from moellava.explain.recording import (
+    Recording,
+    has_whole_cache,
+    record,
+    record_generation,
+    recording_bytes,
 )
-from moellava.model.generation import require_generation_options
-from moellava.model.loaded_model import LoadedModel
+from moellava.explain.routing import Routing, phases_of
+from moellava.images import Images, ViewOptions, as_image_list, to_eight_bit, to_pil
+from moellava.model.conversation import Message, generation_options
+from moellava.model.generation import (
+    generate_answers,
+    new_answer,
+    require_generation_options,
+    require_room,
+)
+from moellava.model.loaded_model import LoadedModel, with_images
 
 
 def explain(
     loaded: LoadedModel,
-    images: Images,
-    question: str,
+    images: "Images | None",
+    question: str | Sequence[Message],
     *,
     answer: str | None = None,
     blank: bool = True,
@@ -43,12 +51,14 @@ def explain(
 ) -> Explanation:
     """Answer a question about images and record what happened inside.
 
-    The answer is generated as `loaded.answer` does. Then prompt and answer go through the model
-    once more, with eager attention of which only the rows of the answer and the columns of the
-    image are kept.
+    The answer is that of `loaded.answer`. Attention is recorded while it is generated, and only
+    the rows of the answer and the columns of the image are kept. With beams, a cache of another
+    kind or an answer of one's own, prompt and answer go through the model once more for it.
 
     Args:
-        images: one image or several of one prompt, of any kind that `loaded.answer` takes.
+        images: one image or several of one prompt, of any kind that `loaded.answer` takes; None if
+            they stand in the messages.
+        question: a string, or chat messages whose last turn is answered, as `loaded.answer` takes.
         answer: explain this answer in place of the model's own.
         blank: also record the same answer over blank images (each image's own mean colour).
         gradient: also compute gradient times input; one pass backwards.
@@ -65,12 +75,22 @@ def explain(
             context, or a recording that would take more than `max_bytes`.
     """
     require_generation_options(generation)
-    pictures = [to_pil(image, **(view or {})) for image in _require_images(images)]
-    if not question.strip():
+    messages, given = with_images(question, [] if images is None else as_image_list(images))
+    if not given:
+        raise ValueError("There is no image to explain. Give an image, or a list of them.")
+    asked = _text_of(messages[-1])
+    if not asked.strip():
         raise ValueError("The question is empty. Ask something about the image.")
-    input_ids, pixel_values, num_prompt_tokens = _with_answer(
-        loaded, pictures, question, answer, generation
-    )
+    pictures = [to_pil(image, **(view or {})) for image in given]
+    prompt = _write_prompt(loaded, pictures, messages)
+    max_bytes = max_bytes // (2 if blank else 1)
+    seen = None
+    if answer is None:
+        input_ids, seen = _generated(loaded, prompt.inputs, generation, max_bytes)
+        num_prompt_tokens = prompt.inputs["input_ids"].shape[1]
+    else:
+        input_ids, num_prompt_tokens = _given(loaded, prompt, pictures, answer)
+    pixel_values = prompt.inputs["pixel_values"]
     model, tokenizer = loaded.model, loaded.tokenizer
 
     def recorded(pixels: Tensor) -> Recording:
@@ -79,10 +99,10 @@ def explain(
             input_ids,
             pixels,
             num_prompt_tokens=num_prompt_tokens,
-            max_bytes=max_bytes // (2 if blank else 1),
+            max_bytes=max_bytes,
         )
 
-    seen = recorded(pixel_values)
+    seen = seen or recorded(pixel_values)
     unseen = recorded(mean_colour(pixel_values)) if blank else None
     scorer = AnswerScorer(model, input_ids, num_prompt_tokens)
     blocks = blocks or _default_blocks(model.model.vision_tower.grid)
@@ -91,7 +111,7 @@ def explain(
     sizes = {picture.size for picture in pictures}
     frames = {size: measure_frame(loaded.image_processor, size) for size in sizes}
     return Explanation(
-        question=question,
+        question=asked,
         answer=str(tokenizer.decode(answer_ids)).strip(),
         tokens=tuple(_texts(loaded, answer_ids)),
         logprobs=seen.logprobs,
@@ -113,57 +133,102 @@ def explain(
     )
 
 
-def _require_images(images: Images) -> list[ImageLike]:
-    items: list[ImageLike] = as_image_list(images)
-    if not items:
-        raise ValueError("There is no image to explain. Give an image, or a list of them.")
-    return items
+def _text_of(message: Message) -> str:
+    """The text of a message whose content is a list of items."""
+    content = cast(Sequence[Mapping[str, object]], message["content"])
+    return "".join(str(item["text"]) for item in content if item.get("type") == "text")
 
 
-def _with_answer(
-    loaded: LoadedModel,
-    pictures: Sequence[Image.Image],
-    question: str,
-    answer: str | None,
-    generation: dict[str, object],
-) -> tuple[Tensor, Tensor, int]:
-    """Prompt and answer (1, T), pixel values, and how many tokens the prompt has."""
-    processor, device = loaded.processor, loaded.model.device
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
-    prompt = processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
-    inputs = processor(text=[prompt], images=list(pictures), return_tensors="pt").to(device)
+@dataclass(frozen=True)
+class _Prompt:
+    text: str
+    inputs: BatchFeature  # of one row, on the model's device
+
+
+def _write_prompt(
+    loaded: LoadedModel, pictures: Sequence[Image.Image], messages: Sequence[Message]
+) -> _Prompt:
+    processor = loaded.processor
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(text=[text], images=list(pictures), return_tensors="pt")
+    return _Prompt(text, inputs.to(loaded.model.device))
+
+
+def _given(
+    loaded: LoadedModel, prompt: _Prompt, pictures: Sequence[Image.Image], answer: str
+) -> tuple[Tensor, int]:
+    """Prompt and a given answer (1, T), and how many of the tokens are the prompt's."""
+    texts = [prompt.text + answer]
+    whole = loaded.processor(text=texts, images=list(pictures), return_tensors="pt")
+    ids: list[int] = whole["input_ids"][0].tolist()
+    num_prompt_tokens = _common_length(prompt.inputs["input_ids"][0].tolist(), ids)
+    answer_ids = _without_end(loaded, ids[num_prompt_tokens:])
+    num_tokens = num_prompt_tokens + len(answer_ids)
+    _require_room(loaded, prompt.inputs, num_tokens, 0, "Prompt and answer")
+    return torch.tensor([ids[:num_tokens]], device=loaded.model.device), num_prompt_tokens
+
+
+def _generated(
+    loaded: LoadedModel, inputs: BatchFeature, generation: Mapping[str, object], max_bytes: int
+) -> tuple[Tensor, Recording | None]:
+    """Prompt and the model's own answer (1, T); recorded on the way if that is possible."""
+    if generation.get("num_return_sequences", 1) != 1:
+        raise ValueError("An explanation is of one answer. Leave num_return_sequences out.")
+    model, options = loaded.model, generation_options(loaded, generation)
     prompt_ids: Tensor = inputs["input_ids"]
-    options = {"max_new_tokens": 64, "do_sample": False, "max_length": None, **generation}
-    if answer is None:
-        _require_room(loaded, prompt_ids.shape[1], int(str(options["max_new_tokens"])))
-        with torch.inference_mode():
-            ids = loaded.model.generate(**inputs, **options)[0].tolist()
+    growing = new_answer(model, loaded.tokenizer, options)
+    num_prompt_tokens, num_new = prompt_ids.shape[1], growing.max_new_tokens
+    _require_room(loaded, inputs, num_prompt_tokens, num_new, "The prompt")
+
+    def generate(cache: DynamicCache | None) -> list[int]:
+        generate_answers(model, {**inputs, "cache": cache}, [growing], **options)
+        ids = growing.token_ids
+        # At a string that ends the turn, its tokens are there, but not in the text.
+        while ids and growing.text in loaded.tokenizer.decode(ids[:-1], skip_special_tokens=True):
+            ids = ids[:-1]
+        return _without_end(loaded, ids)
+
+    is_plain = options.get("num_beams", 1) == 1 and options.get("use_cache", True)
+    is_plain = is_plain and options.get("cache_implementation") is None and has_whole_cache(model)
+    needed = recording_bytes(
+        model.config.get_text_config(),
+        num_prompt_tokens + num_new,
+        num_new,
+        _num_image_tokens(loaded, inputs),
+    )
+    if is_plain and needed <= max_bytes:
+        answer_ids, recording = record_generation(model, prompt_ids, generate)
     else:
-        whole = processor(text=[prompt + answer], images=list(pictures), return_tensors="pt")
-        ids = whole["input_ids"][0].tolist()
-    num_prompt_tokens = _common_length(prompt_ids[0].tolist(), ids)
-    specials = set(loaded.tokenizer.all_special_ids)
-    while len(ids) > num_prompt_tokens and ids[-1] in specials:
-        ids.pop()
-    if len(ids) == num_prompt_tokens:
+        answer_ids, recording = generate(None), None
+    return torch.cat([prompt_ids, prompt_ids.new_tensor([answer_ids])], dim=1), recording
+
+
+def _without_end(loaded: LoadedModel, ids: Sequence[int]) -> list[int]:
+    """The tokens of an answer without special ones at its end.
+
+    Raises:
+        ValueError: if none are left.
+    """
+    left, specials = list(ids), set(loaded.tokenizer.all_special_ids)
+    while left and left[-1] in specials:
+        left.pop()
+    if not left:
         raise ValueError(
             "There is nothing to explain: the answer is empty. Pass answer='...' to explain one of "
             "your own."
         )
-    _require_room(loaded, len(ids), 0)
-    return torch.tensor([ids], device=device), inputs["pixel_values"], num_prompt_tokens
+    return left
 
 
-def _require_room(loaded: LoadedModel, num_tokens: int, num_new: int) -> None:
-    excess = num_tokens + num_new - loaded.context_len
-    if excess > 0:
-        raise ValueError(
-            f"The prompt has {num_tokens} tokens and max_new_tokens is {num_new}, but the context "
-            f"holds {loaded.context_len}: {excess} too many. Shorten the question, pass fewer "
-            "images, or lower max_new_tokens."
-        )
+def _require_room(
+    loaded: LoadedModel, inputs: BatchFeature, num_tokens: int, num_new: int, what: str
+) -> None:
+    num_image_tokens = _num_image_tokens(loaded, inputs)
+    require_room(num_tokens, num_image_tokens, num_new, loaded.context_len, what)
+
+
+def _num_image_tokens(loaded: LoadedModel, inputs: BatchFeature) -> int:
+    return int((inputs["input_ids"] == loaded.model.config.image_token_id).sum())
 
 
 def _common_length(first: Sequence[int], second: Sequence[int]) -> int:

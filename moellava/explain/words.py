@@ -45,20 +45,22 @@ def draw_words(
     smooth: bool = False,
     path: Path | str | None = None,
 ) -> "Figure":
-    """One overlay per text: its similarity to each patch, less the mean over the texts.
+    """One overlay per text: where its similarity exceeds that of the other texts.
 
-    Differences between texts are drawn because the similarities themselves hardly differ between
-    patches; with a single text, the mean over patches is subtracted instead.
+    The mean over texts is subtracted, since the similarities themselves hardly differ between
+    patches, and then the mean over patches, which stands in brackets behind the text. Look at the
+    scale: small differences are drawn, too.
     """
     picture = to_pil(image)
     similarity = encoder.patch_similarity(picture, texts, attention=attention).float().cpu().numpy()
     contrast = text_contrast(similarity)
+    means = contrast.mean((1, 2))
     return draw_maps(
         to_eight_bit(picture).convert("RGB"),
         measure_frame(encoder.image_processor, picture.size),
-        list(contrast),
-        list(texts),
-        label="cosine similarity, less the mean",
+        list(contrast - means[:, None, None]),
+        [f"{text} ({mean:+.3f})" for text, mean in zip(texts, means, strict=True)],
+        label="cosine similarity, less the means over texts and patches",
         is_signed=True,
         title=None,
         smooth=smooth,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moellava.images.dicom_error import DicomError, reason_without_values, silent_pydicom
+from moellava.images.dicom_error import DicomError, reason_without_values
 from moellava.images.dicom_file import (
     GREY,
     DicomFile,
@@ -19,7 +19,9 @@ from moellava.images.dicom_file import (
 )
 from moellava.images.dicom_grey import grey_picture, grey_tags, shown_in
 from moellava.images.image_like import DicomDataset
+from moellava.images.silence import silent_libraries
 from moellava.images.view import View, grid_shape, montage, range_to_eight_bit
+from moellava.storage.limits import require_within
 
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
@@ -34,7 +36,7 @@ def decode_dicom(source: Path | bytes | DicomDataset, view: View, name: str) -> 
     """
     pydicom_module(name)
     try:
-        with silent_pydicom():
+        with silent_libraries():
             return Image.fromarray(_decode(source, view, name))
     except (DicomError, MemoryError):
         raise
@@ -56,7 +58,18 @@ def _decode(source: Path | bytes | DicomDataset, view: View, name: str) -> np.nd
     frames = view.frames(file.num_frames, name)
     rows, columns = grid_shape(len(frames))
     view.check_size(columns * width, rows * height, name)
-    return montage([_shown(file, frame, view) for frame in frames])
+    _check_bytes(file)
+    return montage((_shown(file, frame, view) for frame in frames), len(frames))
+
+
+def _check_bytes(file: DicomFile) -> None:
+    """Refuse a frame that takes too many bytes once decoded, before it is."""
+    header = file.header
+    samples, bits = (int(header.get(name) or 1) for name in ("SamplesPerPixel", "BitsAllocated"))
+    bytes_each = max(1, bits // 8) if bits <= 16 else 8
+    if samples > 1:
+        bytes_each *= 2 * samples  # pydicom converts colours in float32
+    require_within("frame", int(header.Columns) * int(header.Rows) * bytes_each, file.name)
 
 
 def _shown(file: DicomFile, frame: int, view: View) -> np.ndarray:

@@ -1,74 +1,15 @@
 """What may be said of a DICOM file that cannot be read: nothing that an element of it holds."""
 
-import logging
 import re
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-# Of all values in a file, only these are ever named in a message.
-MODALITIES = frozenset(
-    [
-        "AR",
-        "AU",
-        "BI",
-        "BMD",
-        "CR",
-        "CT",
-        "DG",
-        "DX",
-        "ECG",
-        "EPS",
-        "ES",
-        "FID",
-        "GM",
-        "HC",
-        "HD",
-        "IO",
-        "IVOCT",
-        "IVUS",
-        "KER",
-        "KO",
-        "LEN",
-        "LS",
-        "MG",
-        "MR",
-        "NM",
-        "OAM",
-        "OCT",
-        "OP",
-        "OPM",
-        "OPT",
-        "OPV",
-        "OT",
-        "PLAN",
-        "PR",
-        "PT",
-        "PX",
-        "REG",
-        "RESP",
-        "RF",
-        "RG",
-        "RTDOSE",
-        "RTIMAGE",
-        "RTPLAN",
-        "RTRECORD",
-        "RTSTRUCT",
-        "SEG",
-        "SM",
-        "SMR",
-        "SR",
-        "ST",
-        "TG",
-        "US",
-        "VA",
-        "XA",
-        "XC",
-    ]
+_NAMES = (
+    "AR AU BI BMD CR CT DG DX ECG EPS ES FID GM HC HD IO IVOCT IVUS KER KO LEN LS MG MR NM OAM "
+    "OCT OP OPM OPT OPV OT PLAN PR PT PX REG RESP RF RG RTDOSE RTIMAGE RTPLAN RTRECORD RTSTRUCT "
+    "SEG SM SMR SR ST TG US VA XA XC"
 )
+# Of all values in a file, only these are ever named in a message.
+MODALITIES = frozenset(_NAMES.split())
 _SIZES = re.compile(r"\(?(\d{1,12}) vs\.? (\d{1,12}) bytes")
-_quiet = threading.local()
 
 
 class DicomError(ValueError):
@@ -86,23 +27,3 @@ def modality_name(value: object) -> str:
     if not value:
         return "no modality"
     return str(value) if value in MODALITIES else "another modality"
-
-
-@contextmanager
-def silent_pydicom() -> Iterator[None]:
-    """pydicom's warnings and log quote the elements that they are about, so they are left out."""
-    # Set anew each time, since callers may reset filters; a context of `warnings` is not for
-    # threads.
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
-    logger = logging.getLogger("pydicom")
-    if not any(known is _drop_if_quiet for known in logger.filters):
-        logger.addFilter(_drop_if_quiet)
-    before, _quiet.is_on = getattr(_quiet, "is_on", False), True
-    try:
-        yield
-    finally:
-        _quiet.is_on = before
-
-
-def _drop_if_quiet(record: logging.LogRecord) -> bool:
-    return not getattr(_quiet, "is_on", False)

@@ -13,7 +13,8 @@ from types import ModuleType
 
 import numpy as np
 
-from moellava.images.dicom_error import DicomError, reason_without_values
+from moellava.images.dicom_decoders import codestream_size, decoded_by, safe_plugins
+from moellava.images.dicom_error import DicomError
 from moellava.images.dicom_grey import GREY_ELEMENTS
 from moellava.images.image_like import DicomDataset
 from moellava.images.optional import load_optional
@@ -42,25 +43,9 @@ _KEPT = (
     *(f"Segmented{colour}PaletteColorLookupTableData" for colour in _COLOURS),
 )
 _PIXELS = (0x7FE00010, 0x7FE00009, 0x7FE00008)
-_META_BYTES = 4096  # of the file, in which its transfer syntax stands
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
+_EXPLICIT_HEAD = 12  # bytes before the pixels: tag, kind, length (PS3.5, 7.1.2)
 READ_WHOLE = 1 << 20  # bytes; of larger files, pixels are mapped or read frame by frame
 GREY = ("MONOCHROME1", "MONOCHROME2")
-
-_OPENJPEG = "pylibjpeg pylibjpeg-openjpeg"
-# By the UID of the transfer syntax: which package decodes it, beyond Pillow.
-_DECODERS = {
-    "1.2.840.10008.1.2.4.51": "pylibjpeg pylibjpeg-libjpeg  (GPLv3)",
-    "1.2.840.10008.1.2.4.57": "python-gdcm",
-    "1.2.840.10008.1.2.4.70": "python-gdcm",
-    "1.2.840.10008.1.2.4.80": "pyjpegls",
-    "1.2.840.10008.1.2.4.81": "pyjpegls",
-    "1.2.840.10008.1.2.4.90": _OPENJPEG,
-    "1.2.840.10008.1.2.4.91": _OPENJPEG,
-    "1.2.840.10008.1.2.4.201": _OPENJPEG,
-    "1.2.840.10008.1.2.4.202": _OPENJPEG,
-    "1.2.840.10008.1.2.4.203": _OPENJPEG,
-}
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ class DicomFile:
         """(H, W) of a large, uncompressed grey file of 16 allocated bits; None of any other."""
         header, uid = self.header, pydicom_module().uid
         # Bytes before the pixels (PS3.5, 7.1).
-        heads = {uid.ExplicitVRLittleEndian: 12, uid.ImplicitVRLittleEndian: 8}
+        heads = {uid.ExplicitVRLittleEndian: _EXPLICIT_HEAD, uid.ImplicitVRLittleEndian: 8}
         head_bytes = heads.get(header.file_meta.TransferSyntaxUID)
         is_plain = self._is_grey_of_16_bits() and header.get("SamplesPerPixel") == 1
         if not isinstance(self.source, Path) or self.pixels_at is None:
@@ -122,39 +107,60 @@ class DicomFile:
 
     def decoded_values(self, frame: int) -> np.ndarray:
         """The same through pydicom's decoders, of any file."""
-        pydicom, header = pydicom_module(), self.header
-        syntax = header.file_meta.TransferSyntaxUID
+        pixel_array = pydicom_module().pixels.pixel_array
+        source, options = self._pixels()
+        syntax = str(self.header.file_meta.TransferSyntaxUID)
+        plugins = safe_plugins(syntax)
+        if plugins not in ([], [""]):
+            self._refuse_larger_codestream(source, frame)
         # pydicom would copy all pixels and shift them to and fro; the table of what is shown does
         # that per value.
-        corrects = not self._is_grey_of_16_bits()
-        decode = functools.partial(
-            pydicom.pixels.pixel_array, index=frame, correct_unused_bits=corrects
-        )
-        is_deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
-        values: np.ndarray
+        options["correct_unused_bits"] = not self._is_grey_of_16_bits()
+
+        def decode(plugin: str) -> np.ndarray:
+            values: np.ndarray = pixel_array(source, index=frame, decoding_plugin=plugin, **options)
+            return values
+
         try:
-            if any(tag in header for tag in _PIXELS):
-                # Not copied; nothing here writes into it.
-                values = decode(header, view_only=True)
-            elif isinstance(self.source, Path) and not is_deflated:
-                values = decode(self.source, transfer_syntax_uid=syntax)
-            else:
-                values = decode(
-                    pydicom.dcmread(self.source, specific_tags=[*_kept_tags(), *_PIXELS])
-                )
-        except (RuntimeError, NotImplementedError) as error:
-            package = _DECODERS.get(str(syntax))
-            hint = f" Type: pip install {package}" if package else ""
-            raise DicomError(
-                f"{self.name}: no installed decoder reads its pixels "
-                f"({_uid_name(syntax) or 'an unknown transfer syntax'}).{hint} "
-                f"({reason_without_values(error)})"
-            ) from None
+            return decoded_by(plugins, decode, syntax, self.name)
         except AttributeError as error:
             if "pixel data" in str(error).lower():
                 raise DicomError(f"{self.name} is a DICOM file without pixel data.") from None
             raise
-        return values
+
+    def _pixels(self) -> tuple[Path | DicomDataset, dict[str, object]]:
+        """Where pydicom finds the pixels, and the options that go with it."""
+        header = self.header
+        if isinstance(self.source, Path) and self.pixels_at is not None:
+            return self.source, {"transfer_syntax_uid": header.file_meta.TransferSyntaxUID}
+        return header, {"view_only": True}  # not copied; nothing here writes into it
+
+    def _refuse_larger_codestream(self, source: Path | DicomDataset, frame: int) -> None:
+        """Decoders allocate what a frame itself asks for, which the header has not bounded."""
+        header = self.header
+        try:
+            size = codestream_size(self._encoded_frame(source, frame))
+        except Exception:  # whatever broken fragments lead pydicom to; it says so when it decodes
+            return
+        if size is not None and size[0] * size[1] > int(header.Columns) * int(header.Rows):
+            raise DicomError(
+                f"{self.name} is broken: a frame in it is {size[0]}x{size[1]} pixels, its header "
+                f"says {int(header.Columns)}x{int(header.Rows)}."
+            )
+
+    def _encoded_frame(self, source: Path | DicomDataset, frame: int) -> bytes:
+        header, encaps = self.header, pydicom_module().encaps
+        offsets = [header.get(f"ExtendedOffsetTable{part}") for part in ("", "Lengths")]
+        options = {
+            "number_of_frames": self.num_frames,
+            "extended_offsets": tuple(offsets) if all(offsets) else None,
+        }
+        if not isinstance(source, Path):
+            pixels = source.get("PixelData")
+            return bytes(encaps.get_frame(pixels, frame, **options)) if pixels else b""
+        with source.open("rb") as file:
+            file.seek((self.pixels_at or 0) + _EXPLICIT_HEAD)
+            return bytes(encaps.get_frame(file, frame, **options))
 
     def _is_grey_of_16_bits(self) -> bool:
         kind, bits = (
@@ -173,11 +179,13 @@ def read_dicom(source: Path | bytes | DicomDataset, name: str) -> DicomFile:
     pydicom = pydicom_module(name)
     pixels_at = None
     header: DicomDataset
-    if isinstance(source, Path | bytes):
-        _refuse_deflated_bomb(source, name)
     if not isinstance(source, Path | bytes):
         header = source
-    elif isinstance(source, bytes) or source.stat().st_size <= READ_WHOLE:
+    elif (
+        _is_bounded_deflated(source, name)
+        or isinstance(source, bytes)
+        or source.stat().st_size <= READ_WHOLE
+    ):
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         header = pydicom.dcmread(file, specific_tags=[*_kept_tags(), *_PIXELS], force=True)
     else:
@@ -195,20 +203,29 @@ def pydicom_module(name: str = "This") -> ModuleType:
     return load_optional("pydicom", f"{name} is a DICOM file", extra="dicom")
 
 
-def _refuse_deflated_bomb(source: Path | bytes, name: str) -> None:
-    """pydicom inflates a deflated file whole, so that its size is counted first."""
+def _is_bounded_deflated(source: Path | bytes, name: str) -> bool:
+    """Whether a file is deflated; pydicom inflates it whole, so that its size is counted first.
+
+    Raises:
+        ValueError: it is, beyond the limit.
+    """
+    reader, uid = pydicom_module().filereader, pydicom_module().uid
     with io.BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
-        start = file.read(_META_BYTES)
-        if _DEFLATED not in start or start[128:136] != b"DICM\x02\0\0\0":
-            return
-        file.seek(144 + int.from_bytes(start[140:144], "little"))
+        reader.read_preamble(file, force=True)
+        # pydicom's public functions do not say where the elements begin.
+        meta = reader._read_file_meta_info(file)
+        if meta.get("TransferSyntaxUID") != uid.DeflatedExplicitVRLittleEndian:
+            return False
         inflate, total = zlib.decompressobj(wbits=-15), 0
         try:
             while chunk := inflate.unconsumed_tail or file.read(1 << 16):
                 total += len(inflate.decompress(chunk, 1 << 20))
                 require_within("unpacked", total, name)
+                if inflate.eof:
+                    break
         except zlib.error:
-            return  # broken: pydicom says so
+            pass  # broken: pydicom gets no further, and says so
+    return True
 
 
 @functools.cache

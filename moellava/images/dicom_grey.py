@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 from moellava.images.dicom_error import DicomError, modality_name
+from moellava.images.eight_bit import by_rows
 from moellava.images.image_like import DicomDataset
 from moellava.images.optional import load_optional
-from moellava.images.view import View, percentile_to_eight_bit, say_once
+from moellava.images.view import View, percentile_range, say_once, value_counts
 
 # What decides how grey values are shown, besides the photometric interpretation.
 GREY_ELEMENTS = (
@@ -82,6 +83,8 @@ class GreyTags:
         rescale: slope and intercept.
         windows: (center, width) of each of the file's windows.
         function: how a window maps values: LINEAR, LINEAR_EXACT or SIGMOID.
+        shown_range: of an image without a window, in the unit of its values; None is all that the
+            stored bits can hold.
     """
 
     bits_stored: int
@@ -95,6 +98,7 @@ class GreyTags:
     windows: tuple[tuple[float, float], ...]
     function: str
     voi_luts: tuple[LookupTable, ...]
+    shown_range: tuple[float, float] | None = None
 
     @property
     def has_window(self) -> bool:
@@ -170,9 +174,9 @@ def grey_picture(stored: np.ndarray, tags: GreyTags, name: str, *, full: bool) -
     is_integer = stored.dtype.kind in "ui"
     is_narrow = is_integer and tags.bits_stored <= 8
     if not tags.has_window and not full and not is_narrow:
-        return _by_percentiles(_used_bits(stored, tags), tags)
+        tags = _with_percentiles(_used_bits(stored, tags), tags)
     if not is_integer or stored.dtype.itemsize > 2:
-        return _eight_bits(stored, tags)
+        return by_rows(lambda rows: _eight_bits(rows, tags), stored)
     # What is shown depends on the stored value alone: it is computed once for each that occurs.
     stored = stored.astype(stored.dtype.newbyteorder("="), copy=False)
     low, high = int(stored.min()), int(stored.max())
@@ -225,16 +229,18 @@ def _used_bits(stored: np.ndarray, tags: GreyTags) -> np.ndarray:
     return np.asarray((stored << unused) >> unused)
 
 
-def _by_percentiles(stored: np.ndarray, tags: GreyTags) -> np.ndarray:
+def _with_percentiles(stored: np.ndarray, tags: GreyTags) -> GreyTags:
+    """The tags with the percentiles of the values as the range shown, padding left out."""
     say_once(
         "A DICOM image of more than 8 bits without a window is shown between the 0.5th and 99.5th "
         "percentile of its own values; give window=(center, width), or window='full', for the same "
         "greys in all images."
     )
-    values = _modality_values(stored, tags)
-    used = None if tags.padding is None else values[stored != tags.padding]
-    shown = percentile_to_eight_bit(values, used)
-    return 255 - shown if tags.is_inverted else shown
+    stored, counts = value_counts(stored)
+    if tags.padding is not None:
+        is_used = stored != tags.padding
+        stored, counts = stored[is_used], None if counts is None else counts[is_used]
+    return replace(tags, shown_range=percentile_range(_modality_values(stored, tags), counts))
 
 
 def _eight_bits(stored: np.ndarray, tags: GreyTags) -> np.ndarray:
@@ -244,8 +250,8 @@ def _eight_bits(stored: np.ndarray, tags: GreyTags) -> np.ndarray:
     elif tags.windows:
         share = _windowed(values, *tags.windows[0], tags.function)
     else:
-        low, high = _modality_range(tags)
-        share = (values - low) / (high - low)
+        low, high = tags.shown_range or _modality_range(tags)
+        share = (values - low) / ((high - low) or np.inf)
     share = np.clip(1 - share if tags.is_inverted else share, 0, 1)
     return np.rint(np.nan_to_num(share) * 255).astype(np.uint8)
 

@@ -1,10 +1,13 @@
 """Grey values and arrays → 8 bits: `to_eight_bit` for PIL images, `array_to_pil` for arrays."""
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image
 
 # Modes that open_clip's transform resizes as they are; everything else is brought to 8 bits first.
 _RESIZED_AS_THEY_ARE = ("L", "LA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB")
+_BLOCK = 1 << 20  # values worked on at a time
 
 
 def to_eight_bit(image: Image.Image) -> Image.Image:
@@ -20,7 +23,7 @@ def to_eight_bit(image: Image.Image) -> Image.Image:
         return image.convert("L")
     # "I;16", its byte orders, and "I", as which some 16-bit files open.
     if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.int64)
+        values = np.asarray(image)
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > 65535:
             raise ValueError(
@@ -28,11 +31,27 @@ def to_eight_bit(image: Image.Image) -> Image.Image:
                 "expected 16 bits, 0 to 65535. "
                 "Apply a window first, so that 8 bits hold what matters."
             )
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        return Image.fromarray(by_rows(_from_sixteen_bits, values))
     if image.mode == "F":
         return array_to_pil(np.asarray(image))
     # "P", "PA" and the rest: colours, not indices, are what resizing may mix.
     return image.convert("RGB")
+
+
+def by_rows(function: Callable[[np.ndarray], np.ndarray], values: np.ndarray) -> np.ndarray:
+    """uint8 of the shape of `values`: `function` of a few rows at a time.
+
+    The steps in between take 8 bytes or more for each value, which is too much for all at once.
+    """
+    shown = np.empty(values.shape, np.uint8)
+    step = max(1, _BLOCK // max(1, values[:1].size))
+    for top in range(0, len(values), step):
+        shown[top : top + step] = function(values[top : top + step])
+    return shown
+
+
+def _from_sixteen_bits(values: np.ndarray) -> np.ndarray:
+    return ((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
 def array_to_pil(array: np.ndarray) -> Image.Image:
@@ -53,12 +72,12 @@ def array_to_pil(array: np.ndarray) -> Image.Image:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     elif array.dtype == np.uint16:
-        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+        array = by_rows(_from_sixteen_bits, array)
     elif np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= 0 and high <= 1):  # also false for NaN
             raise ValueError(f"A float image has values {low:g} to {high:g}; expected 0 to 1.")
-        array = np.rint(array * 255).astype(np.uint8)
+        array = by_rows(lambda rows: np.rint(rows * 255).astype(np.uint8), array)
     elif array.dtype != np.uint8:
         raise ValueError(
             f"An image array has dtype {array.dtype}; expected uint8, uint16, or float in 0..1."

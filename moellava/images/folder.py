@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from moellava.images.optional import load_optional
 from moellava.images.reading import is_image_file
+from moellava.images.silence import silent_libraries
 
 _PREAMBLE = 128  # bytes of a DICOM file before the word DICM
 
@@ -32,7 +33,8 @@ def _lacks_pixels(path: Path) -> bool:
             return False
     pydicom = load_optional("pydicom", f"{path} is a DICOM file", extra="dicom")
     try:
-        header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows"])
+        with silent_libraries():
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=["Rows"])
     except Exception:
         return False
     return "Rows" not in header

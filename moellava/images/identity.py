@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
-from moellava.images.image_like import ImageLike
+from moellava.images.image_like import ImageLike, is_tensor
 
 _CHUNK = 1 << 20  # bytes of a file in memory at a time
 
@@ -33,7 +32,7 @@ def exact_hash(image: ImageLike) -> str:
     meaning = b""
     if isinstance(image, Image.Image):
         meaning = image.mode.encode() + bytes(image.getpalette() or ())
-    elif isinstance(image, Tensor):
+    elif is_tensor(image):
         image = image.detach().cpu().numpy()
     pixels = np.ascontiguousarray(image)
     form = f"{pixels.shape} {pixels.dtype} ".encode() + meaning

@@ -1,12 +1,16 @@
 """What counts as an image, for every function that takes one: `ImageLike`; several: `Images`."""
 
 import os
+import sys
 from collections.abc import Iterable, Mapping
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from typing_extensions import TypeIs
+
+if TYPE_CHECKING:  # reading data and scoring answers need no torch
+    from torch import Tensor
 
 # pydicom and nibabel are optional, and transformers takes every import statement of a checkpoint's
 # code for a requirement, even one for type checkers only. So their classes are described, not
@@ -39,16 +43,13 @@ class NiftiVolume(Protocol):
 
 # A mapping is an image of the hub that was not decoded: {"bytes": ..., "path": ...}.
 ImageLike: TypeAlias = (
-    Image.Image
-    | str
-    | os.PathLike[str]
-    | bytes
-    | bytearray
-    | memoryview
-    | np.ndarray
-    | Tensor
-    | Mapping[str, object]
-    | DicomDataset
-    | NiftiVolume
+    "Image.Image | str | os.PathLike[str] | bytes | bytearray | memoryview | np.ndarray | Tensor | "
+    "Mapping[str, object] | DicomDataset | NiftiVolume"
 )
 Images: TypeAlias = "ImageLike | Iterable[Images]"
+
+
+def is_tensor(image: object) -> "TypeIs[Tensor]":
+    """Whether this is a tensor of torch, which is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(image, torch.Tensor)

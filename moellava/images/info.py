@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from moellava.images.dicom_error import reason_without_values, silent_pydicom
+from moellava.images.dicom_error import reason_without_values
 from moellava.images.dicom_file import GREY, read_dicom
 from moellava.images.dicom_grey import grey_range, grey_tags, shown_in
 from moellava.images.kinds import HEADER_BYTES, kind_of_file
 from moellava.images.optional import load_optional
 from moellava.images.picture import decode_picture
+from moellava.images.silence import silent_libraries
 from moellava.images.view import MAX_PIXELS, PLANES, View
 
 
@@ -53,7 +54,7 @@ def describe_image(path: Path, *, max_pixels: int = MAX_PIXELS) -> ImageInfo:
         kind = kind_of_file(path, file.read(HEADER_BYTES))
     describe = _DESCRIBE.get("" if kind is None else kind.name, _describe_picture)
     try:
-        with silent_pydicom():
+        with silent_libraries():
             return describe(path, view)
     except (ImportError, MemoryError):
         raise

@@ -1,9 +1,8 @@
 """A NIfTI volume → one slice, or a grid of them, in 8 bits, through nibabel.
 
 Slices are cut in canonical orientation (right, anterior, superior) whatever the file's own, and
-shown
-as radiologists see them: the patient's right on the left, front or head at the top. Slice 0 is the
-one furthest to the left, back or feet. Only the slices that are shown are read.
+shown as radiologists see them: the patient's right on the left, front or head at the top. Slice 0
+is the one furthest to the left, back or feet. Only the slices that are shown are read.
 """
 
 import gzip
@@ -16,16 +15,17 @@ from PIL import Image
 
 from moellava.images.image_like import NiftiVolume
 from moellava.images.optional import load_optional
+from moellava.images.silence import reason_without_quotes, silent_libraries
 from moellava.images.view import (
     PLANES,
     View,
     grid_shape,
     montage,
-    percentile_to_eight_bit,
+    percentile_range,
     range_to_eight_bit,
+    value_counts,
     window_to_eight_bit,
 )
-from moellava.storage.errors import reason_of
 from moellava.storage.limits import limit, require_within
 
 _GZIP = b"\x1f\x8b"
@@ -44,23 +44,24 @@ def decode_nifti(source: Path | bytes | NiftiVolume, view: View, name: str) -> I
         ImportError: nibabel is not installed.
         ValueError: broken, no such slice or volume.
     """
-    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
+    load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
     try:
-        image = _opened(source)
-        slices, zooms = _slices(image, view, name)
+        with silent_libraries():
+            image = _opened(source)
+            slices, zooms = _slices(image, view, name)
     except MemoryError:
         raise
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"{name} cannot be read as NIfTI: {error}") from error
-    # nibabel and zlib raise whatever a broken file leads them to.
+    # nibabel and zlib raise whatever a broken file leads them to, and may quote its texts.
     except Exception as error:
         if isinstance(error, ValueError) and str(error).startswith(name):  # one of ours
             raise
         raise ValueError(
-            f"{name} cannot be read as NIfTI: it is cut off or broken ({reason_of(error)})"
-        ) from error
-    pictures = [_square(picture, zooms) for picture in _eight_bits(slices, image, view, name)]
-    return Image.fromarray(np.ascontiguousarray(montage(pictures)))
+            f"{name} cannot be read as NIfTI: it is cut off or broken "
+            f"({reason_without_quotes(error)})"
+        ) from None
+    shown = _eight_bits(slices, image, view, name)
+    pictures = (_square(picture, zooms) for picture in shown)
+    return Image.fromarray(np.ascontiguousarray(montage(pictures, len(shown))))
 
 
 def _opened(source: Path | bytes | NiftiVolume) -> NiftiVolume:
@@ -118,6 +119,10 @@ def _slices(
     frames = view.frames(shape[native], name)
     rows, columns = grid_shape(len(frames))
     view.check_size(columns * width, rows * height, name)
+    # nibabel reads all of a volume for slices across the axis that varies fastest.
+    count = shape[native] if native == 0 else len(frames)
+    bytes_each = max(8, np.dtype(image.dataobj.dtype).itemsize)  # 8 once values are scaled
+    require_within("frame", shape[across] * shape[up] * count * bytes_each, name)
 
     slices = []
     for number in frames:
@@ -136,32 +141,32 @@ def _slices(
 def _eight_bits(
     slices: Sequence[np.ndarray], image: NiftiVolume, view: View, name: str
 ) -> list[np.ndarray]:
-    stack = np.stack(slices)
-    if stack.dtype.names is not None:  # NIfTI's RGB24
+    dtype = slices[0].dtype
+    if dtype.names is not None:  # NIfTI's RGB24
         if view.window is not None:
             raise ValueError(f"{name} is in colour; a window is for grey images. Leave window out.")
-        return list(np.stack([stack[channel] for channel in _RAW_COLOUR], axis=-1))
-    if np.iscomplexobj(stack):
+        return [np.stack([cut[channel] for channel in _RAW_COLOUR], axis=-1) for cut in slices]
+    if dtype.kind == "c":
         raise ValueError(f"{name} holds complex numbers; save their magnitude first.")
     if isinstance(view.window, int):
         raise ValueError(
             f"{name}: a NIfTI file has no windows to number. Give (center, width) or a preset."
         )
+    view.refuse_preset(dtype, name)
     if (limits := view.limits()) is not None:
-        return list(window_to_eight_bit(stack, *limits))
-    if stack.dtype == np.uint8:  # without scaling, or nibabel would have made it float
-        return list(stack)
-    if view.window == "full":
-        if stack.dtype.kind not in "ui":
-            raise ValueError(
-                f"{name} holds numbers of type {stack.dtype}, which have no full range. "
-                "Give a window."
-            )
-        return list(range_to_eight_bit(stack, np.iinfo(stack.dtype).min, np.iinfo(stack.dtype).max))
+        return [window_to_eight_bit(cut, *limits) for cut in slices]
+    if dtype == np.uint8:  # without scaling, or nibabel would have made it float
+        return list(slices)
     low, high = (float(image.header.get(key, 0)) for key in ("cal_min", "cal_max"))
-    if high > low:
-        return list(range_to_eight_bit(stack, low, high))
-    return list(percentile_to_eight_bit(stack))
+    if view.window == "full":
+        if dtype.kind not in "ui":
+            raise ValueError(
+                f"{name} holds numbers of type {dtype}, which have no full range. Give a window."
+            )
+        low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    elif not high > low:
+        low, high = percentile_range(*value_counts(np.stack(slices)))
+    return [range_to_eight_bit(cut, low, high) for cut in slices]
 
 
 def _square_size(shape: tuple[int, int], zooms: tuple[float, float]) -> tuple[int, int]:

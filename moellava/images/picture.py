@@ -5,10 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from moellava.images.eight_bit import to_eight_bit
 from moellava.images.view import View, grid_shape, window_to_eight_bit
+
+_Turn = Image.Transpose
+# By the EXIF orientation.
+_TURNS = {
+    2: _Turn.FLIP_LEFT_RIGHT,
+    3: _Turn.ROTATE_180,
+    4: _Turn.FLIP_TOP_BOTTOM,
+    5: _Turn.TRANSPOSE,
+    6: _Turn.ROTATE_270,
+    7: _Turn.TRANSVERSE,
+    8: _Turn.ROTATE_90,
+}
+_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # of Pillow's `info`
 
 
 def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
@@ -18,7 +31,8 @@ def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
         ValueError: broken, too large, or without the frame or window asked for.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_formats()) as image:
             view.check_size(*image.size, name)  # Pillow has read the header only
             chosen = seen(image, view, name)
             chosen.load()
@@ -30,6 +44,12 @@ def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
         ) from error
     except UnidentifiedImageError as error:
         raise ValueError(f"{name} cannot be read as an image: its format is unknown.") from error
+
+
+def _formats() -> list[str]:
+    """All that Pillow reads but EPS, for which it would start Ghostscript on the file."""
+    Image.init()
+    return [name for name in Image.ID if name != "EPS"]
 
 
 def seen(image: Image.Image, view: View, name: str) -> Image.Image:
@@ -55,6 +75,7 @@ def windowed(values: np.ndarray, view: View, name: str) -> np.ndarray:
         raise ValueError(f"{name} is in colour; a window is for grey images. Leave window out.")
     if view.window == "full":
         return np.asarray(to_eight_bit(Image.fromarray(values)))
+    view.refuse_preset(values.dtype, name)
     limits = view.limits()
     if limits is None:
         raise ValueError(
@@ -63,38 +84,54 @@ def windowed(values: np.ndarray, view: View, name: str) -> np.ndarray:
     return window_to_eight_bit(values, *limits)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as the EXIF orientation says, if there is one that can be read."""
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none that can be read."""
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-        is_turned = isinstance(orientation, int) and 2 <= orientation <= 8
-        return ImageOps.exif_transpose(image) if is_turned else image
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception:  # whatever a broken block of EXIF leads Pillow to; the picture may be sound
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _TURNS else 1
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF orientation says, without EXIF then.
+
+    `PIL.ImageOps.exif_transpose` does the same, but fails where it cannot write the EXIF anew.
+    """
+    image.load()  # Pillow turns a TIFF as it loads it, and forgets the orientation
+    if (orientation := _orientation(image)) == 1:
         return image
+    turned = image.transpose(_TURNS[orientation])
+    for key in _EXIF_KEYS:
+        turned.info.pop(key, None)
+    return turned
 
 
 def _through_window(image: Image.Image, view: View, name: str) -> Image.Image:
     image = _upright(image)
     if view.window is None:
         return image
+    if image.mode.startswith("P"):
+        raise ValueError(f"{name} has a palette; a window is for grey images. Leave window out.")
     return Image.fromarray(windowed(np.asarray(image), view, name))
 
 
 def _grid(image: Image.Image, frames: Sequence[int], view: View, name: str) -> Image.Image:
     """The frames side by side, in cells as large as the largest: those of a TIFF may differ."""
     rows, columns = grid_shape(len(frames))
-    view.check_size(columns * image.width, rows * image.height, name)  # before any is decoded
-    pictures = []
-    for frame in frames:
+    sizes = []
+    for frame in frames:  # of the headers: none is decoded yet
         image.seek(frame)
-        pictures.append(to_eight_bit(_through_window(image, view, name)).convert("RGB"))
-    width = max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures)
+        is_turned = _orientation(image) >= 5
+        sizes.append(image.size[::-1] if is_turned else image.size)
+    width, height = (max(side) for side in zip(*sizes, strict=True))
     view.check_size(columns * width, rows * height, name)
     grid = Image.new("RGB", (columns * width, rows * height))
-    for index, picture in enumerate(pictures):
+    for index, frame in enumerate(frames):
+        image.seek(frame)
         row, column = divmod(index, columns)
+        picture = to_eight_bit(_through_window(image, view, name)).convert("RGB")
         grid.paste(picture, (column * width, row * height))
     return grid

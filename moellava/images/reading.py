@@ -14,11 +14,10 @@ from typing import TypedDict
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 from typing_extensions import Unpack
 
 from moellava.images.eight_bit import array_to_pil, to_eight_bit
-from moellava.images.image_like import ImageLike
+from moellava.images.image_like import ImageLike, is_tensor
 from moellava.images.kinds import (
     HEADER_BYTES,
     Decode,
@@ -28,8 +27,9 @@ from moellava.images.kinds import (
     kind_of_object,
 )
 from moellava.images.picture import decode_picture, seen, windowed
+from moellava.images.silence import reason_without_quotes, silent_libraries
 from moellava.images.view import Frame, View, Window
-from moellava.storage.errors import reason_of, refuse_stand_in
+from moellava.storage.errors import refuse_stand_in
 
 
 class ViewOptions(TypedDict, total=False):
@@ -79,7 +79,7 @@ def to_pil(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
         return to_pil(stored, **view)  # type: ignore[arg-type]  # a TypeError if it is not an image
     if (kind := kind_of_object(image)) is not None:
         return _decoded(kind.decode, image, options, f"The {kind.name} object")
-    if isinstance(image, Tensor):
+    if is_tensor(image):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if isinstance(image, np.ndarray):
@@ -127,7 +127,8 @@ def _from_bytes(data: bytes, view: View) -> Image.Image:
 def _decoded(decode: Decode, source: object, view: View, name: str) -> Image.Image:
     """What a decoder gives; whatever it raises becomes a `ValueError` that begins with the name."""
     try:
-        return decode(source, view, name)
+        with silent_libraries():
+            return decode(source, view, name)
     except (ImportError, MemoryError):
         raise
     except BaseException as error:
@@ -136,8 +137,9 @@ def _decoded(decode: Decode, source: object, view: View, name: str) -> Image.Ima
             raise
         if isinstance(error, ValueError) and str(error).startswith(name):
             raise
-        reason = f"{name} cannot be read as an image: {reason_of(error)}"
-        raise ValueError(reason) from error
+        # Without the cause: its text may quote what the file holds.
+        reason = f"{name} cannot be read as an image: {reason_without_quotes(error)}"
+        raise ValueError(reason) from None
 
 
 def _from_array(array: np.ndarray, view: View) -> Image.Image:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from moellava.images.dicom_error import silent_pydicom
 from moellava.images.image_like import DicomDataset
 from moellava.images.kinds import HEADER_BYTES, is_dicom
 from moellava.images.optional import load_optional
+from moellava.images.silence import silent_libraries
 
 _ELEMENTS = (
     "SeriesInstanceUID",
@@ -57,7 +57,7 @@ def _slice(path: Path) -> _Slice | None:
             return None
     pydicom = load_optional("pydicom", f"{path} is a DICOM file", extra="dicom")
     try:
-        with silent_pydicom():
+        with silent_libraries():
             return _slice_of(
                 pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(_ELEMENTS))
             )

@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, cast
 
 import numpy as np
-import torch
 
-from moellava.images.image_like import ImageLike, Images
+from moellava.images.image_like import ImageLike, Images, is_tensor
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -16,7 +15,7 @@ R = TypeVar("R")
 
 def as_image_list(images: Images) -> list[ImageLike]:
     """One image, a batch (4-D array) or a (nested) sequence of images as a flat list."""
-    if isinstance(images, np.ndarray | torch.Tensor) and images.ndim == 4:
+    if (isinstance(images, np.ndarray) or is_tensor(images)) and images.ndim == 4:
         return list(images)
     if isinstance(images, list | tuple):
         return [image for item in images for image in as_image_list(item)]

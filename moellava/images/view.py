@@ -6,11 +6,12 @@
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from moellava.images.eight_bit import by_rows
 from moellava.messages import unknown_name
 from moellava.storage.limits import require_within
 
@@ -30,6 +31,7 @@ PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
 MAX_PIXELS = 178_956_970
 MAX_GRID = 16
 PERCENTILES = (0.5, 99.5)
+_BLOCK = 1 << 20  # values counted at a time
 
 Window = str | int | tuple[float, float]
 Frame = int | str
@@ -61,22 +63,13 @@ class View:
     def __post_init__(self) -> None:
         if self.plane is not None and self.plane not in PLANES:
             raise unknown_name("plane", self.plane, PLANES)
-        window = self.window
-        if isinstance(window, str) and window not in WINDOWS and window != "full":
-            raise unknown_name("window", window, (*WINDOWS, "full"))
-        if isinstance(window, tuple | list):
-            if len(window) != 2 or not float(window[1]) >= 1:
-                raise ValueError(
-                    f"window is {window}; expected (center, width) with a width of at least 1."
-                )
-            object.__setattr__(self, "window", (float(window[0]), float(window[1])))
-        elif isinstance(window, bool) or not isinstance(window, str | int | None):
+        object.__setattr__(self, "window", _checked_window(self.window))
+        self.grid_size  # noqa: B018  # raises for text that is not a grid
+        if isinstance(self.frame, bool) or not isinstance(self.frame, str | int | None):
             raise ValueError(
-                f"window is {window!r}; expected a preset ({', '.join(WINDOWS)}), 'full', "
-                "(center, width), or the number of one of the file's own windows."
+                f"frame is a {type(self.frame).__name__}; expected a whole number, 'grid', or such "
+                "as 'grid:9'."
             )
-        if isinstance(self.frame, str):
-            self.grid_size  # noqa: B018  # raises for text that is no grid
 
     @property
     def grid_size(self) -> int | None:
@@ -88,13 +81,24 @@ class View:
             raise ValueError(
                 f"frame is {self.frame!r}; expected a number, 'grid', or such as 'grid:9'."
             )
-        return int(number) if number else MAX_GRID
+        size = int(number) if number else MAX_GRID
+        require_within("grid", size, f"frame={self.frame!r}")
+        return size
 
     def limits(self) -> tuple[float, float] | None:
         """Center and width, if the window is given as such or by the name of a preset."""
         if isinstance(self.window, str):
             return WINDOWS.get(self.window)
         return self.window if isinstance(self.window, tuple) else None
+
+    def refuse_preset(self, dtype: np.dtype, name: str) -> None:
+        """Raise `ValueError` for a preset in Hounsfield units and values that have no sign."""
+        if isinstance(self.window, str) and self.window != "full" and dtype.kind in "ub":
+            raise ValueError(
+                f"{name}: the window {self.window!r} is in Hounsfield units, and these values of "
+                f"{8 * dtype.itemsize} bits have no sign. Give (center, width) in the image's own "
+                "units, or leave window out."
+            )
 
     def frames(self, count: int, name: str, *, default: int | None = None) -> list[int]:
         """The numbers of the frames to show, of `count`; `default` stands for the middle one.
@@ -137,6 +141,30 @@ class View:
             )
 
 
+def _checked_window(window: object) -> Window | None:
+    if window is None or (isinstance(window, int) and not isinstance(window, bool)):
+        return window
+    if isinstance(window, str):
+        if window in WINDOWS or window == "full":
+            return window
+        presets = ", ".join(f"{name} {limits}" for name, limits in WINDOWS.items())
+        raise ValueError(
+            f"{unknown_name('window', window, (*WINDOWS, 'full'))} As (center, width) in "
+            f"Hounsfield units: {presets}."
+        )
+    if not isinstance(window, tuple | list):
+        raise ValueError(
+            f"window is a {type(window).__name__}; expected a preset ({', '.join(WINDOWS)}), "
+            "'full', (center, width), or the number of one of the file's own windows."
+        )
+    limits = tuple(map(float, window))
+    if len(limits) != 2 or not (math.isfinite(sum(limits)) and limits[1] >= 1):
+        raise ValueError(
+            f"window is {window}; expected (center, width) with a width of at least 1."
+        )
+    return limits[0], limits[1]
+
+
 def window_to_eight_bit(values: np.ndarray, center: float, width: float) -> np.ndarray:
     """Values below the window are 0, above it 255, linear between.
 
@@ -145,23 +173,61 @@ def window_to_eight_bit(values: np.ndarray, center: float, width: float) -> np.n
     return range_to_eight_bit(values, center - width / 2, center + width / 2)
 
 
-def percentile_to_eight_bit(values: np.ndarray, used: np.ndarray | None = None) -> np.ndarray:
-    """The 0.5th to 99.5th percentile of the finite values (of `used`, if given) as 0 to 255."""
-    values = np.asarray(values, dtype=np.float64)
-    used = values if used is None else used
-    used = used[np.isfinite(used)]
-    low, high = np.percentile(used, PERCENTILES) if used.size else (0.0, 1.0)
+def percentile_range(values: np.ndarray, counts: np.ndarray | None = None) -> tuple[float, float]:
+    """The 0.5th and 99.5th percentile of the finite values, interpolated as NumPy does.
+
+    Args:
+        counts: how often each value occurs; None for once.
+    """
+    is_finite = np.isfinite(values)
+    used = values[is_finite].astype(np.float64, copy=False)
+    if not used.size:
+        return 0.0, 1.0
+    if counts is None:
+        low, high = np.percentile(used, PERCENTILES)
+    else:
+        order = np.argsort(used)
+        used, ends = used[order], np.cumsum(counts[is_finite][order])
+        low, high = (_at(used, ends, share / 100 * (ends[-1] - 1)) for share in PERCENTILES)
     if high <= low:  # hardly anything but one value: what differs from it may be the picture
-        low, high = (used.min(), used.max()) if used.size else (0.0, 1.0)
-    return range_to_eight_bit(values, low, high)
+        low, high = used.min(), used.max()
+    return float(low), float(high)
+
+
+def _at(values: np.ndarray, ends: np.ndarray, rank: float) -> float:
+    """The value at a rank among sorted values; `ends` is how many values end with each of them."""
+    below, above = (
+        values[np.searchsorted(ends, place, side="right")]
+        for place in (math.floor(rank), math.ceil(rank))
+    )
+    return float(below + (above - below) * (rank - math.floor(rank)))
+
+
+def value_counts(values: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """The values that occur among integers of 8 or 16 bits, and how often each does.
+
+    Of other types: the values themselves, and None.
+    """
+    if values.dtype.kind not in "ui" or values.dtype.itemsize > 2:
+        return values, None
+    low, high = int(values.min()), int(values.max())
+    counts = np.zeros(high - low + 1, np.int64)
+    flat = values.reshape(-1)
+    for start in range(0, flat.size, _BLOCK):  # NumPy counts in 8 bytes for each value
+        block = flat[start : start + _BLOCK].astype(np.int64) - low
+        counts += np.bincount(block, minlength=len(counts))
+    places = np.flatnonzero(counts)
+    return places + low, counts[places]
 
 
 def range_to_eight_bit(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """`low` as 0 and `high` as 255, rounded; what is not a number is 0."""
-    scaled = (np.asarray(values, dtype=np.float64) - low) / ((high - low) or np.inf) * 255
-    return np.rint(np.clip(np.nan_to_num(scaled, nan=0.0, posinf=255, neginf=0), 0, 255)).astype(
-        np.uint8
-    )
+
+    def scaled(rows: np.ndarray) -> np.ndarray:
+        shares = (rows.astype(np.float64) - low) / ((high - low) or np.inf) * 255
+        return np.rint(np.clip(np.nan_to_num(shares, nan=0.0, posinf=255, neginf=0), 0, 255))
+
+    return by_rows(scaled, np.asarray(values))
 
 
 def grid_shape(count: int) -> tuple[int, int]:
@@ -170,14 +236,19 @@ def grid_shape(count: int) -> tuple[int, int]:
     return math.ceil(count / columns), columns
 
 
-def montage(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """(H, W[, 3]) pictures of one shape side by side, row by row; the rest of the grid is black."""
-    if len(pictures) == 1:
-        return pictures[0]
-    rows, columns = grid_shape(len(pictures))
-    height, width = pictures[0].shape[:2]
-    grid = np.zeros((rows * height, columns * width, *pictures[0].shape[2:]), pictures[0].dtype)
+def montage(pictures: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """(H, W[, 3]) pictures of one shape side by side, row by row; the rest of the grid is black.
+
+    Only one of the pictures needs to be in memory at a time.
+    """
+    rows, columns = grid_shape(count)
+    grid = np.zeros((0, 0), np.uint8)
     for index, picture in enumerate(pictures):
+        if count == 1:
+            return picture
+        height, width = picture.shape[:2]
+        if index == 0:
+            grid = np.zeros((rows * height, columns * width, *picture.shape[2:]), picture.dtype)
         row, column = divmod(index, columns)
         top, left = row * height, column * width
         grid[top : top + height, left : left + width] = picture

@@ -6,6 +6,8 @@ from typing import Any
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from moellava.model.template_limits import require_bounded_template
+
 # A message's content is a string or a list of items; an image is a line of its own, as in LLaVA.
 _CONTENT = (
     "{%- macro text_of(content) -%}"
@@ -124,14 +126,16 @@ def _choose_template(tokenizer: PreTrainedTokenizerBase, own: str | None) -> str
 
 def _own_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     own: str | dict[str, str] | None = tokenizer.chat_template
-    if not isinstance(own, dict):
-        return own
-    if "default" not in own:
-        raise ValueError(
-            f"The tokenizer has the chat templates {', '.join(sorted(own))}, but none is called "
-            "'default'. Set tokenizer_config.json's chat_template to the one to use."
-        )
-    return own["default"]
+    if isinstance(own, dict):
+        if "default" not in own:
+            raise ValueError(
+                f"The tokenizer has the chat templates {', '.join(sorted(own))}, but none is "
+                "called 'default'. Set tokenizer_config.json's chat_template to the one to use."
+            )
+        own = own["default"]
+    if own is not None:
+        require_bounded_template(own, tokenizer.name_or_path)
+    return own
 
 
 def _with_beginning(tokenizer: PreTrainedTokenizerBase, template: str) -> str:

@@ -359,12 +359,14 @@ def read_message(processor: MoeLlavaProcessor, message: Message) -> Turn:
     """
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise unknown_name("role", str(role), ROLES)
+        raise unknown_name("role", _shortened(role).strip("'"), ROLES)
     if extra := [name for name in message if name not in ("role", "content")]:
         raise unknown_name("key of a message", extra[0], ("role", "content"))
     items = [_text_item(content)] if isinstance(content, str) else content
     if not isinstance(items, Sequence):
-        raise ValueError(f"The content of a message is {content!r}; expected text or a list.")
+        raise ValueError(
+            f"The content of a message is {_shortened(content)}; expected text or a list."
+        )
     turn = Turn(role, tuple(_read_item(processor, item) for item in items))
     if role != "user" and turn.pictures:
         raise ValueError(f"A message of the role {role!r} holds an image; only the user's may.")
@@ -463,6 +465,13 @@ def _read_item(processor: MoeLlavaProcessor, item: object) -> str | Picture:
 
 
 def _shortened(value: object, most: int = 80) -> str:
+    """A value as the error names it; of objects such as a pydicom dataset only the type.
+
+    Their text may hold what a file says of a patient.
+    """
+    if not isinstance(value, str | int | float | None):
+        keys = f" with the keys {sorted(map(str, value))}" if isinstance(value, dict) else ""
+        return f"a {type(value).__name__}{keys}"
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]}..."
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from io import IOBase
 from typing import Any, Literal, overload
 
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
-from moellava.images import ImageLike, ViewOptions, to_pil
+from moellava.images import ImageLike, Images, ViewOptions, to_pil
 from moellava.model.conversation import Message, generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
@@ -72,7 +73,7 @@ class LoadedModel:
 
     def answer(
         self,
-        images: ImageLike | Sequence[Any] | None,
+        images: "ImageLike | Sequence[Any] | None",
         questions: str | Sequence[Any],
         **options: Any,
     ) -> list[str]:
@@ -153,6 +154,17 @@ class LoadedModel:
         """The pieces of the answer to the last message; `Conversation` is for many turns."""
         return stream_chat(self, messages, **generation)
 
+    def explain(
+        self, images: "Images | None", question: str | Sequence[Message], **options: object
+    ) -> Any:
+        """What the model looked at and which experts worked while it answered a question.
+
+        Options, errors and the `Explanation` that comes back are those of
+        `moellava.explain.explain`, which is the same with types.
+        """
+        # By name: that room looks into this one, and imports point downwards only.
+        return import_module("moellava.explain").explain(self, images, question, **options)
+
     def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""
         num_tokens = inputs["attention_mask"].sum(dim=1)  # (B,)
@@ -169,10 +181,11 @@ class LoadedModel:
             )
 
 
-def is_conversation(question: Any) -> bool:
+def is_conversation(question: object) -> bool:
     """Whether something is chat messages: a list of mappings with a role."""
-    is_list = isinstance(question, Sequence) and not isinstance(question, str | bytes)
-    return is_list and bool(question) and all(isinstance(turn, Mapping) for turn in question)
+    if not isinstance(question, Sequence) or isinstance(question, str | bytes):
+        return False
+    return bool(question) and all(isinstance(turn, Mapping) for turn in question)
 
 
 def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:

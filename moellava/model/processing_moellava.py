@@ -13,6 +13,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin
 from moellava.images import to_eight_bit, to_pil
 from moellava.model.chat_templates import TEMPLATES, has_beginning
 from moellava.model.publish.remote_code import carry_remote_code
+from moellava.model.template_limits import require_bounded_template
 from moellava.model.truncation import pad_rows, shorten_text
 
 _REMOTE = ("http://", "https://", "data:")  # transformers reads these itself
@@ -53,6 +54,9 @@ class MoeLlavaProcessor(ProcessorMixin):
                 f"The tokenizer has no token {image_token!r}. Load it with "
                 "moellava.model.builder_enhanced.load_tokenizer, which adds one."
             )
+        named = chat_template if isinstance(chat_template, dict) else {"": chat_template or ""}
+        for template in named.values():
+            require_bounded_template(template, getattr(tokenizer, "name_or_path", "this processor"))
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.num_image_tokens = num_image_tokens

@@ -2,11 +2,14 @@
 
 require_within    one number against its limit
 require_bounded   every size in a model's config, nested ones included
+require_unpackable  a zip archive, by what its members unpack into
 limit             a limit's value; MOELLAVA_MAX_<NAME> in the environment raises it
 """
 
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from moellava.messages import unknown_name
 
@@ -18,19 +21,25 @@ LIMITS = {
     "width": 262_144,  # channels of a token, of an MLP, of an image
     "vocabulary": 16_777_216,  # rows of an embedding
     "nesting": 32,  # levels of a config
+    "values": 100_000,  # of a YAML file, once its aliases are unfolded
     "queries": 65_536,  # of a projector that has its own
+    "side": 8_192,  # pixels of the square that a tower sees
     "aspect": 1_000,  # the longer side of an image over the shorter one
-    "unpacked": 1 << 30,  # bytes of a compressed file that is unpacked in memory
-    "expansion": 500,  # an archive's size once it is unpacked, over its own
+    "frame": 1 << 28,  # bytes of one decoded frame or slice, of which several copies are held
+    "grid": 256,  # pictures side by side in one
+    "unpacked": 1 << 29,  # bytes of a compressed file that is unpacked in memory
+    "expansion": 100,  # an archive's size once it is unpacked, over its own
 }
 
 # The fields of configs that each limit applies to.
 CONFIG_FIELDS = {
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "depth"), "layers"),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "depth", "layers"), "layers"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "experts"),
     **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), "width"),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), "width"),
     **dict.fromkeys(("num_latents", "num_query_tokens"), "queries"),
+    **dict.fromkeys(("width", "embed_dim", "heads"), "width"),  # of open_clip's configs
+    **dict.fromkeys(("image_size", "shortest_edge", "longest_edge", "height"), "side"),
     "vocab_size": "vocabulary",
 }
 
@@ -70,6 +79,16 @@ def require_bounded(where: object, config: Mapping[str, object]) -> None:
     """Raise `ValueError` if a size in a config, or in a config inside it, is beyond its limit."""
     for path, name, value in _sizes(config, (), where):
         require_within(name, value, f"{'.'.join(path)} in {where}")
+
+
+def require_unpackable(path: Path) -> None:
+    """Raise `ValueError` if a zip archive grows beyond its limit when it is unpacked.
+
+    `zipfile` reads no more of a member than the size that is counted here.
+    """
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    require_within("expansion", unpacked // max(1, path.stat().st_size), path)
 
 
 def _sizes(

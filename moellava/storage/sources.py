@@ -30,6 +30,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from moellava.messages import first_names
 from moellava.storage.errors import reading
+from moellava.storage.limits import require_bounded
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
@@ -210,12 +211,14 @@ def read_json(path: Path) -> dict[str, object]:
     """A JSON object from a file.
 
     Raises:
-        ValueError: the file is not JSON, or not an object; it is named.
+        ValueError: the file is not JSON, not an object, or a size in it is beyond its limit; the
+            file is named.
     """
     with reading(path, "JSON"):
         content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}; expected an object.")
+    require_bounded(path, content)
     return content
 
 

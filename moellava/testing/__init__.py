@@ -8,6 +8,7 @@ from moellava.testing.bits import in_fresh_memory
 from moellava.testing.datasets import (
     DATASETS,
     write_medmnist,
+    write_omnimedvqa,
     write_path_vqa,
     write_pmc_vqa,
     write_slake,
@@ -57,6 +58,7 @@ __all__ = [
     "write_biomedclip",
     "write_llava",
     "write_medmnist",
+    "write_omnimedvqa",
     "write_openai_clip",
     "write_path_vqa",
     "write_pmc_vqa",

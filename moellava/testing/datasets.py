@@ -140,6 +140,33 @@ def write_pmc_vqa(folder: Path, *, zipped: bool = True) -> Path:
     return folder
 
 
+def write_omnimedvqa(folder: Path) -> Path:
+    """OmniMedVQA as it unpacks: `QA_information/Open-access/CASE.json` and `Images`."""
+    (folder / "Images" / "CASE").mkdir(parents=True)
+    rows: list[dict[str, object]] = []
+    for index in range(4):
+        name = f"Images/CASE/{index // 2}.png"
+        picture(index // 2).save(folder / name)
+        options = ("CT", "MRI", "Ultrasound", "X-ray") if index % 2 == 0 else ("No", "Yes")
+        named = {f"option_{letter}": text for letter, text in zip("ABCD", options, strict=False)}
+        rows.append(
+            {
+                "dataset": "CASE",
+                "question_id": f"CASE_{index:04d}",
+                "question_type": "Modality Recognition" if index % 2 == 0 else "Disease Diagnosis",
+                "question": ("What modality is shown?", "Is there a lesion?")[index % 2],
+                "gt_answer": options[1],
+                "image_path": name,
+                **named,
+                "modality_type": "MR (Mag-netic Resonance Imaging)",
+            }
+        )
+    place = folder / "QA_information" / "Open-access"
+    place.mkdir(parents=True)
+    (place / "CASE.json").write_text(json.dumps(rows))
+    return folder
+
+
 def write_medmnist(path: Path, *, multi_label: bool = False, side: int = 28) -> Path:
     """A MedMNIST file: `<split>_images` (N, H, W, 3) and `<split>_labels` (N, 1).
 

@@ -1,24 +1,30 @@
-"""Held-out rows → the model's answers beside the truth: `answer_rows`, `share_exact`."""
+"""Held-out rows → a model's answers and their scores, by the code of `moellava.eval`.
+
+| name | gives |
+|---|---|
+| `answer_rows`, `answer_questions` | predictions, in the chat template of the training |
+| `first_questions` | what each row asks first |
+| `mean_scores` | the metrics of scorers |
+| `share_exact` | the share of exact answers |
+"""
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
+from collections.abc import Sequence
 
-from moellava.data.chat_labels import Messages, image_items, without_pictures
-from moellava.data.collate import ChatCollator, id_of, messages_of
+import numpy as np
+from PIL import Image
+
+from moellava.data.collate import ChatCollator
 from moellava.data.rows import Row
+from moellava.eval.answering import ask_about, predict
+from moellava.eval.asking import Asker
 from moellava.eval.metrics import is_exact_answer
-from moellava.model.generation import generate_texts, turn_end_options
+from moellava.eval.predictions import Prediction
+from moellava.eval.prompts import find_prompt
+from moellava.eval.questions import Question, questions_of
+from moellava.eval.score_table import score_predictions
+from moellava.eval.scorers import find_scorers
 from moellava.model.loaded_model import LoadedModel
-
-
-class Answer(TypedDict):
-    """What a held-out row asked, what the model said, and what is right."""
-
-    id: object
-    question: str
-    answer: str
-    truth: str
 
 
 def answer_rows(
@@ -28,85 +34,81 @@ def answer_rows(
     *,
     max_new_tokens: int,
     batch_size: int = 8,
-) -> list[Answer]:
-    """Ask what each row asks first, greedily, in the format that it was trained in."""
-    was_training = loaded.model.training
-    loaded.model.train(False)
-    answers: list[Answer] = []
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
-        asked = [_first_question(messages_of(row)) for row in batch]
-        texts = _answer_batch(
-            loaded, [messages for messages, _ in asked], collator, max_new_tokens=max_new_tokens
-        )
-        for index, (row, (messages, truth), text) in enumerate(
-            zip(batch, asked, texts, strict=True)
-        ):
-            answers.append(
-                {
-                    "id": id_of(row, start + index),
-                    "question": _words(messages[-1]),
-                    "answer": text,
-                    "truth": truth,
-                }
-            )
-    loaded.model.train(was_training)
-    return answers
-
-
-def share_exact(answers: Sequence[Answer]) -> float:
-    """Share of the answers that are exact, by `moellava.eval.metrics.is_exact_answer`."""
-    exact = [is_exact_answer(answer["answer"], answer["truth"]) for answer in answers]
-    return sum(exact) / len(exact)
-
-
-def _answer_batch(
-    loaded: LoadedModel,
-    conversations: Sequence[Messages],
-    collator: ChatCollator,
-    *,
-    max_new_tokens: int,
-) -> list[str]:
-    processor = copy.copy(loaded.processor)
-    processor.chat_template = collator.chat_template
-    images = [
-        collator.load_image(item["image"])
-        for messages in conversations
-        for item in image_items(messages)
-    ]
-    prompts = [
-        processor.apply_chat_template(
-            without_pictures(messages), tokenize=False, add_generation_prompt=True
-        )
-        for messages in conversations
-    ]
-    inputs = processor(
-        text=prompts,
-        images=images or None,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    ).to(loaded.model.device)
-    ends = turn_end_options(loaded.model, processor.tokenizer, collator.chat_template)
-    return generate_texts(
-        loaded.model,
-        processor.tokenizer,
-        inputs,
+) -> list[Prediction]:
+    """Ask what each row asks first, greedily."""
+    return answer_questions(
+        loaded,
+        rows,
+        first_questions(list(questions_of(rows)), len(rows)),
+        collator,
         max_new_tokens=max_new_tokens,
-        use_cache=True,
-        **ends,
+        batch_size=batch_size,
     )
 
 
-def _first_question(messages: Messages) -> tuple[Messages, str]:
-    """The messages before the first answer, and that answer."""
-    place = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return messages[:place], _words(messages[place])
+def answer_questions(
+    loaded: LoadedModel,
+    rows: Sequence[Row],
+    questions: Sequence[Question],
+    collator: ChatCollator,
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+) -> list[Prediction]:
+    """Ask some questions of the rows, greedily; in their order.
+
+    Args:
+        questions: of `questions_of(rows)`.
+        collator: its chat template writes the prompts, and its `load_image` opens the images.
+    """
+    places = {
+        name: (question.row_number, number)
+        for question in questions
+        for number, name in enumerate(question.image_names)
+    }
+
+    def load(name: str) -> Image.Image:
+        row, number = places[name]
+        return collator.load_image(rows[row].images[number])
+
+    processor = copy.copy(loaded.processor)
+    processor.chat_template = collator.chat_template
+    asker = Asker(
+        LoadedModel(loaded.model, processor),
+        load,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    prompt = find_prompt("none")
+    known = {question.id: question for question in questions}
+    asked = {row_id: ask_about(question, prompt) for row_id, question in known.items()}
+    found = {
+        one.id: predict(known[one.id], asked[one.id], one, prompt)
+        for batch in asker.ask(list(asked.values()))
+        for one in batch
+    }
+    return [found[question.id] for question in questions]
 
 
-def _words(message: Mapping[str, object]) -> str:
-    content = message["content"]
-    if isinstance(content, str):
-        return content
-    assert isinstance(content, list)  # the other form that chat templates know
-    return "".join(item["text"] for item in content if item["type"] == "text").strip()
+def first_questions(questions: Sequence[Question], num_rows: int) -> list[Question]:
+    """What each of the first rows asks first."""
+    first: dict[int, Question] = {}
+    for question in questions:
+        if question.row_number < num_rows:
+            first.setdefault(question.row_number, question)
+    return list(first.values())
+
+
+def mean_scores(predictions: Sequence[Prediction], scorers: Sequence[str]) -> dict[str, float]:
+    """`SCORER_METRIC` → the mean over the predictions that the metric applies to, 0..1."""
+    table = score_predictions(predictions, find_scorers(scorers))
+    return {
+        f"{scorer}_{metric}": float(np.nanmean(table.values[:, place]))
+        for place, (scorer, metric) in enumerate(table.metrics)
+    }
+
+
+def share_exact(predictions: Sequence[Prediction]) -> float:
+    """Share of the answers that are exact, by `moellava.eval.metrics.is_exact_answer`."""
+    exact = [is_exact_answer(one.answer, one.truth) for one in predictions]
+    return sum(exact) / len(exact)

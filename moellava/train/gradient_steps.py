@@ -116,6 +116,7 @@ def build_trainer(
         lengths=lengths,
         keep_checkpoints=recipe.saving.keep,
         num_answers=recipe.evaluation.num_answers if data.evaluation is not None else 0,
+        scorers=recipe.evaluation.scorers,
         max_new_tokens=recipe.evaluation.max_new_tokens,
     )
 

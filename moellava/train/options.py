@@ -106,8 +106,10 @@ class Evaluation:
     """How often and on how much of `data.evaluation` the model is tested while it trains."""
 
     every: Positive[int] = 500  # optimizer steps
-    num_rows: Positive[int] | None = None  # first held-out rows to take the loss of; None is all
+    num_rows: Positive[int] | None = None  # first held-out rows that are used; None is all
     num_answers: NotNegative[int] = 8  # held-out questions that are answered into the log
+    # Rules of `moellava eval`, such as strict: they score the answers to all of those rows.
+    scorers: tuple[str, ...] = ()
     max_new_tokens: Positive[int] = 32
 
 

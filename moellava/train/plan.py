@@ -6,7 +6,7 @@ Nothing is trained, and no weights are read.
 |---|---|
 | `plan` | the plan of a recipe |
 | `plan_gradient_steps` | that of a stage that trains by gradient steps |
-| `PlannedRows`, `describe_costs`, `layer_ranges` | what plans of stages have in common |
+| `PlannedRows`, `count_steps`, `describe_costs`, `layer_ranges` | what plans have in common |
 """
 
 import math
@@ -24,7 +24,7 @@ from moellava.model.loaded_model import LoadedModel
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.estimates import CARD, estimate_flops, estimate_memory
-from moellava.train.options import Recipe
+from moellava.train.options import Optim, Recipe
 from moellava.train.prepare import prepare_model
 from moellava.train.stage import Plan, stage_of
 
@@ -80,12 +80,8 @@ def plan_gradient_steps(recipe: Recipe) -> Plan:
     rows = PlannedRows.of(recipe, loaded)
     optim, count = recipe.optim, len(rows.lengths)
     per_epoch = math.ceil(count / optim.batch_size)
-    if optim.max_steps:
-        num_steps = optim.max_steps
-        num_rows = num_steps * optim.batch_size
-    else:
-        num_steps = math.ceil(per_epoch * optim.epochs)
-        num_rows = math.ceil(optim.epochs * count)
+    num_steps = count_steps(optim, count)
+    num_rows = num_steps * optim.batch_size if optim.max_steps else math.ceil(optim.epochs * count)
     memory, flops = rows.costs(model, recipe, num_rows=num_rows)
     total = sum(weight.numel() for weight in model.parameters())
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -102,6 +98,11 @@ def plan_gradient_steps(recipe: Recipe) -> Plan:
         *describe_costs(memory, flops),
     ]
     return Plan(trained, total, count, num_steps, memory, flops, "\n".join(lines))
+
+
+def count_steps(optim: Optim, num_rows: int) -> int:
+    """Optimizer steps over so many rows."""
+    return optim.max_steps or math.ceil(math.ceil(num_rows / optim.batch_size) * optim.epochs)
 
 
 def describe_costs(memory: dict[str, float], flops: float) -> list[str]:

@@ -4,6 +4,7 @@
 |---|---|
 | `prepare_model` | the model with `requires_grad` set, adapters included |
 | `build_model`, `outline_model` | the same before that, with weights or on the meta device |
+| `outline_stage` | what a stage makes of a model that may not be trained yet, on the meta device |
 """
 
 import torch
@@ -20,6 +21,7 @@ from moellava.model.language_model.configuration_llama_moe import is_mixture_con
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.sources import HubOptions
 from moellava.train.options import Recipe
 from moellava.train.router_file import router_for
@@ -88,9 +90,23 @@ def outline_model(recipe: Recipe) -> LoadedModel:
         if not isinstance(config, MoeLlavaConfig):  # a LLaVA: its sizes are known once it is read
             return build_model(recipe)
         processor = open_processor(start, HubOptions())
+    outlined = outline_stage(recipe, config, processor)
     if _becomes_mixture(recipe, config):
-        config = upcycled_config(config, recipe.moe.config)
-        router_for(recipe, config)
+        router_for(recipe, outlined.model.config)
+    return outlined
+
+
+def outline_stage(
+    recipe: Recipe, start: MoeLlavaConfig, processor: MoeLlavaProcessor
+) -> LoadedModel:
+    """The model that a stage makes of another one, on the meta device; `moe.router` is not read.
+
+    Args:
+        start: the config of the model that the stage starts from.
+    """
+    config = start
+    if _becomes_mixture(recipe, start):
+        config = upcycled_config(start, recipe.moe.config)
     with torch.device("meta"):
         model = MoeLlavaForConditionalGeneration(config)
     nn.Module.to(model, _dtype(recipe))  # transformers' own `to` has no types

@@ -1,17 +1,16 @@
 """A YAML file and `key=value` words → a checked `Recipe`: `load_recipe`, `recipe_names`."""
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
+from moellava.eval.scorers import find_scorers
 from moellava.messages import unknown_name
 from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.upcycling import MOE_OPTIONS
 from moellava.settings import convert, from_mapping
 from moellava.storage.errors import reading
+from moellava.storage.settings_file import override, read_settings
 from moellava.train.options import Recipe
 from moellava.train.stage import stage_of
 from moellava.train.stages import STAGES
@@ -61,22 +60,13 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
             not admit; for a setting that the stage would not look at.
     """
     settings = dict(source) if isinstance(source, Mapping) else _read_checked(source)
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(
-                f"{override!r} is not a setting. Type key=value, such as optim.learning_rate=1e-4."
-            )
-        try:
-            value = yaml.load(text, _Loader)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
-        _set(settings, name, value)
+    override(settings, overrides)
     if "stage" not in settings:
         where = "" if isinstance(source, Mapping) else f" {source}"
         raise ValueError(f"The recipe{where} has no stage. Choose one of {', '.join(STAGES)}.")
     recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
+    _require_questions(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
 
 
@@ -91,6 +81,19 @@ def _require_used(recipe: Recipe) -> None:
     for name in stage_of(recipe).unused:
         if _value_at(recipe, name) != _value_at(usual, name):
             raise ValueError(f"{name} does nothing in stage {recipe.stage!r}. Leave it out.")
+
+
+def _require_questions(recipe: Recipe) -> None:
+    """Scorers have to be known, and to have something to score."""
+    scorers = recipe.evaluation.scorers
+    if not scorers:
+        return
+    find_scorers(scorers)
+    if recipe.data.evaluation is None:
+        raise ValueError(
+            f"evaluation.scorers is {', '.join(scorers)}, but there are no held-out rows. "
+            "Set data.evaluation=FILE, or leave evaluation.scorers out."
+        )
 
 
 def _value_at(recipe: Recipe, name: str) -> object:
@@ -115,14 +118,15 @@ def _moe_config(settings: Mapping[str, object]) -> dict[str, object]:
 
 def _read_checked(source: str | Path) -> dict[str, object]:
     """The settings of a file, whose own mistakes name it; `overrides` may have others."""
-    settings = _read(source)
+    settings = read_recipe(source)
     if "stage" in settings:
         with reading(Path(source).expanduser(), "a recipe"):
             stage_of(from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS))
     return settings
 
 
-def _read(source: str | Path) -> dict[str, object]:
+def read_recipe(source: str | Path) -> dict[str, object]:
+    """The settings of a YAML file or of a packaged recipe, as they stand there."""
     path = Path(source).expanduser()
     if not path.is_file() and str(source) in recipe_names():
         path = FOLDER / f"{source}.yaml"
@@ -131,35 +135,4 @@ def _read(source: str | Path) -> dict[str, object]:
         raise FileNotFoundError(
             f"There is no recipe file {str(source)!r}, and no packaged one. {near}"
         )
-    with reading(path, "YAML"):
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{path} holds a {type(settings).__name__}; expected keys such as stage and data."
-        )
-    return settings
-
-
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml has no types
-    """Refuses a key that stands twice: YAML would keep the last one without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for name in names:
-            if names.count(name) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {name!r} stands twice; join them", node.start_mark
-                )
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-def _set(settings: dict[str, object], name: str, value: object) -> None:
-    section, dot, rest = name.partition(".")
-    if not dot:
-        settings[name] = value
-        return
-    old = settings.get(section)
-    inner = dict(old) if isinstance(old, Mapping) else {}
-    _set(inner, rest, value)
-    settings[section] = inner
+    return read_settings(path)

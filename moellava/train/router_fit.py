@@ -7,6 +7,7 @@ are averaged once and the fit is cheap.
 | name | what it does |
 |---|---|
 | `fit_router` | the router of a recipe and its rows |
+| `expert_labels` | the modalities that its experts serve |
 | `save_router` | its files |
 | `mean_hidden_states`, `fit_linear` | the two steps of the fit |
 """
@@ -65,15 +66,9 @@ def fit_router(recipe: Recipe, data: TrainData, *, show_progress: bool = True) -
             "alone."
         )
     rows, names = _labelled(data.train)
-    labels = sorted(set(names))
     loaded = build_model(recipe)
     mixture = moe_config_from_dense(loaded.model.config.text_config, **recipe.moe.config)
-    if len(labels) != mixture.num_experts:
-        raise ValueError(
-            f"The rows have {len(labels)} modalities ({', '.join(labels)}), but "
-            f"moe.config.num_experts is {mixture.num_experts}. Each expert serves one: set "
-            f"moe.config.num_experts={len(labels)}."
-        )
+    labels = expert_labels(data.train, mixture.num_experts)
     collator = build_collator(recipe, loaded.processor, return_row_ids=False)
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     loaded.model.to(device)  # type: ignore[arg-type]
@@ -102,6 +97,22 @@ def fit_router(recipe: Recipe, data: TrainData, *, show_progress: bool = True) -
         log.append({"eval_router_accuracy": accuracy})
         logger.info("the router is right for %.1f %% of the held-out rows", 100 * accuracy)
     return FittedRouter(router, labels, list(mixture.moe_layer_indices), log)
+
+
+def expert_labels(rows: Sequence[Row], num_experts: int) -> list[str]:
+    """The modalities of the rows, in the order of the experts that will serve them.
+
+    Raises:
+        ValueError: if a row with an image has none, or there are not as many as experts.
+    """
+    labels = sorted(set(_labelled(rows)[1]))
+    if len(labels) != num_experts:
+        raise ValueError(
+            f"The rows have {len(labels)} modalities ({', '.join(labels)}), but "
+            f"moe.config.num_experts is {num_experts}. Each expert serves one: set "
+            f"moe.config.num_experts={len(labels)}."
+        )
+    return labels
 
 
 def save_router(fitted: FittedRouter, folder: Path) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from moellava.storage.errors import reading
 from moellava.storage.writing import write_text
+from moellava.storage.yaml_text import load_yaml
 from moellava.train.checkpoints import clear_staging
 from moellava.train.log.router_load import KINDS
 from moellava.train.options import Recipe, recipe_to_dict, without_secrets
@@ -45,7 +46,7 @@ def require_same_recipe(recipe: Recipe, run: Path) -> None:
     if not (run / RECIPE_FILE).is_file():
         return
     with reading(run / RECIPE_FILE, "a recipe"):
-        written = yaml.safe_load((run / RECIPE_FILE).read_text(encoding="utf-8"))
+        written = load_yaml((run / RECIPE_FILE).read_text(encoding="utf-8"))
         old = _leaves(without_secrets(written))
     new = _leaves(recipe_to_dict(recipe))
     changed = [

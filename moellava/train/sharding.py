@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.optim import Optimizer
 from transformers.distributed.configuration_utils import DistributedConfig
 
@@ -48,6 +48,8 @@ def shard(model: MoeLlavaForConditionalGeneration, device: torch.device) -> None
     for layer in model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    # Held-out questions have their images encoded outside the model's forward pass.
+    register_fsdp_forward_method(model, "get_image_features")
     model.config.distributed_config = DistributedConfig(fsdp_size=dist.get_world_size())
 
 

@@ -51,6 +51,9 @@ class Stage:
         trainable: the parts that it trains unless the recipe says otherwise.
         unused: recipe keys, such as `data.packing`, that do nothing in it and are refused.
         makes_mixture: whether a dense start becomes a mixture of experts, as `moe` says.
+        dense_stage: of a stage that makes a mixture, the stage that trains the dense model further
+            in its place, where an experiment compares the two.
+        gives_router: whether it leaves a router for the next stage, rather than a model.
         run: trains into a run's folder; the bool is whether to show progress.
         plan: counts and estimates without training.
     """
@@ -61,6 +64,8 @@ class Stage:
     trainable: tuple[str, ...]
     unused: tuple[str, ...]
     makes_mixture: bool = False
+    dense_stage: str | None = None
+    gives_router: bool = False
     run: Callable[[Recipe, Path, bool], TrainResult]
     plan: Callable[[Recipe], Plan]
 

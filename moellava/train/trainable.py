@@ -23,6 +23,7 @@ PARTS = {
     "vision_tower": r"^model\.vision_tower\.",
     "projector": r"^model\.multi_modal_projector\.",
     "language_model": r"^(model\.language_model|lm_head)\.",
+    "mlp": r"^model\.language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)\.",
     "experts": r"\.mlp\.experts\.",
     "meta_expert": r"\.mlp\.meta_expert\.",
     "router": r"\.mlp\.gate\.",
@@ -32,6 +33,7 @@ PARTS = {
 _ADAPTED_LINEARS = (
     r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 )
+_ADAPTED_MLPS = r".*language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)"
 _ADAPTED_META_EXPERTS = r".*\.meta_expert\.(gate_proj|up_proj|down_proj)"
 _EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 _WHOLE = {"projector": "multi_modal_projector", "router": "gate", "vision_tower": "vision_tower"}
@@ -106,6 +108,8 @@ def with_adapters(
     linears = None
     if "language_model" in parts:
         linears = _ADAPTED_LINEARS
+    elif "mlp" in parts:
+        linears = _ADAPTED_MLPS
     elif "meta_expert" in parts:
         linears = _ADAPTED_META_EXPERTS
     is_mixture = is_mixture_config(model.config.text_config)

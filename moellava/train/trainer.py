@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -18,11 +19,18 @@ from transformers.trainer_callback import PrinterCallback
 
 from moellava.data.collate import ChatCollator
 from moellava.data.rows import Row
+from moellava.eval.predictions import Prediction
+from moellava.eval.questions import Question, questions_of
 from moellava.model.checkpoint.adapter import name_base
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.errors import reading
 from moellava.train import sharding
-from moellava.train.answers import answer_rows, share_exact
+from moellava.train.answers import (
+    answer_questions,
+    first_questions,
+    mean_scores,
+    share_exact,
+)
 from moellava.train.checkpoints import (
     checkpoints,
     newest_checkpoint,
@@ -52,7 +60,9 @@ class MoeLlavaTrainer(Trainer):
         train_rows, evaluation_rows: what the collator takes.
         lengths: tokens of each training row, to group rows of like length; None shuffles them.
         keep_checkpoints: how many of the newest stay.
-        num_answers, max_new_tokens: held-out questions answered at each evaluation.
+        num_answers: held-out rows whose first question is answered into the log.
+        scorers: names of `moellava.eval` rules for the answers to all held-out questions.
+        max_new_tokens: of an answer.
     """
 
     def __init__(
@@ -67,6 +77,7 @@ class MoeLlavaTrainer(Trainer):
         lengths: Sequence[int] | None = None,
         keep_checkpoints: int = 2,
         num_answers: int = 0,
+        scorers: Sequence[str] = (),
         max_new_tokens: int = 32,
     ) -> None:
         super().__init__(
@@ -89,6 +100,7 @@ class MoeLlavaTrainer(Trainer):
         self.held_out_rows = evaluation_rows or ()
         self.keep_checkpoints = keep_checkpoints
         self.num_answers, self.max_new_tokens = num_answers, max_new_tokens
+        self.scorers = scorers
         tower = loaded.model.model.vision_tower
         self.frozen_tower = (
             None if any(weight.requires_grad for weight in tower.parameters()) else tower
@@ -111,7 +123,7 @@ class MoeLlavaTrainer(Trainer):
         self._output_dir = self.run
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.progress_bar = ProgressBar()
+        self.progress_bar = ProgressBar(scorers)
         if not arguments.disable_tqdm:
             self.add_callback(self.progress_bar)
 
@@ -245,32 +257,55 @@ class MoeLlavaTrainer(Trainer):
     # Evaluation
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As the Trainer's, and the answers to the first held-out questions.
+        """As the Trainer's, with answers to held-out questions and their scores.
 
         Random numbers stay as they were.
         """
         began = time.perf_counter()
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-            if self.num_answers:
-                metrics["eval_answers_exact"] = self._log_answers()
+            if self.num_answers or self.scorers:
+                metrics |= self._log_answers()
         self.step_log.leave_out(time.perf_counter() - began)
         return metrics
 
-    def _log_answers(self) -> float:
+    def _log_answers(self) -> dict[str, float]:
+        """Answer held-out questions, score them, and log both."""
         rows = self.held_out_rows
-        answers = answer_rows(
+        questions = list(questions_of(rows))
+        shown = first_questions(questions, self.num_answers)
+        answered = self._answer(questions if self.scorers else shown)
+        answers = [answered[question.id] for question in shown]
+        metrics = {"eval_answers_exact": share_exact(answers)} if answers else {}
+        if self.scorers:
+            scores = mean_scores(list(answered.values()), self.scorers)
+            metrics |= {f"eval_{name}": value for name, value in scores.items()}
+        self.log(dict(metrics))
+        entry: LogEntry = self.state.log_history[-1]
+        keys = ("id", "question", "answer", "truth")
+        entry["answers"] = [{key: getattr(one, key) for key in keys} for one in answers]
+        return metrics
+
+    def _answer(self, questions: Sequence[Question]) -> dict[str, Prediction]:
+        """The answers by id, on every process.
+
+        Each process answers its share, unless a model is split over them: then all have to compute
+        every answer together.
+        """
+        together = self.is_sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled
+        first, step = (0, 1) if together else (self.args.process_index, self.args.world_size)
+        predictions = answer_questions(
             self.loaded,
-            [rows[index] for index in range(min(self.num_answers, len(rows)))],
+            self.held_out_rows,
+            questions[first::step],
             self.collator,
             max_new_tokens=self.max_new_tokens,
             batch_size=self.args.eval_batch_size,
         )
-        exact = share_exact(answers)
-        self.log({"eval_answers_exact": exact})
-        entry: LogEntry = self.state.log_history[-1]
-        entry["answers"] = answers
-        return exact
+        if step > 1:
+            predictions = gather_object(predictions)
+        answered = {one.id: one for one in predictions}
+        return {question.id: answered[question.id] for question in questions}
 
     # Checkpoints
 

@@ -21,7 +21,12 @@ _AT_ONCE = 1024  # rows between two moves of the bar
 
 
 def usable_rows(
-    rows: Sequence[Row], key: str, *, skip_bad: bool, show_progress: bool
+    rows: Sequence[Row],
+    key: str,
+    *,
+    skip_bad: bool,
+    show_progress: bool,
+    remedy: str = "Mend them, or leave them out with data.skip_bad=true.",
 ) -> Sequence[Row]:
     """The rows that have an answer and images whose files open.
 
@@ -30,6 +35,7 @@ def usable_rows(
     Args:
         key: the recipe key that names the rows, for messages.
         skip_bad: leave the others out, named in a warning.
+        remedy: the last sentence of the error without `skip_bad`.
 
     Raises:
         ValueError: if a row cannot be used, or with `skip_bad` if none can.
@@ -52,7 +58,7 @@ def usable_rows(
     named = first_names([f"{rows[number].id!r} ({reason})" for number, reason in bad.items()])
     found = f"{len(bad)} of {len(rows)} rows of {key} cannot be used: {named}."
     if not skip_bad:
-        raise ValueError(f"{found} Mend them, or leave them out with data.skip_bad=true.")
+        raise ValueError(f"{found} {remedy}")
     if len(bad) == len(rows):
         raise ValueError(found)
     logger.warning("%s They are left out.", found)

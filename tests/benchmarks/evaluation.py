@@ -28,7 +28,8 @@ from PIL import Image
 from moellava import load_pretrained_model
 from moellava.data import Turn
 from moellava.eval import asking
-from moellava.eval.asking import Asked, Asker
+from moellava.eval.answer_file import AnswerFile
+from moellava.eval.asking import Answered, Asked, Asker
 from moellava.eval.predictions import Prediction
 from moellava.testing import write_biomedclip, write_tinyllama
 
@@ -37,15 +38,16 @@ MAX_NEW_TOKENS = 4
 BATCH_SIZE = 8
 ROUNDS = 3
 
+# The command as typed; the last line has the peak of its memory in kB. VmHWM, since ru_maxrss begins
+# with what the process had that started it.
 SCORE = """
-import sys, time
-began = time.perf_counter()
-from pathlib import Path
-from moellava.eval.score_file import score_file
-from moellava.eval.scores import summarize
-table, _ = score_file(Path(sys.argv[1]))
-summarize(table)
-print(time.perf_counter() - began)
+import sys
+from moellava.cli import app
+try:
+    app(["eval", "score", *sys.argv[1:]])
+finally:
+    status = open("/proc/self/status").read()
+    print(status.split("VmHWM:")[1].split()[0])
 """
 
 
@@ -73,8 +75,13 @@ def answers(num_images: int) -> None:
     )
 
     def ours() -> None:
-        for _ in asker.ask(asked):
-            pass
+        """With the checks of lengths and the growing file, as `evaluate` does it."""
+        with tempfile.TemporaryDirectory() as folder:
+            file = AnswerFile(Path(folder) / "predictions.jsonl", {})
+            asker.check(asked)
+            for batch in asker.ask(asked):
+                file.append(map(_prediction, batch))
+            file.finish([question.id for question in asked])
 
     def one_by_one() -> None:
         for question in asked:
@@ -97,27 +104,51 @@ def answers(num_images: int) -> None:
         ratio = middle / statistics.median(found["ours"])
         spread = f"{min(seconds):.2f} to {max(seconds):.2f} s"
         print(f"{way:<12} {len(asked) / middle:7.1f} questions/s ({spread}), {ratio:.2f}x ours")
-    print(f"beside the model: {100 * _share_beside_the_model(ours, asker):.1f} % of the time")
+    shares = [_shares_of_time(ours, asker) for _ in range(ROUNDS)]
+    for name in shares[0]:
+        found_here = [100 * share[name] for share in shares]
+        spread = f"{min(found_here):.1f} to {max(found_here):.1f}"
+        print(f"{name}: {statistics.median(found_here):.1f} % of the time ({spread})")
 
 
 def score(num_rows: int) -> None:
-    """Seconds to score a file with every rule, intervals and imports included."""
+    """Seconds and memory of `moellava eval score` with every rule, intervals and imports included."""
     with tempfile.TemporaryDirectory() as name:
-        path = Path(name) / "predictions.jsonl"
-        _write_predictions(path, num_rows)
-        seconds = [
-            float(
-                subprocess.run(
-                    [sys.executable, "-c", SCORE, str(path)],
-                    check=True,
-                    capture_output=True,
-                    text=True,
-                ).stdout
-            )
-            for _ in range(ROUNDS)
-        ]
+        folder = Path(name)
+        for num_images in (0, 1, 3):
+            path = folder / f"{num_images}.jsonl"
+            _write_predictions(path, num_rows, num_images)
+            done = [_score(str(path)) for _ in range(ROUNDS if num_images == 1 else 1)]
+            _say(f"score {num_rows:,} rows of {num_images} images", done)
+        files = [_score(str(folder / "1.jsonl"), "--out", str(folder / "out"))]
+        _say("the same with predictions.jsonl, scores.json and report.html", files)
+
+
+def _score(*arguments: str) -> tuple[float, float]:
+    """Seconds of the process, and its peak of memory in MiB."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", SCORE, *arguments], check=True, capture_output=True, text=True
+    )
+    return time.perf_counter() - began, int(done.stdout.split()[-1]) / 1024
+
+
+def _say(what: str, done: list[tuple[float, float]]) -> None:
+    seconds, memory = zip(*done, strict=True)
     spread = f"{min(seconds):.1f} to {max(seconds):.1f} s"
-    print(f"score {num_rows:,} rows: {statistics.median(seconds):.1f} s ({spread})")
+    print(f"{what}: {statistics.median(seconds):.1f} s ({spread}), {max(memory):.0f} MiB")
+
+
+def _prediction(answered: Answered) -> Prediction:
+    return Prediction(
+        id=answered.id,
+        answer=answered.text,
+        truth="yes",
+        answer_type="closed",
+        answer_type_from="data",
+        num_tokens=answered.num_tokens,
+        seconds=answered.seconds,
+    )
 
 
 def _questions(names: list[str]) -> list[Asked]:
@@ -152,28 +183,25 @@ def _seconds(ways: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
     return found
 
 
-def _share_beside_the_model(ours: Callable[[], None], asker: Asker) -> float:
-    """The time that is spent neither in the tower nor in `generate`."""
-    inside = 0.0
+def _shares_of_time(ours: Callable[[], None], asker: Asker) -> dict[str, float]:
+    """What of a run is in the model (tower and `generate`), in its image processor, and beside."""
+    inside = {"model": 0.0, "image processor": 0.0}
 
-    def timed(call):
+    def timed(name, call):
         def wrapped(*args, **options):
-            nonlocal inside
             began = time.perf_counter()
             result = call(*args, **options)
-            inside += time.perf_counter() - began
+            inside[name] += time.perf_counter() - began
             return result
 
         return wrapped
 
     model, generate = asker.loaded.model, asking.generate_texts
     processor = asker.loaded.processor
-    asking.generate_texts = timed(generate)
-    model.get_image_features = timed(model.get_image_features)
-    image_processor, processor.image_processor = (
-        processor.image_processor,
-        timed(processor.image_processor),
-    )
+    image_processor = processor.image_processor
+    asking.generate_texts = timed("model", generate)
+    model.get_image_features = timed("model", model.get_image_features)
+    processor.image_processor = timed("image processor", image_processor)
     try:
         began = time.perf_counter()
         ours()
@@ -182,10 +210,11 @@ def _share_beside_the_model(ours: Callable[[], None], asker: Asker) -> float:
         asking.generate_texts = generate
         del model.get_image_features
         processor.image_processor = image_processor
-    return (whole - inside) / whole
+    shares = {name: seconds / whole for name, seconds in inside.items()}
+    return {**shares, "beside both": 1 - sum(shares.values())}
 
 
-def _write_predictions(path: Path, num_rows: int) -> None:
+def _write_predictions(path: Path, num_rows: int, num_images: int) -> None:
     rng = random.Random(0)
     words = [
         "left",
@@ -232,7 +261,10 @@ def _write_predictions(path: Path, num_rows: int) -> None:
                 truth, answer = rng.choice(options), rng.choice(["A", "B", f"C. {options[2]}"])
             line = Prediction(
                 id=str(number),
-                images=(f"{number // QUESTIONS_PER_IMAGE}.png",),
+                images=tuple(
+                    f"images/case-{number // QUESTIONS_PER_IMAGE}/view-{view}.png"
+                    for view in range(num_images)
+                ),
                 question="What is shown in this image?",
                 answer=answer,
                 truth=truth,
@@ -247,7 +279,7 @@ def _write_predictions(path: Path, num_rows: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=["answers", "score"])
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--images", type=int, default=10)
     parser.add_argument("--rows", type=int, default=100_000)
     arguments = parser.parse_args()
     facts = {"torch": torch.__version__, "threads": torch.get_num_threads()}

@@ -3,12 +3,12 @@
     python -m tests.benchmarks.explain cost [--layers 22]     # real width, random weights
     python -m tests.benchmarks.explain honesty --out FOLDER   # trains a toy: minutes
     python -m tests.benchmarks.explain honesty --out FOLDER --checkpoint FOLDER/toy/checkpoint
-    python -m tests.benchmarks.explain words --out FOLDER --checkpoint FOLDER/toy/checkpoint
 
-`honesty` pastes coloured discs onto real images and trains a toy to name the colour, so that the
-place of the answer is known by construction. Then, on images that it has not seen: the pointing
-game, deletion and insertion curves against random orders, and maps under randomised weights. Words
-on patches are played on a toy CLIP that learns the same discs from sentences.
+`honesty` pastes discs of a pattern onto real images and trains a toy to name the pattern, so that
+the place of the answer is known by construction. A pattern keeps the mean of what it covers, so
+that blanking with the mean colour leaves no trace of it, as it would of a coloured disc. Then, on
+images that it has not seen: the pointing game, deletion and insertion curves against random orders,
+and maps under randomised weights.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,53 +24,67 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from moellava.data.collate import ChatCollator
 from moellava.demo.images import load_sources, sample_crops
 from moellava.demo.questions import corpus
-from moellava.encoders import BiomedClipEncoder
 from moellava.explain import Explanation, explain
 from moellava.explain.checks import curve, order_of, randomised_layers, rank_correlation
-from moellava.explain.effects import AnswerScorer
-from moellava.explain.frames import measure_frame
+from moellava.explain.effects import AnswerScorer, ablation_map
 from moellava.explain.recording import recording_bytes
-from moellava.explain.words import draw_words, points_inside, text_contrast
+from moellava.explain.words import points_inside
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
-from moellava.testing import write_biomedbert, write_biomedclip, write_tinyllama
+from moellava.testing import write_biomedclip, write_tinyllama
 
-COLOURS = {"red": (210, 40, 40), "green": (40, 170, 60), "blue": (50, 70, 210)}
-ASKED = "Which colour is the lesion?"
+ASKED = "Which pattern has the lesion?"
+CONTRAST = 110  # grey levels above and below what the pattern covers
 SIDE = 96  # pixels of the toys' images; 6 x 6 patches
-BLOCKS = (6, 6)
+PATCH = 16
+BLOCKS, COARSE = (6, 6), (3, 3)
+COARSE_NAME = "ablation, blocks of 2 x 2 patches"
 KINDS = ("attention", "rollout", "ablation", "gradient")
-NEW_TOKENS = 32
+NEW_TOKENS = (4, 32)  # a short answer and a sentence
 NUM_ORDERS = 5  # random orders that a map's order is compared with
 
 
 @dataclass(frozen=True)
 class Lesion:
-    """A real image with a disc pasted onto it."""
+    """A picture with a disc pasted onto it."""
 
     image: Image.Image
-    colour: str
+    pattern: str
     mask: np.ndarray  # (H, W) bool, the disc and half a patch around it
 
 
 def lesions(split: str, num_per_modality: int, seed: int) -> Iterator[Lesion]:
-    """Discs of random place, size and colour on crops of real images."""
+    """Discs of random place, size and pattern on crops of real images."""
     rng = np.random.default_rng(seed)
     for _, crop in sample_crops(load_sources(), split, num_per_modality, seed):
-        image = crop.convert("L").convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-        colour = str(rng.choice(list(COLOURS)))
-        radius = int(rng.integers(9, 14))
-        x, y = rng.integers(radius, SIDE - radius, 2)
-        disc = Image.new("L", image.size)
-        ImageDraw.Draw(disc).ellipse((x - radius, y - radius, x + radius, y + radius), fill=200)
-        image.paste(Image.new("RGB", image.size, COLOURS[colour]), mask=disc)
-        columns, rows = np.meshgrid(np.arange(SIDE), np.arange(SIDE))
-        mask = (columns - x) ** 2 + (rows - y) ** 2 <= (radius + SIDE / 12) ** 2
-        yield Lesion(image, colour, mask)
+        yield paste_disc(crop.convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC), rng)
+
+
+def paste_disc(picture: Image.Image, rng: np.random.Generator) -> Lesion:
+    """A grey picture with a patterned disc of about the size of a patch."""
+    side = picture.width
+    pattern = str(rng.choice(list(PATTERNS)))
+    radius = int(rng.integers(9, 14))
+    x, y = rng.integers(radius, side - radius, 2)
+    columns, rows = np.meshgrid(np.arange(side), np.arange(side))
+    distance = np.hypot(columns - x, rows - y)
+    levels = np.asarray(picture, dtype=np.float32)
+    signs = np.where(PATTERNS[pattern](columns // 2, rows // 2) % 2, CONTRAST, -CONTRAST)
+    is_disc = distance <= radius
+    middle = np.clip(levels[is_disc].mean(), CONTRAST, 255 - CONTRAST)
+    image = Image.fromarray(np.where(is_disc, middle + signs, levels).astype(np.uint8))
+    return Lesion(image.convert("RGB"), pattern, distance <= radius + PATCH / 2)
+
+
+PATTERNS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "rows": lambda columns, rows: rows,
+    "bars": lambda columns, rows: columns,
+    "checks": lambda columns, rows: columns + rows,
+}
 
 
 # ---- cost, at real size ----
@@ -82,33 +97,45 @@ def bench_cost(folder: Path, num_layers: int, rounds: int) -> None:
     loaded = real_width_model(folder, num_layers)
     noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
     image, question = Image.fromarray(noise), "What modality is this? Answer the question."
-    options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
-    memory: dict[str, float] = {}
+    memory: dict[tuple[str, int], float] = {}
 
-    def measured(name: str, run: Callable[[], object]) -> Callable[[], object]:
+    def measured(name: str, num_new: int) -> Callable[[], object]:
+        options: dict[str, Any] = {"max_new_tokens": num_new, "min_new_tokens": num_new}
+        runs: dict[str, Callable[[], object]] = {
+            "answer": lambda: loaded.answer(image, question, **options),
+            "explain, no blank image": lambda: loaded.explain(
+                image, question, blank=False, **options
+            ),
+            "explain": lambda: loaded.explain(image, question, **options),
+        }
+
         def with_peak() -> object:
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
             before = status("VmRSS")
-            result = run()
-            memory[name] = max(memory.get(name, 0.0), status("VmHWM") - before)
+            result = runs[name]()
+            taken = status("VmHWM") - before
+            memory[name, num_new] = taken  # of the last round: the first touches all weights
             return result
 
         return with_peak
 
-    runs: dict[str, Callable[[], object]] = {
-        "answer": lambda: loaded.answer(image, question, **options),
-        "explain, no blank image": lambda: explain(loaded, image, question, blank=False, **options),
-        "explain": lambda: explain(loaded, image, question, **options),
-    }
-    seconds = alternate({name: measured(name, run) for name, run in runs.items()}, rounds)
-    base = statistics.median(seconds["answer"])
-    print(f"| {num_layers} layers, bfloat16 | seconds | of answer | peak above start, MiB |")
-    print("|---|---|---|---|")
-    for name in runs:
-        median = statistics.median(seconds[name])
-        print(f"| {name} | {median:.1f} | {median / base:.2f} | {memory[name]:.0f} |")
-    needed = recording_bytes(loaded.model.config.text_config, 260 + NEW_TOKENS, NEW_TOKENS, 196)
-    print(f"\nbound that `explain` states for one recording: {needed / 2**20:.0f} MiB")
+    names = ("answer", "explain, no blank image", "explain")
+    cases = {f"{name} {num}": measured(name, num) for num in NEW_TOKENS for name in names}
+    seconds = alternate(cases, rounds)
+    print(
+        f"| {num_layers} layers, bfloat16 | new tokens | seconds | ratio | MiB beyond it | bound |"
+    )
+    print("|---|---|---|---|---|---|")
+    for num_new in NEW_TOKENS:
+        base = statistics.median(seconds[f"answer {num_new}"])
+        config = loaded.model.config.text_config
+        bound = recording_bytes(config, 240 + num_new, num_new, 196) / 2**20
+        for name in names:
+            own = seconds[f"{name} {num_new}"]
+            spread = f"{statistics.median(own):.2f} ({min(own):.2f}-{max(own):.2f})"
+            extra = memory[name, num_new] - memory["answer", num_new]
+            ratio = statistics.median(own) / base
+            print(f"| {name} | {num_new} | {spread} | {ratio:.2f} | {extra:.0f} | {bound:.0f} |")
 
 
 def real_width_model(folder: Path, num_layers: int) -> LoadedModel:
@@ -136,10 +163,11 @@ def status(name: str) -> float:
 # ---- honesty, on toys ----
 
 
-def train_toy(folder: Path, num_steps: int) -> LoadedModel:
-    """A toy that names the colour of the disc."""
-    tower = write_biomedclip(folder / "biomedclip_toy", vision="test_vit", image_size=SIDE)
-    words = [*corpus(), ASKED, *COLOURS]
+def train_toy(folder: Path, train_set: Sequence[Lesion], num_steps: int) -> LoadedModel:
+    """A toy that names the pattern of the disc."""
+    side = train_set[0].image.width
+    tower = write_biomedclip(folder / "biomedclip_toy", vision="test_vit", image_size=side)
+    words = [*corpus(), ASKED, *PATTERNS]
     language_model = write_tinyllama(
         folder / "tinyllama_toy",
         hidden_size=128,
@@ -150,12 +178,8 @@ def train_toy(folder: Path, num_steps: int) -> LoadedModel:
     parts = {"model_name_or_path": str(language_model), "mm_vision_tower": str(tower)}
     loaded = load_pretrained_model(parts, dtype="float32", seed=0)
     collate = ChatCollator(loaded.processor)
-    batches = [
-        collate(rows) for rows in in_batches([as_row(one) for one in lesions("train", 80, 0)])
-    ]
+    batches = [collate(rows) for rows in in_batches([as_row(one) for one in train_set])]
     train(loaded.model, num_steps, lambda step: loaded.model(**batches[step % len(batches)]).loss)
-    loaded.model.save_pretrained(folder / "checkpoint")
-    loaded.processor.save_pretrained(folder / "checkpoint")
     return loaded
 
 
@@ -165,7 +189,7 @@ def as_row(lesion: Lesion) -> dict[str, Any]:
     return {
         "messages": [
             {"role": "user", "content": content},
-            {"role": "assistant", "content": lesion.colour},
+            {"role": "assistant", "content": lesion.pattern},
         ]
     }
 
@@ -200,30 +224,40 @@ def train(
 
 def bench_honesty(folder: Path, checkpoint: Path | None, num_steps: int, num_images: int) -> None:
     """All checks of one toy, as tables."""
-    loaded = (
-        load_pretrained_model(str(checkpoint))
-        if checkpoint
-        else train_toy(folder / "toy", num_steps)
-    )
+    if checkpoint is None:
+        loaded = train_toy(folder / "toy", list(lesions("train", 80, 0)), num_steps)
+        loaded.model.save_pretrained(folder / "toy" / "checkpoint")
+        loaded.processor.save_pretrained(folder / "toy" / "checkpoint")
+    else:
+        loaded = load_pretrained_model(str(checkpoint))
     held_out = list(lesions("held_out", -(-num_images // 6), 1))[:num_images]
     pairs = [
         (lesion, explain(loaded, lesion.image, ASKED, gradient=True, ablation=True, blocks=BLOCKS))
         for lesion in held_out
     ]
-    right = [(lesion, one) for lesion, one in pairs if one.answer == lesion.colour]
+    right = [(lesion, one) for lesion, one in pairs if one.answer == lesion.pattern]
     print(
         f"\n{len(right)} of {len(pairs)} held-out images answered right; only these count below.\n"
     )
-    print_pointing(right)
-    print_curves(loaded, right[:12])
-    print_randomised(loaded, right[:6])
+    coarse = [coarse_ablation(loaded, lesion) for lesion, _ in right]
+    print_pointing(right, coarse)
+    print_curves(loaded, right[:24], coarse)
+    print_randomised(loaded, right[:12])
     example, explanation = right[0]
     example.image.save(folder / "lesion.png")
     for kind in KINDS:
         explanation.draw_overlay(folder / f"lesion_{kind}.png", kind=kind)
 
 
-def print_pointing(right: Sequence[tuple[Lesion, Explanation]]) -> None:
+def coarse_ablation(loaded: LoadedModel, lesion: Lesion) -> np.ndarray:
+    """The ablation of blocks of 2 x 2 patches, (3, 3)."""
+    scorer, pixels = scorer_of(loaded, lesion)
+    return ablation_map(scorer, pixels, COARSE).sum(0)[0]
+
+
+def print_pointing(
+    right: Sequence[tuple[Lesion, Explanation]], coarse: Sequence[np.ndarray]
+) -> None:
     """How often the highest patch of a map lies on the disc, and of the blank image's map."""
     print("| map | highest patch on the lesion | of the blank image's map |\n|---|---|---|")
     for kind in KINDS:
@@ -233,6 +267,8 @@ def print_pointing(right: Sequence[tuple[Lesion, Explanation]]) -> None:
             found = [hit(one.map(kind, blank=True), one, lesion) for lesion, one in right]
             blank = f"{np.mean(found):.2f}"
         print(f"| {kind} | {interval(hits)} | {blank} |")
+    found = [hit(values, one, lesion) for values, (lesion, one) in zip(coarse, right, strict=True)]
+    print(f"| {COARSE_NAME} | {interval(found)} | - |")
     chance = np.mean([lesion.mask.mean() for lesion, _ in right])
     print(f"| a random place | {chance:.2f} | |\n")
     layers, heads = right[0][1].attention.shape[:2]
@@ -263,13 +299,18 @@ def interval(hits: Sequence[bool]) -> str:
     return f"{share:.2f} ({middle - half:.2f} to {middle + half:.2f})"
 
 
-def print_curves(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanation]]) -> None:
+def print_curves(
+    loaded: LoadedModel,
+    right: Sequence[tuple[Lesion, Explanation]],
+    coarse: Sequence[np.ndarray],
+) -> None:
     """Mean probability of the answer along the curves: deletion low and insertion high is good."""
-    areas: dict[str, list[tuple[float, float]]] = {kind: [] for kind in (*KINDS, "random order")}
+    areas: dict[str, list[tuple[float, float]]] = defaultdict(list)
     rng = np.random.default_rng(0)
-    for lesion, one in right:
+    for (lesion, one), large in zip(right, coarse, strict=False):
         scorer, pixels = scorer_of(loaded, lesion)
         orders = {kind: [order_of(on_blocks(one.map(kind)))] for kind in KINDS}
+        orders[COARSE_NAME] = [order_of(np.kron(large, np.ones((2, 2), dtype=np.float32)))]
         size = BLOCKS[0] * BLOCKS[1]
         orders["random order"] = [rng.permutation(size) for _ in range(NUM_ORDERS)]
         for name, several in orders.items():
@@ -279,9 +320,7 @@ def print_curves(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanation]
                     for insert in (False, True)
                 )
                 areas[name].append((deleted, inserted))
-    print(
-        f"| order, {len(right)} images | deletion, lower is better | insertion, higher is better |"
-    )
+    print(f"| order, {len(right)} images | deletion, lower is better | insertion, higher |")
     print("|---|---|---|")
     for name, found in areas.items():
         deleted, inserted = np.mean(found, axis=0)
@@ -290,7 +329,7 @@ def print_curves(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanation]
 
 
 def scorer_of(loaded: LoadedModel, lesion: Lesion) -> tuple[AnswerScorer, torch.Tensor]:
-    """The log-probability of the colour, for any pixels."""
+    """The log-probability of the pattern, for any pixels."""
     batch = ChatCollator(loaded.processor)([as_row(lesion)])
     answer = (batch["labels"][0] != -100).nonzero()[:, 0]
     specials = set(loaded.tokenizer.all_special_ids)
@@ -320,7 +359,7 @@ def print_randomised(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanat
                     loaded,
                     lesion.image,
                     ASKED,
-                    answer=lesion.colour,
+                    answer=lesion.pattern,
                     gradient=True,
                     ablation=True,
                     blocks=BLOCKS,
@@ -340,68 +379,12 @@ def print_randomised(loaded: LoadedModel, right: Sequence[tuple[Lesion, Explanat
     print()
 
 
-# ---- words on patches ----
-
-
-def bench_words(folder: Path, checkpoint: Path | None, num_steps: int, num_images: int) -> None:
-    """A toy CLIP that learns the discs from sentences; then its words are pointed at patches.
-
-    Args:
-        checkpoint: of the toy of `honesty`, whose tower it starts from; class tokens learn slowly.
-    """
-    source = write_biomedclip(folder / "clip_toy", vision="test_vit", image_size=SIDE)
-    text_config = write_biomedbert(folder / "biomedbert_toy") / "config.json"
-    (source / "text_config.json").write_bytes(text_config.read_bytes())
-    encoder = BiomedClipEncoder.from_pretrained(str(source), load_text=True)
-    if checkpoint:
-        tower = load_pretrained_model(str(checkpoint)).model.get_vision_tower()
-        encoder.visual.load_state_dict(tower.visual.state_dict())
-    texts = [f"a {colour} lesion" for colour in COLOURS]
-    train_clip(encoder, texts, num_steps)
-    held_out = list(lesions("held_out", -(-num_images // 6), 1))[:num_images]
-    names = list(COLOURS)
-    labels = torch.tensor([names.index(lesion.colour) for lesion in held_out])
-    images = [lesion.image for lesion in held_out]
-    correct = encoder.zero_shot(images, texts, template="{}").argmax(-1) == labels
-    print(f"\ntoy CLIP: {int(correct.sum())} of {len(images)} held-out images named right\n")
-    print("| last block's attention | highest patch of the right text on the lesion |\n|---|---|")
-    frame = measure_frame(encoder.image_processor, (SIDE, SIDE))
-    for attention in ("own", "value"):
-        hits = []
-        for lesion, label in zip(held_out, labels.tolist(), strict=True):
-            maps = encoder.patch_similarity(lesion.image, texts, attention=attention).numpy()
-            hits.append(points_inside(text_contrast(maps)[label], frame, lesion.mask))
-        print(f"| {attention} | {interval(hits)} |")
-        draw_words(
-            encoder, images[0], texts, attention=attention, path=folder / f"words_{attention}.png"
-        )
-    chance = np.mean([lesion.mask.mean() for lesion in held_out])
-    print(f"| a random place | {chance:.2f} |")
-
-
-def train_clip(encoder: Any, texts: Sequence[str], num_steps: int) -> None:
-    """Each image against the three sentences: a softmax over the texts."""
-    train_set = list(lesions("train", 80, 0))
-    pixels = encoder.image_processor([one.image for one in train_set], return_tensors="pt")
-    pixels = pixels["pixel_values"]
-    labels = torch.tensor([list(COLOURS).index(one.colour) for one in train_set])
-    ids = encoder.tokenizer(list(texts))
-    generator = torch.Generator().manual_seed(0)
-
-    def loss_of(step: int) -> torch.Tensor:
-        batch = torch.randint(len(pixels), (16,), generator=generator)
-        logits = 10 * encoder.visual_vectors(pixels[batch]) @ encoder.text(ids).T
-        return torch.nn.functional.cross_entropy(logits, labels[batch])
-
-    train(encoder, num_steps, loss_of, peak=7e-4)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("cost", "honesty", "words"))
+    parser.add_argument("what", choices=("cost", "honesty"))
     parser.add_argument("--out", type=Path, default=Path("explain-benchmark"))
     parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", type=int, default=22, help="of the language model, for cost")
@@ -412,10 +395,8 @@ def main() -> None:
     if arguments.what == "cost":
         with tempfile.TemporaryDirectory() as name:
             bench_cost(Path(name), arguments.layers, arguments.rounds)
-    elif arguments.what == "honesty":
-        bench_honesty(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     else:
-        bench_words(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
+        bench_honesty(arguments.out, arguments.checkpoint, arguments.steps, arguments.images)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"\n{time.perf_counter() - start:.0f} s, {threads} threads, load {load:.1f}")
 

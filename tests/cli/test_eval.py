@@ -61,10 +61,11 @@ def test_compare_prints_differences_and_writes_them(tmp_path):
     done = runner.invoke(
         app,
         ["eval", "compare", str(tmp_path / "a"), str(tmp_path / "b.jsonl"), "--scorer", "strict",
-         "--out", str(tmp_path / "c.json")],
+         "--out", str(tmp_path / "c.json"), "--group-by", "modality"],
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     assert "only B answers 1 questions" in done.output
+    assert done.output.count("closed_accuracy") == 2 == done.output.count("modality: CT") + 1
     found = json.loads((tmp_path / "c.json").read_text())
     assert found["scorers"]["strict"]["metrics"]["accuracy"]["only_first"] == 1
 
@@ -96,8 +97,10 @@ def test_a_checkpoint_is_evaluated_without_the_word_run(eval_checkpoint, tmp_pat
     assert done.exit_code == 0, done.output
     assert "most_frequent" in done.output
     assert "3 answers were cut at the most new tokens" in done.output
+    assert "the model was given 2 images for 3 questions" in done.output
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["num_questions"] == 3
+    assert scores["baselines"]["blank"]["num_images_seen"] == 2
     assert runner.invoke(app, arguments).exit_code == 0  # again: nothing is left to ask
 
 

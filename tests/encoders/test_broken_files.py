@@ -110,6 +110,29 @@ def test_a_damaged_file_ends_in_an_error_that_names_it(repos, repo, name):
         assert not message or folder.name in message, message
 
 
+@pytest.mark.parametrize(
+    ("repo", "name", "change", "message"),
+    [
+        ("clip", "config.json", {"vision_config": {"num_hidden_layers": 10**7}}, "_LAYERS"),
+        ("clip", "config.json", {"vision_config": {"image_size": 10**6}}, "_SIDE"),
+        ("clip", "preprocessor_config.json", {"size": {"shortest_edge": 10**6}}, "_SIDE"),
+        ("saved", "config.json", {"tower_config": {"num_hidden_layers": 10**7}}, "_LAYERS"),
+        ("biomedclip", "open_clip_config.json", {"model_cfg": {"embed_dim": 10**9}}, "_WIDTH"),
+    ],
+)
+def test_sizes_without_bound_are_refused_before_memory_is_spent(
+    repos, tmp_path, repo, name, change, message
+):
+    folder = Path(shutil.copytree(repos[repo], tmp_path / repo))
+    content = json.loads((folder / name).read_text())
+    for key, inner in change.items():
+        content[key] = {**content[key], **inner}
+    (folder / name).write_text(json.dumps(content))
+    kind = "biomedclip" if repo == "biomedclip" else "clip"
+    with pytest.raises(ValueError, match=f"MOELLAVA_MAX{message}="):
+        create_encoder(kind, folder)
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.txt"])
 def test_a_damaged_tokenizer_ends_in_an_error_that_names_it(repos, name):
     folder = repos["biomedclip"]

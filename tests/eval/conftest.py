@@ -9,6 +9,8 @@ from PIL import Image
 
 from moellava import load_pretrained_model
 from moellava.data import read_rows
+from moellava.eval.results import write_results
+from tests.eval.samples import EVIL, prediction
 from tests.train.tiny import parts_of, write_tiny
 
 QUESTIONS = [
@@ -66,3 +68,28 @@ def eval_rows(eval_folder):
 @pytest.fixture(scope="session")
 def tiny_loaded(eval_folder):
     return load_pretrained_model(parts_of(eval_folder), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def eval_checkpoint(tiny_loaded, eval_folder):
+    """`tiny_loaded`, saved."""
+    folder = eval_folder / "saved"
+    tiny_loaded.model.save_pretrained(folder)
+    tiny_loaded.processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def report(tmp_path):
+    rows = [
+        prediction(0, "yes"), prediction(1, f"no {EVIL}", is_cut=True), prediction(2, "yes or no"),
+        prediction(3, "lung", f"lung {EVIL}", "open"), prediction(4, "yes", "no"),
+    ]  # fmt: skip
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(f"{row.as_line()}\n" for row in rows), encoding="utf-8")
+    write_results(
+        tmp_path, rows, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
+        facts={"checkpoint": EVIL, "data": EVIL},
+        load_image=lambda name: Image.new("RGB", (300, 200), (200, 0, 0)),
+    )  # fmt: skip
+    return (tmp_path / "report.html").read_text(encoding="utf-8")

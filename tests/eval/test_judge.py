@@ -98,12 +98,10 @@ def test_the_key_comes_from_the_environment_and_is_not_told(server, tmp_path, mo
 
 
 def test_verdicts_become_a_score_with_interval(server, tmp_path):
-    path = tmp_path / "p.jsonl"
     rows = [*ANSWERS, prediction("4", "kidney"), prediction("5", "a lung")]
-    path.write_text("".join(f"{row.as_line()}\n" for row in rows))
-    found = write_results(tmp_path, path, num_resamples=20, judge=server.judge)["judge"]
+    found = write_results(tmp_path, rows, num_resamples=20, judge=server.judge)["judge"]
     assert found["metrics"]["open_accuracy"]["value"] == 0.5
     assert found["metrics"]["open_accuracy"]["n"] == 4
     assert found["unread"] == ["4"]
     assert (found["model"], found["temperature"]) == ("m", 0)
-    assert "judge" not in write_results(tmp_path, path, num_resamples=20)
+    assert "judge" not in write_results(tmp_path, rows, num_resamples=20)

@@ -79,6 +79,22 @@ def test_samples_of_lmms_eval(tmp_path):
     )
 
 
+def test_the_file_that_lmms_eval_writes(tmp_path):
+    """As 0.7.3 wrote it (shortened): the answer alone, the prompt, and nothing of the record."""
+    record = {
+        "doc_id": 1, "target": "yes", "filtered_resps": "Yes.", "doc_hash": "74234e98",
+        "token_counts": [{"output_tokens": 2}], "strict_accuracy": 1.0, "input": "Is it CT?",
+    }  # fmt: skip
+    [found] = read_predictions(write_lines(tmp_path / "samples.jsonl", [record]))
+    assert (found.id, found.answer, found.truth, found.question) == (
+        "1",
+        "Yes.",
+        "yes",
+        "Is it CT?",
+    )
+    assert (found.answer_type, found.answer_type_from) == ("closed", "truth is yes or no")
+
+
 def test_other_layouts_by_keys(tmp_path):
     records = [{"n": 1, "out": {"text": ["B"]}, "gold": "lung", "choices": ["heart", "lung"]}]
     keys = {"id": "n", "answer": "out.text.0", "truth": "gold", "options": "choices"}

@@ -1,40 +1,10 @@
+"""The page of a report."""
+
 import html.parser
 import json
 import re
 
-import pytest
-from PIL import Image
-
-from moellava.eval.charts import Bar, bars
-from moellava.eval.confusion import NEITHER, confusion_tables
-from moellava.eval.predictions import Prediction
-from moellava.eval.results import write_results
-
-EVIL = "</script><script>alert(1)</script><b>\u2028"
-
-
-def prediction(number, answer, truth="yes", answer_type="closed", **more):
-    return Prediction(
-        id=f"{number}{EVIL}", images=(f"{number % 2}.png{EVIL}",), question=f"Is it {EVIL}?",
-        answer=answer, truth=truth, answer_type=answer_type, answer_type_from="data",
-        groups={"modality": EVIL}, **more,
-    )  # fmt: skip
-
-
-@pytest.fixture
-def report(tmp_path):
-    rows = [
-        prediction(0, "yes"), prediction(1, f"no {EVIL}", is_cut=True), prediction(2, "yes or no"),
-        prediction(3, "lung", f"lung {EVIL}", "open"), prediction(4, "yes", "no"),
-    ]  # fmt: skip
-    path = tmp_path / "p.jsonl"
-    path.write_text("".join(f"{row.as_line()}\n" for row in rows), encoding="utf-8")
-    write_results(
-        tmp_path, path, num_resamples=20, baselines={"blank": path}, leaked=[rows[0].id],
-        facts={"checkpoint": EVIL, "data": EVIL},
-        load_image=lambda name: Image.new("RGB", (300, 200), (200, 0, 0)),
-    )  # fmt: skip
-    return (tmp_path / "report.html").read_text(encoding="utf-8")
+from tests.eval.samples import EVIL
 
 
 class _Tags(html.parser.HTMLParser):
@@ -82,41 +52,3 @@ def test_the_list_has_the_worst_first_with_thumbnails(report):
     assert all(picture.startswith("data:image/jpeg;base64,") for picture in data["pictures"])
     assert data["rows"][0]["question"] == f"Is it {EVIL}?"
     assert sum(row["cut"] for row in data["rows"]) == 1
-
-
-def test_what_a_reader_has_to_know_stands_above_the_list(report):
-    above = report.split('id="questions"')[0]
-    assert "1 answers reached the most new tokens" in above
-    assert "1 questions are about images of the training set" in above
-    for title in ("What the image adds", "Without leaked images", "Closed answers", "Settings"):
-        assert f"<h2>{title}</h2>" in above
-
-
-def test_confusion_counts_both_and_neither_apart():
-    rows = [
-        prediction(0, "yes"), prediction(1, "no"), prediction(2, "yes and no"),
-        prediction(3, "normal", "no"), prediction(4, "no", "no"),
-    ]  # fmt: skip
-    [table] = confusion_tables(rows)
-    assert table.counts == {
-        ("yes", "yes"): 1, ("yes", "no"): 1, ("yes", NEITHER): 1, ("no", NEITHER): 1,
-        ("no", "no"): 1,
-    }  # fmt: skip
-
-
-def test_confusion_of_options_that_questions_share():
-    options = ("lung", "heart")
-    rows = [
-        prediction(n, answer, "lung", "choice", options=options)
-        for n, answer in enumerate(["A", "heart", "A or B"])
-    ]
-    [table] = confusion_tables(rows)
-    assert table.counts == {("lung", "lung"): 1, ("lung", "heart"): 1, ("lung", NEITHER): 1}
-
-
-def test_bars_are_in_proportion_and_escaped():
-    picture = bars([Bar("<a>", 0.25, 0.2, 0.3), Bar("b" * 50, 0.5, 0.5, 0.5)], "t")
-    widths = [float(width) for width in re.findall(r'class="bar"[^>]* width="([\d.]+)"', picture)]
-    assert widths[1] == pytest.approx(2 * widths[0])
-    assert "<a>" not in picture
-    assert "25.0 (20.0–30.0)" in picture

@@ -8,19 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from moellava.data import Row, Turn
 from moellava.eval.asking import Asker
 from moellava.eval.baselines import ALL_BASELINES
 from moellava.eval.predictions import read_predictions
 from moellava.eval.run import evaluate
-from moellava.eval.settings import EvaluationSettings
-
-NEW = 4
-
-
-def settings(**more):
-    return EvaluationSettings(max_new_tokens=NEW, num_resamples=50, **more)
+from tests.eval.contract import read_and_check
+from tests.eval.samples import NEW, settings
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +35,7 @@ def results(tiny_loaded, eval_rows, eval_folder, tmp_path_factory):
 
 def test_files_and_their_contract(results):
     scores, out = results
+    read_and_check(out)
     assert json.loads((out / "scores.json").read_text()) == json.loads(json.dumps(scores))
     assert (out / "report.html").read_text().startswith("<!doctype html>")
     predictions = list(read_predictions(out / "predictions.jsonl"))
@@ -80,6 +76,8 @@ def test_baselines_are_other_answers_to_the_same_questions(results):
     assert {one.answer for one in frequent if one.answer_type == "closed"} <= {"yes", "no"}
     blind = list(read_predictions(out / "baselines" / "no_image.jsonl"))
     assert {one.num_images_seen for one in blind} == {0}
+    seen = {name: entry["num_images_seen"] for name, entry in scores["baselines"].items()}
+    assert seen == {"blank": 28, "other_image": 28, "no_image": 0, "most_frequent": None}
 
 
 def test_what_the_image_adds_is_the_difference(results):
@@ -90,21 +88,6 @@ def test_what_the_image_adds_is_the_difference(results):
         other = scores["baselines"][name]["scorers"]["strict"]["metrics"]["accuracy"]["value"]
         assert found["value"] == pytest.approx(own - other)
         assert found["low"] <= found["value"] <= found["high"]
-
-
-def test_leaks_are_counted_and_left_out_of_a_second_score(
-    tiny_loaded, eval_rows, eval_folder, tmp_path
-):
-    training = [Row(id="t", images=(eval_rows[0].images[0],), turns=(Turn("user", "<image>"),))]
-    scores = evaluate(tiny_loaded, eval_rows, tmp_path, settings(), leaks=training)
-    assert scores["leaks"]["num_leaked"] == 4
-    assert scores["leaks"]["leaked"] == ["0-0", "0-1", "0-2", "0-3"]
-    kept = scores["leaks"]["without_leaked"]["scorers"]["strict"]["metrics"]["accuracy"]
-    assert kept["n"] == 26
-
-
-def test_no_leak_is_a_result_too(results):
-    assert results[0]["leaks"]["num_leaked"] == 0
 
 
 def test_limit_prompt_and_scorers(tiny_loaded, eval_rows, tmp_path):
@@ -134,6 +117,13 @@ def test_the_prompt_reaches_the_model(tiny_loaded, eval_rows, tmp_path, monkeypa
     assert all("Is this a CT image?\nThink first." in text for text in read)
 
 
+def test_progress_is_shown_if_asked_for(tiny_loaded, eval_rows, tmp_path, capsys):
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "quiet", settings())
+    assert "question" not in capsys.readouterr().err
+    evaluate(tiny_loaded, eval_rows[:2], tmp_path / "shown", settings(progress=True))
+    assert "predictions: 100%" in capsys.readouterr().err
+
+
 def test_answers_of_other_settings_are_not_mixed(tiny_loaded, eval_rows, tmp_path):
     evaluate(tiny_loaded, eval_rows[:2], tmp_path, settings())
     with pytest.raises(
@@ -144,29 +134,28 @@ def test_answers_of_other_settings_are_not_mixed(tiny_loaded, eval_rows, tmp_pat
         evaluate(tiny_loaded, eval_rows[:3], tmp_path, settings())
 
 
-def test_rows_without_answers_are_an_error(tiny_loaded, tmp_path):
-    rows = [Row(id="1", images=(), turns=(Turn("user", "Q?"),))]
-    with pytest.raises(ValueError, match="none of 1 rows has an answer"):
-        evaluate(tiny_loaded, rows, tmp_path)
+def test_a_checkpoint_that_cannot_see_images_is_refused(eval_folder, eval_rows, tmp_path):
+    with pytest.raises(ValueError, match="mm_vision_tower"):
+        evaluate(eval_folder / "tinyllama_tiny", eval_rows, tmp_path / "out", settings())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_does_not_change_an_answer_in_float32(eval_checkpoint, eval_rows, tmp_path):
+    for device in ("cpu", "cuda"):
+        evaluate(
+            eval_checkpoint, eval_rows, tmp_path / device, settings(device=device, dtype="float32")
+        )
+    answers = [
+        [one.answer for one in read_predictions(tmp_path / device / "predictions.jsonl")]
+        for device in ("cpu", "cuda")
+    ]
+    assert answers[0] == answers[1]
 
 
 def test_one_image_cannot_be_another(tiny_loaded, eval_rows, tmp_path):
     with pytest.raises(ValueError, match="other_image needs two different images"):
         evaluate(tiny_loaded, eval_rows[:1], tmp_path, settings(baselines=["other_image"]))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"baselines": ["blnk"]}, "Did you mean 'blank'"),
-        ({"scorers": ["strikt"]}, "Did you mean 'strict'"),
-        ({"prompt": "shrt"}, "Did you mean 'short'"),
-        ({"batch_size": 0}, "batch_size is 0; expected 1 or more"),
-    ],
-)
-def test_wrong_settings_are_refused_where_they_are_made(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        EvaluationSettings(**wrong)
 
 
 WORKER = """
@@ -183,7 +172,7 @@ append = AnswerFile.append
 def slow(self, predictions):
     append(self, predictions)
     print("batch", flush=True)
-    time.sleep(0.3)
+    time.sleep(0.1)
 AnswerFile.append = slow
 loaded = load_pretrained_model(parts_of(folder), dtype="float32")
 settings = EvaluationSettings(
@@ -227,5 +216,9 @@ def test_a_killed_run_ends_with_the_same_files(eval_folder, tmp_path):
     assert start(killed).wait() == 0
     for name in ("predictions.jsonl", "baselines/blank.jsonl", "baselines/most_frequent.jsonl"):
         assert without_seconds(killed / name) == without_seconds(whole / name)
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in (whole, killed)]
-    assert scores[0] == scores[1]
+    for name in ("scores.json", "report.html"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def test_no_leak_is_a_result_too(results):
+    assert results[0]["leaks"]["num_leaked"] == 0

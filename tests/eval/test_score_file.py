@@ -9,6 +9,7 @@ import pytest
 from moellava.data import Row, Turn
 from moellava.eval.questions import questions_of
 from moellava.eval.score_file import score_file, write_scores
+from tests.eval.contract import read_and_check
 
 
 def rows(*truths):
@@ -66,16 +67,28 @@ def test_a_file_without_a_prediction_is_refused(tmp_path):
         score_file(path)
 
 
-def test_scoring_imports_no_torch(tmp_path):
-    """Of a file with truths; reading a data set loads it, for its images."""
-    path = tmp_path / "p.jsonl"
-    path.write_text(json.dumps({"id": 1, "answer": "yes", "truth": "yes"}) + "\n")
-    code = f"""
+CLI = """
 import sys
-from pathlib import Path
-from moellava.eval.score_file import write_scores
-write_scores({str(path)!r}, Path({str(tmp_path / "out")!r}), num_resamples=10)
-print("torch" in sys.modules, "transformers" in sys.modules)
+from moellava.cli import app
+try:
+    app(sys.argv[1:])
+finally:
+    loaded = sorted({"torch", "transformers", "open_clip"} & sys.modules.keys())
+    print("loaded:", *loaded)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+
+
+def test_the_command_imports_no_torch_and_none_to_read_the_data(tmp_path):
+    """LLaVA's answers have no truths, so that the data is read, its image names included."""
+    turns = [{"from": "human", "value": "<image>\nCT?"}, {"from": "gpt", "value": "yes"}]
+    row = {"id": 1, "image": "a.png", "conversations": turns, "answer_type": "CLOSED"}
+    (tmp_path / "data.json").write_text(json.dumps([row]))
+    path = write_answers(tmp_path / "answers.jsonl", [(1, "Yes.")])
+    arguments = ["eval", "score", str(path), "--data", str(tmp_path / "data.json"),
+                 "--out", str(tmp_path / "out"), "--resamples", "10"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", CLI, *arguments], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "loaded:"
+    _, scores = read_and_check(tmp_path / "out")
+    assert scores["scorers"]["strict"]["metrics"]["closed_accuracy"]["value"] == 1.0

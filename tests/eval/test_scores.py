@@ -95,6 +95,14 @@ def test_groups_asked_for_are_the_only_ones():
     assert summarize(table)["groups"].keys() == {"organ"}
 
 
+def test_a_group_of_many_values_is_counted_and_not_scored():
+    rows = [prediction(n, "yes", "yes", groups={"site": str(n), "kind": "a"}) for n in range(51)]
+    summary = summarize(score_predictions(rows, find_scorers(["strict"])))
+    assert summary["groups"].keys() == {"kind"}
+    assert summary["groups_not_scored"] == {"site": 51}
+    assert summarize(score_predictions(ROWS, find_scorers()))["groups_not_scored"] == {}
+
+
 def test_a_column_that_comes_late_is_unknown_before():
     table = score_predictions(ROWS, find_scorers(["mcq"]))
     column = table.column("mcq", "choice_accuracy")

@@ -1,20 +1,12 @@
-"""Statistics against scipy, statsmodels and scikit-learn."""
+"""Statistics against scipy and statsmodels."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, bootstrap
-from sklearn.calibration import calibration_curve
-from sklearn.metrics import roc_auc_score
 
-from moellava.eval.statistics import (
-    Resamples,
-    auroc,
-    calibration,
-    cluster_numbers,
-    mcnemar,
-)
+from moellava.eval.statistics import Resamples, cluster_numbers, mcnemar
 
 
 def cluster_sums(values, clusters):
@@ -144,35 +136,3 @@ def test_mcnemar_of_many_rows_neither_overflows_nor_vanishes():
 
 def test_mcnemar_is_only_for_right_and_wrong():
     assert mcnemar(np.array([0.5, 1.0]), np.array([0.0, 1.0])) is None
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.sampled_from([0.0, 0.1, 0.5, 0.7, 1.0]), st.booleans()),
-        min_size=2,
-        max_size=50,
-    )
-)
-def test_auroc_equals_scikit_learn(rows):
-    probabilities = np.array([row[0] for row in rows])
-    labels = np.array([row[1] for row in rows])
-    if labels.all() or not labels.any():
-        assert np.isnan(auroc(probabilities, labels))
-    else:
-        assert auroc(probabilities, labels) == pytest.approx(roc_auc_score(labels, probabilities))
-
-
-@pytest.mark.parametrize("num_bins", [5, 10, 15])
-def test_calibration_equals_scikit_learns_curve(num_bins):
-    rng = np.random.default_rng(num_bins)
-    confidence = rng.random(400)
-    is_right = rng.random(400) < confidence**2
-    accuracy, mean_confidence = calibration_curve(is_right, confidence, n_bins=num_bins)
-    counts, _ = np.histogram(confidence, bins=num_bins, range=(0, 1))
-    counts = counts[counts > 0]
-    found = calibration(confidence, is_right, num_bins)
-    assert [entry.count for entry in found.bins] == counts.tolist()
-    assert [entry.accuracy for entry in found.bins] == pytest.approx(accuracy.tolist())
-    assert [entry.confidence for entry in found.bins] == pytest.approx(mean_confidence.tolist())
-    assert found.ece == pytest.approx((counts / 400 * abs(accuracy - mean_confidence)).sum())

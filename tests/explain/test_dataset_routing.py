@@ -96,6 +96,13 @@ def test_json_and_picture(result, tmp_path):
     figure = result.draw(tmp_path / "routing.png")
     assert len(figure.axes) == len(PHASES) * len(result.layers)
     assert (tmp_path / "routing.png").stat().st_size > 1000
+    first = result.information["image"][0]
+    assert f"{first.bits:.3f} bits" in figure.axes[0].get_title()
+    together = result.draw_coactivation(tmp_path / "together.png")
+    shown = [float(text.get_text()) for text in together.axes[0].texts]
+    off_diagonal = result.coactivation["image"][0][~np.eye(4, dtype=bool)]
+    np.testing.assert_allclose(shown, off_diagonal, atol=0.006)
+    assert (tmp_path / "together.png").stat().st_size > 1000
 
 
 def test_rows_without_images_are_routed_too(loaded):

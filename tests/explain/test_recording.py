@@ -6,7 +6,13 @@ import torch
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from moellava.explain import recording
-from moellava.explain.recording import record, recording_attention, recording_bytes
+from moellava.explain.recording import (
+    attention_weights,
+    has_whole_cache,
+    record,
+    recording_attention,
+    recording_bytes,
+)
 
 NUM_ANSWER = 5
 
@@ -137,16 +143,28 @@ def test_the_model_is_left_as_it_was(loaded, inputs):
     assert loaded.model.model.vision_tower.config._attn_implementation != recording.IMPLEMENTATION
 
 
-def test_without_a_recorder_it_is_eager_attention(loaded):
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_weights_equal_those_of_eager_attention(loaded, mask):
     attention = loaded.model.model.language_model.layers[0].self_attn
     torch.manual_seed(0)
-    query = torch.randn(2, 4, 7, 8)
-    key, value = torch.randn(2, 2, 2, 7, 8).unbind(0)
-    mask = torch.full((7, 7), float("-inf")).triu(1).expand(2, 1, 7, 7)
-    attention.num_key_value_groups = key.shape[1]
-    expected, _ = eager_attention_forward(attention, query, key, value, mask, scaling=0.3)
-    found, _ = recording_attention(attention, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(found, expected)
+    query, key, value = torch.randn(1, 4, 5, 8), *torch.randn(2, 1, 2, 7, 8).unbind(0)
+    hidden = torch.ones(5, 7, dtype=torch.bool).triu(3)[None, None]  # two tokens in the cache
+    added = torch.zeros(1, 1, 5, 7).masked_fill(hidden, float("-inf"))
+    _, expected = eager_attention_forward(attention, query, key, value, added, scaling=0.3)
+    masks = {"none": None, "bool": ~hidden, "float": added}
+    found = torch.cat(list(attention_weights(query, key, masks[mask], 0.3)))
+    torch.testing.assert_close(found, expected[0])
+
+
+def test_the_model_computes_what_it_always_does(loaded, inputs):
+    """To the bit, so that an explained answer is the answer."""
+    ids, pixels = inputs
+    with torch.inference_mode():
+        expected = loaded.model(input_ids=ids, pixel_values=pixels).logits
+        with recording._recording(loaded.model, ids, ids.shape[1] - NUM_ANSWER) as recorder:
+            found = loaded.model(input_ids=ids, pixel_values=pixels).logits
+    assert torch.equal(found, expected)
+    assert recorder.routes
 
 
 def test_attention_that_would_be_recorded_wrongly_is_refused(loaded):
@@ -166,3 +184,14 @@ def test_a_long_answer_at_real_size_stays_under_a_gigabyte():
 
     tinyllama = LlamaConfig(num_hidden_layers=22, num_attention_heads=32)
     assert recording_bytes(tinyllama, 2048, 512, 196) < 2**30
+
+
+def test_a_sliding_window_is_no_whole_cache(loaded):
+    from types import SimpleNamespace
+
+    from transformers import MistralConfig
+
+    assert has_whole_cache(loaded.model)
+    config = MistralConfig(sliding_window=16)
+    sliding = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+    assert not has_whole_cache(sliding)

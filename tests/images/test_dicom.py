@@ -50,7 +50,8 @@ SPECIFIC = {
     "DICOMDIR": "index of a disc",
     "JPEG-lossy.dcm": r"pip install pylibjpeg pylibjpeg-libjpeg",
     "JPGExtended.dcm": r"pip install pylibjpeg pylibjpeg-libjpeg",
-    "JPEG2000-embedded-sequence-delimiter.dcm": "no installed decoder",
+    "SC_rgb_jpeg_gdcm.dcm": r"pip install pylibjpeg pylibjpeg-libjpeg",
+    "JPEG2000-embedded-sequence-delimiter.dcm": "a frame in it is 3722445056x1024 pixels",
 }
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")

@@ -266,6 +266,25 @@ class TestErrors:
         with pytest.raises((ValueError, FileNotFoundError), match=error):
             loaded.chat([message])
 
+    def test_a_dataset_in_the_wrong_place_is_not_quoted(self, loaded):
+        import pydicom
+
+        dataset = pydicom.Dataset()
+        dataset.PatientName = "MARKED"
+        for message in (
+            {"role": "user", "content": dataset},
+            {"role": "user", "content": [dataset]},
+            {"role": "user", "content": [{"type": "text", "text": dataset}]},
+            {"role": dataset, "content": "Hi"},
+        ):
+            with pytest.raises((ValueError, TypeError)) as error:
+                loaded.chat([message])
+            assert "MARKED" not in str(error.value)
+        for arguments in ((dataset, dataset), ("x.png", dataset), (None, [dataset])):
+            with pytest.raises((ValueError, TypeError)) as error:
+                loaded.answer(*arguments)
+            assert "MARKED" not in str(error.value)
+
     def test_only_the_user_shows_images(self, loaded, images):
         item = {"type": "image", "image": images[0]}
         with pytest.raises(ValueError, match="role 'system' holds an image"):

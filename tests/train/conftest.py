@@ -57,7 +57,12 @@ def chain(tiny, tmp_path_factory):
             "num_workers": 0,
             "evaluation": rows,
         },
-        "evaluation": {"every": 2, "num_rows": 6, "num_answers": 2},
+        "evaluation": {
+            "every": 2,
+            "num_rows": 6,
+            "num_answers": 2,
+            "scorers": ["strict", "token_f1"],
+        },
     }
     moe = {"config": {"num_experts": 4, "moe_layers": [1], "router_aux_loss_coef": 0.1}}
     starts = {

@@ -73,6 +73,9 @@ def test_two_processes_give_the_held_out_loss_and_answers_of_one(two, runs):
     answers = [[entry["answers"] for entry in log if "answers" in entry] for log in (ours, theirs)]
     assert answers[0] == answers[1]
     assert [answer["id"] for answer in answers[0][0]] == ["row0", "row1"]
+    scores = [[e["eval_token_f1_f1"] for e in log if "answers" in e] for log in (ours, theirs)]
+    assert scores[0] == scores[1]
+    assert len(scores[0]) == 2
 
 
 @pytest.mark.slow

@@ -100,6 +100,11 @@ def test_a_mistyped_setting_is_named_with_the_nearest(setting, message):
         ("stage1_align", "moe.noise=0.1", "moe does nothing in stage 'align'"),
         ("med_moe_router", "lora.rank=2", "lora does nothing in stage 'router'"),
         ("med_moe_router", "data.packing=true", "data.packing does nothing in stage 'router'"),
+        (
+            "med_moe_router",
+            "evaluation.scorers=[strict]",
+            "evaluation.scorers does nothing in stage 'router'",
+        ),
     ],
 )
 def test_a_setting_that_its_stage_would_not_look_at_is_refused(stage, setting, message):

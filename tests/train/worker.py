@@ -240,6 +240,7 @@ def main(folder, *chosen):
         "evaluation.num_rows=4",
         "evaluation.num_answers=2",
         "evaluation.max_new_tokens=3",
+        "evaluation.scorers=[token_f1]",
     )
     runs("one", "experts", *even)
     for parallel in ("ddp", "fsdp2"):

@@ -8,7 +8,7 @@
 
 from moellava.eval.scorers.llava_med import llava_med
 from moellava.eval.scorers.mcq import mcq
-from moellava.eval.scorers.med_moe import med_moe
+from moellava.eval.scorers.med_moe import med_moe, med_moe_normalized
 from moellava.eval.scorers.medevalkit import medevalkit
 from moellava.eval.scorers.registry import (
     SCORERS,
@@ -34,7 +34,8 @@ __all__ = [
 for _function, _summary in (
     (strict, "ours: word boundaries, both named is wrong, quantities, negation"),
     (llava_med, "LLaVA-Med v1's run_eval, faults included"),
-    (med_moe, "Med-MoE's run_eval, faults included"),
+    (med_moe, "Med-MoE's run_eval on raw words, faults included"),
+    (med_moe_normalized, "the same on normalised words, as its repository counts them"),
     (medevalkit, "MedEvalKit's formulas under right labels, without a judge"),
     (slake_exact, "lmms-eval's exact match for SLAKE"),
     (token_f1, "token F1, as MedGemma's tables have it"),

@@ -85,7 +85,7 @@ def _boxed(text: str) -> str:
     for place in range(begin, len(text)) if begin >= 0 else ():
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if text[place] == "}" and depth == 0:
-            return text[begin + len("\\boxed{") : place]
+            return text[begin + len("\\boxed{") : place].strip()
     return text
 
 

@@ -69,6 +69,7 @@ class Overlap(NamedTuple):
     recall: float
 
 
+@lru_cache(maxsize=1 << 10)
 def word_overlap(answer: str, truth: str) -> Overlap:
     """LLaVA-Med's `calculate_exactmatch` and `calculate_f1score`.
 

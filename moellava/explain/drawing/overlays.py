@@ -29,6 +29,7 @@ Array = npt.NDArray[np.float32]
 
 MAX_TOKENS = 16
 MAX_SIDE = 900  # pixels that a picture is drawn with; the figure itself is smaller
+MAX_HEIGHT = 5.5  # inches of a panel
 WIDE = 2.2  # width / height from which panels stand below each other
 
 
@@ -60,7 +61,8 @@ def draw_overlay(
         figure = new_figure(8.0, 0.9 + num_panels * (7.0 / aspect + 0.35))
         panels = figure.subplots(num_panels, 1)
     else:
-        figure = new_figure(num_panels * side + 0.9, side / aspect + 1.0)
+        height = min(side / aspect, MAX_HEIGHT)
+        figure = new_figure(num_panels * max(height * aspect, 2.1) + 0.9, height + 1.0)
         panels = figure.subplots(1, num_panels)
     _show(panels[0], picture)
     _outline(panels[0], frame)
@@ -115,7 +117,8 @@ def draw_maps(
     rows = -(-len(maps) // columns)
     aspect = picture.width / picture.height
     side = 2.4 if columns > 1 else 3.6
-    figure = new_figure(columns * side + 1.2, rows * (side / aspect + 0.35) + 0.5)
+    height = min(side / aspect, MAX_HEIGHT)
+    figure = new_figure(columns * side + 1.2, rows * (height + 0.35) + 0.5)
     panels = figure.subplots(rows, columns, squeeze=False)
     for panel in panels.flat[len(maps) :]:
         panel.axis("off")

@@ -5,6 +5,7 @@
 | `draw_load` | share and count of each expert, per layer and phase, with the even line |
 | `draw_pathways` | flows from the experts of one sparse layer to those of the next |
 | `draw_group_load` | load with intervals, for groups of a data set |
+| `draw_coactivation` | which experts are chosen together |
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,10 @@ def draw_load(routing: Routing, *, path: Path | str | None = None) -> "Figure":
             axes.bar(x, load[:, expert], width * 0.92, color=_colour(expert), label=str(expert))
             for place, share, count in zip(x, load[:, expert], counts[:, expert], strict=True):
                 if show_counts and count:
-                    axes.text(place, share, str(count), ha="center", va="bottom", fontsize=6.5)
+                    axes.text(
+                        place, share, str(count), ha="center", va="bottom", fontsize=6.5,
+                        bbox={"facecolor": "white", "linewidth": 0, "pad": 0.4},
+                    )  # fmt: skip
         axes.axhline(1 / num_experts, color="black", linewidth=1, linestyle=":")
         axes.set_title(_phase_title(phase, num_tokens), fontsize=9, loc="left")
         axes.set(ylabel="share", ylim=(0, top))
@@ -113,6 +117,7 @@ def _draw_flows(axes: "Axes", flows: Array, num_experts: int) -> None:
 def draw_group_load(
     layers: Sequence[int],
     loads: Mapping[str, Mapping[str, tuple[Array, Array, Array]]],
+    notes: Mapping[str, Sequence[str]],
     *,
     title: str,
     path: Path | str | None = None,
@@ -121,6 +126,7 @@ def draw_group_load(
 
     Args:
         loads: phase → group → (S, E) load, lower and upper end of its interval.
+        notes: phase → a line above the panel of each sparse layer.
     """
     phases = list(loads)
     groups = list(loads[phases[0]])
@@ -145,8 +151,7 @@ def draw_group_load(
         axes.axhline(1 / num_experts, color="black", linewidth=0.8, linestyle=":")
         axes.set(xticks=range(num_experts), ylim=(0, None))
         axes.tick_params(labelsize=7)
-        if row == 0:
-            axes.set_title(f"layer {layers[column]}", fontsize=8)
+        axes.set_title(f"layer {layers[column]}\n{notes[phases[row]][column]}", fontsize=7.5)
         if column == 0:
             axes.set_ylabel(f"{phases[row]}\nshare", fontsize=8)
         if row == len(phases) - 1:
@@ -157,6 +162,56 @@ def draw_group_load(
         frameon=False,
     )  # fmt: skip
     figure.suptitle(title, fontsize=11)
+    return finish(figure, path)
+
+
+def draw_coactivation(
+    layers: Sequence[int],
+    pairs: Mapping[str, Array],
+    *,
+    even: float,
+    path: Path | str | None = None,
+) -> "Figure":
+    """One panel per phase and sparse layer: the share of tokens that two experts have in common.
+
+    Args:
+        pairs: phase → (S, E, E).
+        even: the share of every pair if all pairs were chosen alike.
+    """
+    phases = list(pairs)
+    num_experts = pairs[phases[0]].shape[1]
+    shown = {
+        phase: np.where(np.eye(num_experts, dtype=bool), np.nan, values)
+        for phase, values in pairs.items()
+    }
+    largest = max(float(np.nanmax(values, initial=0)) for values in shown.values()) or 1.0
+    side = 1.55 + 0.12 * max(0, num_experts - 4)
+    figure = new_figure(
+        np.clip(2.2 + side * len(layers), 6.5, 18.0), 1.1 + (side + 0.35) * len(phases)
+    )
+    panels = figure.subplots(len(phases), len(layers), sharex=True, sharey=True, squeeze=False)
+    for (row, column), axes in np.ndenumerate(panels):
+        values = shown[phases[row]][column]
+        picture = axes.imshow(values, vmin=0, vmax=largest, cmap="viridis")
+        for one, other in np.argwhere(np.isfinite(values)) if num_experts <= 8 else ():
+            share = values[one, other]
+            colour = "black" if share > 0.6 * largest else "white"
+            axes.text(
+                other, one, f"{share:.2f}", ha="center", va="center", fontsize=6, color=colour
+            )
+        axes.set(xticks=range(num_experts), yticks=range(num_experts))
+        axes.tick_params(labelsize=7)
+        if row == 0:
+            axes.set_title(f"layer {layers[column]}", fontsize=8)
+        if column == 0:
+            axes.set_ylabel(f"{phases[row]}\nexpert", fontsize=8)
+        if row == len(phases) - 1:
+            axes.set_xlabel("expert", fontsize=8)
+    bar = figure.colorbar(picture, ax=list(panels.flat), shrink=0.7)
+    bar.ax.axhline(even, color="red", linewidth=1.5)
+    bar.set_label("share of tokens; red line: every pair alike", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+    figure.suptitle("Experts that are chosen together", fontsize=11)
     return finish(figure, path)
 
 

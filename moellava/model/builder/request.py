@@ -12,6 +12,7 @@ from moellava.encoders import OptionValue, encoder_options
 from moellava.messages import unknown_name
 from moellava.settings import convert, from_mapping
 from moellava.storage.errors import reading
+from moellava.storage.yaml_text import load_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +165,7 @@ def _read_file(path: Path) -> Mapping[str, object]:
     with reading(path.expanduser()):
         text = path.expanduser().read_text(encoding="utf-8")
         try:
-            content = yaml.safe_load(text)  # JSON is YAML too
+            content = load_yaml(text)  # JSON is YAML too
         except yaml.YAMLError as error:
             kind = path.suffix[1:].upper()
             raise ValueError(f"{path} is not valid {kind}: {error}") from error

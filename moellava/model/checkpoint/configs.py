@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.errors import reading
-from moellava.storage.limits import require_bounded
+from moellava.storage.limits import limit, require_bounded
 from moellava.storage.sources import (
     HubKeywords,
     HubOptions,
@@ -143,7 +143,7 @@ def read_generation_config(path: Path) -> GenerationConfig:
 
 def _require_token_ids(name: str, found: object) -> None:
     ids = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(one, int) and one >= 0 for one in ids):
+    if not all(isinstance(one, int) and 0 <= one < limit("vocabulary") for one in ids):
         raise ValueError(f"{name} is {found!r}; expected the number of a token, or a list of them.")
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TypedDict
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moellava.model.describe import count_active_parameters
@@ -41,6 +41,10 @@ A vision-language model: an image encoder, a projector and a language model, joi
 ## Data
 
 {{ data }}
+
+## Evaluation
+
+{{ evaluation }}
 
 ## Licence
 
@@ -75,7 +79,12 @@ class PushOptions(TypedDict, total=False):
 
 
 def model_card(
-    model: PreTrainedModel, name: str, *, licence: str | None = None, datasets: Sequence[str] = ()
+    model: PreTrainedModel,
+    name: str,
+    *,
+    licence: str | None = None,
+    datasets: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
 ) -> ModelCard:
     """The card of a joined model.
 
@@ -84,9 +93,11 @@ def model_card(
         name: the repo id or folder that the card's example opens; its last part is the title.
         licence: of the weights, as an identifier of the hub such as `mit`.
         datasets: what it was trained on: dataset ids of the hub, or plain words.
+        results: of evaluations, values in 0..1.
 
     Returns:
-        The card, with the hub's metadata (`base_model`, `license`, `datasets`, `pipeline_tag`);
+        The card, with the hub's metadata (`base_model`, `license`, `datasets`, `pipeline_tag`,
+        `model-index`);
         `str(card)` is the text of a README.md.
     """
     config = model.config
@@ -100,11 +111,13 @@ def model_card(
         base_model=[part.name for part in (language_model, tower) if part and part.revision]
         or None,
         datasets=[dataset for dataset in datasets if _is_repo_id(dataset)] or None,
+        model_name=_title(name) if results else None,
+        eval_results=list(results) or None,
     )
     card: ModelCard = ModelCard.from_template(
         card_data,
         template_str=TEXT,
-        title=name.rstrip("/").rsplit("/", 1)[-1],
+        title=_title(name),
         name=name,
         tower=f"{tower or 'not recorded'}: {vision.num_patches} patch tokens of width "
         f"{vision.hidden_size} from images of {vision.image_size} pixels, layer "
@@ -117,6 +130,7 @@ def model_card(
         "each text token",
         data="\n".join(f"- {dataset}" for dataset in datasets)
         or "The authors have not said what it was trained on.",
+        evaluation="\n".join(map(_result_line, results)) or "Not recorded.",
         licence=_licence(licence, (language_model, tower)),
     )
     return card
@@ -203,6 +217,20 @@ def _licence(licence: str | None, origins: tuple[Origin | None, Origin | None]) 
     parts = " and ".join(origin.name for origin in origins if origin)
     own = f"`{licence}`." if licence else "The authors have not stated one for the trained weights."
     return f"{own} The licences of {parts} hold for what comes from them." if parts else own
+
+
+def _title(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def _result_line(result: EvalResult) -> str:
+    where = (
+        f"{result.dataset_name} ({result.dataset_split})"
+        if result.dataset_split
+        else (result.dataset_name)
+    )
+    value = f"{100 * result.metric_value:.1f} %"
+    return f"- {where}: {value} {result.metric_name or result.metric_type}"
 
 
 def _is_repo_id(name: str) -> bool:

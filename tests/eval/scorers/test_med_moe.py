@@ -4,9 +4,13 @@ import pytest
 from hypothesis import given, settings
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
-from moellava.eval.scorers.med_moe import med_moe
+from moellava.eval.scorers.med_moe import med_moe, med_moe_normalized
 from tests.eval.scorers.pairs import TEXTS, TRUTHS
-from tests.eval.scorers.test_llava_med import published_exact, published_f1
+from tests.eval.scorers.test_llava_med import (
+    published_exact,
+    published_f1,
+    published_normalize,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -57,5 +61,26 @@ def test_both_options_named_passes_and_punctuation_stays():
     assert med_moe("lung.", "lung", answer_type="open")["open_recall"] == 0.0
 
 
+@settings(max_examples=300, deadline=None)
+@given(answer=TEXTS, truth=TRUTHS)
+def test_the_repository_counts_normalised_words_beside_raw_bleu(answer, truth):
+    said, true = published_normalize(answer.lower()), published_normalize(truth.lower())
+    f1, precision, recall = published_f1(said, true)
+    raw = med_moe(answer, truth, answer_type="open")
+    assert med_moe_normalized(answer, truth, answer_type="open") == pytest.approx(
+        {
+            **{name: raw[name] for name in ("open_bleu1", "open_bleu2", "open_bleu3")},
+            "open_exact": published_exact(said, true),
+            "open_f1": f1,
+            "open_precision": precision,
+            "open_recall": recall,
+        }
+    )
+    closed = med_moe_normalized(answer, truth, answer_type="closed")
+    assert closed["closed_accuracy"] == float(truth.lower() in answer.lower())
+    assert closed["closed_recall"] == pytest.approx(recall)
+
+
 def test_choices_are_not_scored():
     assert med_moe("A", "A", answer_type="choice") == {}
+    assert med_moe_normalized("A", "A", answer_type="choice") == {}

@@ -122,6 +122,7 @@ def test_choice_is_letter_then_text_then_the_most_similar(data, options):
     ("answer", "taken"),
     [
         (r"so \boxed{left lung} it is", "left lung"),
+        (r"so \boxed{ left lung } it is", "left lung"),
         (r"first \boxed{no}, then \boxed{a{b}c}", "a{b}c"),
         ("boxed in", "boxed in"),
         ("<answer>Left</answer> and <answer>lung</answer>", "left lung"),

@@ -158,6 +158,16 @@ def test_a_config_that_asks_for_too_much_is_refused_at_once(read, field, dense_f
         read(dense_folder)
 
 
+@pytest.mark.parametrize("text", ["1" * 5000, "1e999", "-1e400"])
+def test_a_number_without_end_is_an_error_that_names_the_config(text, dense_folder):
+    config = (dense_folder / "config.json").read_text()
+    (dense_folder / "config.json").write_text(
+        config.replace("{", '{"num_experts": ' + text + ",", 1)
+    )
+    with pytest.raises((ValueError, OSError), match="dense"):
+        upcycle(dense_folder)
+
+
 @pytest.mark.parametrize("read", [dense_state_dict, upcycle], ids=["dense", "upcycled"])
 def test_an_integer_dtype_is_refused(read, dense_folder):
     with pytest.raises(ValueError, match=r"dtype is torch\.int8; give torch\.float32"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from moellava.explain import explain, write_page
+from moellava.explain import Explanation, explain, explain_answer, write_page
 
 QUESTION = "What organ is shown?"
 
@@ -20,6 +20,72 @@ def test_the_answer_is_that_of_answer(loaded, picture):
     assert explanation.logprobs.shape == (num_tokens,)
     assert explanation.ablation is None
     assert explanation.gradient is None
+
+
+def test_it_is_a_method_of_the_loaded_model(loaded, picture):
+    options = {"max_new_tokens": 3, "blank": False, "gradient": True, "blocks": (1, 2)}
+    found, expected = (
+        loaded.explain(picture, QUESTION, **options),
+        explain(loaded, picture, QUESTION, **options),
+    )
+    assert isinstance(found, Explanation)
+    assert found.answer == expected.answer
+    np.testing.assert_array_equal(found.gradient, expected.gradient)
+
+
+def test_what_generation_shows_is_what_a_second_pass_shows(loaded, picture, monkeypatch):
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "blank": False}
+    found = explain(loaded, picture, QUESTION, **options)
+    monkeypatch.setattr(explain_answer, "has_whole_cache", lambda model: False)
+    expected = explain(loaded, picture, QUESTION, **options)
+    assert found.tokens == expected.tokens
+    for name in ("attention", "rollout", "logprobs"):
+        np.testing.assert_allclose(
+            getattr(found, name), getattr(expected, name), rtol=1e-3, atol=1e-6
+        )
+    assert found.routing.phases == expected.routing.phases
+    np.testing.assert_array_equal(found.routing.experts, expected.routing.experts)
+    np.testing.assert_allclose(found.routing.weights, expected.routing.weights, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 2},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"stop_strings": "?"},  # replaced by a piece of the answer
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_every_way_of_generating_is_explained(loaded, picture, options):
+    options = {"max_new_tokens": 6, **options}
+    if "stop_strings" in options:
+        whole = loaded.answer(picture, QUESTION, max_new_tokens=6)[0]
+        options["stop_strings"] = whole[len(whole) // 2 :]
+    explanation = explain(loaded, picture, QUESTION, **options)
+    assert explanation.answer == loaded.answer(picture, QUESTION, **options)[0]
+    assert explanation.attention.shape[2] == len(explanation.tokens) == len(explanation.logprobs)
+    assert explanation.routing.experts.shape[1] == len(explanation.routing.tokens)
+
+
+def test_a_turn_of_a_conversation_is_explained(loaded, picture):
+    messages = [
+        {"role": "user", "content": [{"type": "image", "image": picture}, as_text(QUESTION)]},
+        {"role": "assistant", "content": "a lung"},
+        {"role": "user", "content": "Which side?"},
+    ]
+    explanation = loaded.explain(None, messages, max_new_tokens=4, blank=False)
+    assert explanation.question == "Which side?"
+    assert explanation.answer == loaded.answer(None, messages, max_new_tokens=4)[0]
+    assert explanation.attention.shape[-1] == 100
+    assert explanation.routing.phases.count("question") > 20  # earlier turns are part of it
+    with pytest.raises(ValueError, match="There is no image"):
+        loaded.explain(None, QUESTION)
+
+
+def as_text(text):
+    return {"type": "text", "text": text}
 
 
 def test_an_answer_of_ones_own_has_the_tokens_of_training(loaded, explanation):
@@ -96,7 +162,8 @@ def test_an_explanation_is_the_same_twice(loaded, picture, explanation):
         ([], QUESTION, {}, "There is no image"),
         (None, "  ", {}, "The question is empty"),
         (None, QUESTION, {"answer": ""}, "the answer is empty"),
-        (None, QUESTION, {"max_new_tokens": 5000}, r"the context holds 2048: \d+ too many"),
+        (None, QUESTION, {"max_new_tokens": 5000}, r"context holds 2048: \d+ tokens would be cut"),
+        (None, QUESTION, {"num_return_sequences": 2, "num_beams": 2}, "is of one answer"),
         (None, QUESTION, {"answer": "lung", "max_bytes": 2**20}, "MiB, but max_bytes allows"),
     ],
 )
