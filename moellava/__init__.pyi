@@ -14,6 +14,7 @@ from .model.builder.request import CustomVisionConfig
 from .model.builder_enhanced import load_pretrained_model, load_vision_encoder
 from .model.checkpoint.difference import load_trainable, save_trainable
 from .model.checkpoint.projector_file import read_projector, save_projector
+from .model.conversation import Conversation
 from .model.describe import describe
 from .model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, LlamaMoeModel
 from .model.loaded_model import LoadedModel
@@ -21,6 +22,7 @@ from .model.projector import register_projector
 from .train import load_recipe
 
 __all__ = [
+    "Conversation",
     "CustomVisionConfig",
     "LlamaMoeConfig",
     "LlamaMoeForCausalLM",

@@ -1,1 +1,1 @@
-"""Talking to a model: in a terminal, over HTTP."""
+"""Talking to a model: in a terminal, in the browser, over HTTP."""

@@ -7,6 +7,7 @@ import asyncio
 import hmac
 from collections.abc import Collection
 
+from pydantic import BaseModel
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +15,33 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from moellava.chat.messages import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ERRORS = {
+    400: "What was asked for cannot be answered.",
+    401: "The API key is wrong.",
+    404: "There is no such model.",
+    408: "The body took too long.",
+    413: "The body is too large.",
+    422: "A field is wrong.",
+    429: "Too many requests are waiting.",
+    500: "The answer could not be computed.",
+    503: "The server is stopping or out of memory.",
+}
 _KINDS = {401: "authentication_error", 429: "rate_limit_error", 503: "server_error"}
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """An error in OpenAI's form."""
+
+    error: ErrorDetail
 
 
 def error_response(status: int, message: str, code: str | None = None) -> JSONResponse:

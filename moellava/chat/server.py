@@ -21,10 +21,16 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from moellava.chat.engine import Engine, Job
-from moellava.chat.guard import LOOPBACK, Guard, error_response
+from moellava.chat.guard import ERRORS, LOOPBACK, ErrorReply, Guard, error_response
 from moellava.chat.messages import ChatRequest, Limits, read_turns
 from moellava.chat.replies import Reply, event
-from moellava.model.conversation import ChatModel, Turn, count_tokens, start_answer
+from moellava.model.conversation import (
+    ChatModel,
+    Turn,
+    count_tokens,
+    require_chat_template,
+    start_answer,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +186,11 @@ def create_app(
         name: what the model is called in requests.
         api_key: what clients must send, if given.
         local_only: answer only to requests that call this server localhost.
+
+    Raises:
+        ValueError: the model has no chat template.
     """
+    require_chat_template(loaded.processor)
     limits = limits or Limits()
     services: list[ChatService] = []
 
@@ -194,15 +204,18 @@ def create_app(
     hosts = LOOPBACK if local_only else None
     app.add_middleware(Guard, limits=limits, api_key=api_key, hosts=hosts)
 
-    @app.post("/v1/chat/completions")
+    @app.post(
+        "/v1/chat/completions",
+        responses={200: {"content": {"text/event-stream": {}}}, **_described(*ERRORS)},
+    )
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         return await services[0].complete(body, request)
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", responses=_described(400, 401))
     async def models() -> dict[str, object]:
         return services[0].models()
 
-    @app.get("/health")
+    @app.get("/health", responses=_described(400, 503))
     async def health() -> Response:
         if services and services[0].engine.is_alive:
             return JSONResponse({"status": "ok"})
@@ -262,6 +275,11 @@ def listening(host: str, port: int) -> socket.socket:
             raise
         message = f"Port {port} of {host} is in use. Choose another: --port {port + 1}"
         raise OSError(message) from error
+
+
+def _described(*statuses: int) -> dict[int | str, dict[str, object]]:
+    """Errors for the server's own schema, at /openapi.json."""
+    return {status: {"model": ErrorReply, "description": ERRORS[status]} for status in statuses}
 
 
 async def _disconnected(request: Request) -> None:

@@ -1,12 +1,18 @@
 """Lines that a person types → streamed answers: the loop of `moellava chat`."""
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from moellava.chat.transcript import save_transcript, transcript
 from moellava.messages import unknown_name
-from moellava.model.conversation import ChatModel, Conversation, read_picture
+from moellava.model.conversation import (
+    ChatModel,
+    Conversation,
+    read_picture,
+    require_chat_template,
+)
 
 HELP = """\
   /image PATH ...  show images with the next question
@@ -41,6 +47,7 @@ class TerminalChat:
     view: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        require_chat_template(self.loaded.processor)
         self.conversation = Conversation(self.loaded, system=self.system)
         self.waiting: list[dict[str, object]] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -98,7 +105,8 @@ class TerminalChat:
         if not text:
             raise ValueError("Give a path: /image scan.png")
         whole = Path(text).expanduser()
-        for path in [text] if whole.exists() else text.split():  # a path may hold spaces
+        # A path may hold spaces, bare or, as a terminal writes those dropped into it, quoted.
+        for path in [text] if whole.exists() else shlex.split(text):
             self._add_image(path)
 
     def _add_image(self, path: str) -> None:

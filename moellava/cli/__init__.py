@@ -17,6 +17,7 @@ from moellava.cli.experiment import experiment
 from moellava.cli.serve import serve
 from moellava.cli.train import train
 from moellava.cli.verify import verify
+from moellava.cli.web import web
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,7 @@ app = typer.Typer(
 app.command(short_help="Train a toy on real images and question it (two minutes).")(demo)
 app.command(short_help="Answer questions about images with a saved model.")(ask)
 app.command(short_help="Talk with a saved model about images.")(chat)
+app.command(short_help="Talk with a saved model in the browser.")(web)
 app.command(short_help="Answer OpenAI's chat completions over HTTP.")(serve)
 app.command(short_help="Train one stage by a recipe.")(train)
 app.command(short_help="Train variants over seeds, evaluate and compare them.")(experiment)

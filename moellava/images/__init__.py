@@ -3,8 +3,10 @@
 from moellava.images.eight_bit import array_to_pil, to_eight_bit
 from moellava.images.identity import exact_hash, image_key
 from moellava.images.image_like import ImageLike, Images
+from moellava.images.info import ImageInfo, describe_image
 from moellava.images.kinds import ImageKind, image_suffixes, register_image_kind
 from moellava.images.reading import ViewOptions, is_image_file, load_image, to_pil
+from moellava.images.series import sort_series
 from moellava.images.threads import as_image_list, map_in_threads
 from moellava.images.view import MAX_PIXELS, PLANES, WINDOWS, View
 
@@ -12,6 +14,7 @@ __all__ = [
     "MAX_PIXELS",
     "PLANES",
     "WINDOWS",
+    "ImageInfo",
     "ImageKind",
     "ImageLike",
     "Images",
@@ -19,6 +22,7 @@ __all__ = [
     "ViewOptions",
     "array_to_pil",
     "as_image_list",
+    "describe_image",
     "exact_hash",
     "image_key",
     "image_suffixes",
@@ -26,6 +30,7 @@ __all__ = [
     "load_image",
     "map_in_threads",
     "register_image_kind",
+    "sort_series",
     "to_eight_bit",
     "to_pil",
 ]

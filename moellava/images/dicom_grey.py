@@ -190,6 +190,13 @@ def grey_picture(stored: np.ndarray, tags: GreyTags, name: str, *, full: bool) -
     return patterns.astype(np.uint8, copy=False) if is_identity else _look_up(patterns, table)
 
 
+def grey_range(stored: np.ndarray, tags: GreyTags) -> tuple[float, float]:
+    """The smallest and the largest value of a frame, in the modality's unit; padding left out."""
+    used = stored if tags.padding is None else stored[stored != tags.padding]
+    values = _modality_values(_used_bits(used if used.size else stored, tags), tags)
+    return float(values.min()), float(values.max())
+
+
 def lookup_table(low: int, high: int, dtype: np.dtype, tags: GreyTags) -> np.ndarray:
     """What each stored value from `low` to `high` is shown as.
 

@@ -8,7 +8,7 @@
 | `answer_batch` | answers to several conversations at once |
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast
@@ -38,6 +38,7 @@ VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 # {"role": "user", "content": "..."}, or a list of items:
 # {"type": "text", "text": "..."} and {"type": "image", "image": any image, "window": "lung"}.
 Message: TypeAlias = Mapping[str, object]
+Pieces: TypeAlias = Generator[str, None, None]
 
 
 class ChatModel(Protocol):
@@ -160,13 +161,16 @@ class Conversation:
         """
         return "".join(self.stream(text, images, **generation))
 
-    def stream(self, text: str, images: object = (), **generation: object) -> Iterator[str]:
-        """As `ask`, in pieces. Leaving the loop early stops the answer, and keeps what came."""
+    def stream(self, text: str, images: object = (), **generation: object) -> Pieces:
+        """As `ask`, in pieces.
+
+        Leaving the loop early, or `close()`, stops the answer, and keeps what came.
+        """
         items = [*(_image_item(image) for image in _as_list(images)), _text_item(text)]
         turn = read_message(self._loaded.processor, {"role": "user", "content": items})
         return self._start((*self._turns, turn), generation)
 
-    def answer(self, **generation: object) -> Iterator[str]:
+    def answer(self, **generation: object) -> Pieces:
         """The answer to the messages as they are, the last of which is the user's, in pieces."""
         return self._start(self._turns, generation)
 
@@ -174,7 +178,7 @@ class Conversation:
         if self._is_answering:
             raise ValueError("This conversation is being answered. Read or close the stream first.")
 
-    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, object]) -> Iterator[str]:
+    def _start(self, turns: tuple[Turn, ...], generation: Mapping[str, object]) -> Pieces:
         self._require_idle()
         require_question(turns)
         require_generation_options(generation)
@@ -195,7 +199,7 @@ class Conversation:
         pieces: Iterator[str],
         before: tuple[Turn, ...],
         turns: tuple[Turn, ...],
-    ) -> Iterator[str]:
+    ) -> Pieces:
         self._require_idle()
         if self._turns is not before:
             raise ValueError("The conversation has changed since this answer was asked for.")
@@ -417,7 +421,17 @@ def encode_pictures(model: MoeLlavaForConditionalGeneration, pictures: Sequence[
         picture.embeds = own
 
 
+def require_chat_template(processor: MoeLlavaProcessor) -> None:
+    """Raise `ValueError` for a checkpoint that does not say how a conversation is written."""
+    if not processor.chat_template:
+        raise ValueError(
+            "The checkpoint has no chat template, so it is not known how questions are written to "
+            "its model. Add chat_template.jinja, as its training wrote them, to its folder."
+        )
+
+
 def _render(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> str:
+    require_chat_template(processor)
     messages = [{"role": turn.role, "content": _template_content(turn)} for turn in turns]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 

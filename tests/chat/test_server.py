@@ -27,9 +27,9 @@ CT = get_testdata_file("CT_small.dcm", download=False)
 
 
 @contextmanager
-def running(loaded, **options):
+def running(loaded, name="toy", **options):
     """The address of a server with these options."""
-    app = create_app(loaded, name="toy", **options)
+    app = create_app(loaded, name=name, **options)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
     listener = listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
@@ -398,6 +398,12 @@ class TestHostileBodies:
 def address_of(address: str) -> tuple[str, int]:
     host, port = address.removeprefix("http://").split(":")
     return host, int(port)
+
+
+def test_a_model_without_a_chat_template_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.processor, "chat_template", None)
+    with pytest.raises(ValueError, match=r"no chat template.*Add chat_template\.jinja"):
+        create_app(loaded, name="toy")
 
 
 def test_a_port_in_use_is_said_before_the_model_is_loaded(checkpoint):

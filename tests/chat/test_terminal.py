@@ -65,6 +65,18 @@ def test_an_image_goes_with_the_next_question_only(loaded, scan):
     assert counts == [0, 1, 0]
 
 
+def test_several_images_may_be_quoted(loaded, scan):
+    escaped = scan.replace(" ", "\\ ")
+    chat, _ = run(loaded, f"/image '{scan}' {escaped} {CT}", "What is this?")
+    assert [len(turn.pictures) for turn in chat.conversation.turns] == [3, 0]
+
+
+def test_a_model_without_a_chat_template_is_refused(loaded, monkeypatch):
+    monkeypatch.setattr(loaded.processor, "chat_template", None)
+    with pytest.raises(ValueError, match=r"no chat template.*Add chat_template\.jinja"):
+        run(loaded, "Hello?")
+
+
 def test_a_window_is_for_the_images_that_follow_or_wait(loaded):
     chat, _ = run(loaded, f"/image {CT}", "/window lung", "What?", f"/image {CT}", "And this?")
     views = [p.view for turn in chat.conversation.turns for p in turn.pictures]

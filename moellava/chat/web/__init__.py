@@ -1,0 +1,1 @@
+"""The web page: uploaded images, a conversation about them, and what the model looked at."""
