@@ -1,6 +1,7 @@
 """`moellava data check`, `moellava data convert`: datasets before training."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -97,7 +98,7 @@ def check(
         against=test,
         tokenizer=None if tokenizer is None else _tokenizer(tokenizer),
         max_distance=max_distance,
-        progress=not as_json,
+        progress=not as_json and sys.stderr.isatty(),
     )
     text = json.dumps(report.as_dict(), ensure_ascii=False, indent=1)
     if out is not None:

@@ -1,5 +1,6 @@
 """`moellava encoders show`, `moellava encode`, `moellava classify`: image towers."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -130,7 +131,7 @@ def encode(
         names,
         out,
         batch_size=batch_size,
-        progress=True,
+        progress=sys.stderr.isatty(),
         precision=precision,
         view=view,
     )

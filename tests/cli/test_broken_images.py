@@ -48,9 +48,9 @@ def broken_ones(data: bytes, count: int) -> list[bytes]:
 def test_a_broken_image_is_one_line_and_exit_status_1(small_biomedclip, tmp_path, suffix):
     path = tmp_path / "images" / f"a.{suffix}"
     path.parent.mkdir()
-    for broken in broken_ones(sample(suffix), 3):
+    for number, broken in enumerate(broken_ones(sample(suffix), 3)):
         path.write_bytes(broken)
-        out = tmp_path / "out.safetensors"
+        out = tmp_path / f"{number}.safetensors"
         words = ["encode", path.parent, "--out", out, "--encoder", small_biomedclip]
         result = CliRunner().invoke(app, list(map(str, words)))
         assert result.exit_code == 1
