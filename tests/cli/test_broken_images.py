@@ -1,7 +1,9 @@
 """A broken image of any kind on the command line: one line that names it, and exit status 1."""
 
+import gzip
 import io
 import random
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -20,16 +22,14 @@ def sample(suffix: str) -> bytes:
             return file.read()
     if suffix.startswith("nii"):
         volume = nibabel.Nifti1Image(np.arange(720, dtype=np.int16).reshape(8, 9, 10), np.eye(4))
-        import gzip
-
         return gzip.compress(volume.to_bytes()) if suffix.endswith("gz") else volume.to_bytes()
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), np.uint8))
     picture.save(file := io.BytesIO(), suffix)
     return file.getvalue()
 
 
-def broken_ones(data: bytes, count: int) -> list[bytes]:
-    """The first mutations that cannot be read."""
+def broken_ones(data: bytes, count: int, path: Path) -> list[bytes]:
+    """The first mutations that cannot be read as this file."""
     rng, found = random.Random(5), []
     while len(found) < count:
         broken = bytearray(data)
@@ -37,8 +37,9 @@ def broken_ones(data: bytes, count: int) -> list[bytes]:
             broken[rng.randrange(min(len(broken), 600))] = rng.randrange(256)
         if rng.random() < 0.5:
             del broken[rng.randrange(len(broken)) :]
+        path.write_bytes(broken)
         try:
-            load_image(bytes(broken))
+            load_image(path)
         except ValueError:
             found.append(bytes(broken))
     return found
@@ -48,7 +49,7 @@ def broken_ones(data: bytes, count: int) -> list[bytes]:
 def test_a_broken_image_is_one_line_and_exit_status_1(small_biomedclip, tmp_path, suffix):
     path = tmp_path / "images" / f"a.{suffix}"
     path.parent.mkdir()
-    for number, broken in enumerate(broken_ones(sample(suffix), 3)):
+    for number, broken in enumerate(broken_ones(sample(suffix), 3, path)):
         path.write_bytes(broken)
         out = tmp_path / f"{number}.safetensors"
         words = ["encode", path.parent, "--out", out, "--encoder", small_biomedclip]
