@@ -1,9 +1,11 @@
 """A small saved checkpoint and what it is loaded as."""
 
+import openai
 import pytest
 
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import TINYLLAMA
+from tests.chat.serving import data_uri, running
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +32,21 @@ def scan(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("scans") / "a scan.png"
     Image.fromarray(data.immunohistochemistry()[:200, :300]).save(path)
     return str(path)
+
+
+@pytest.fixture(scope="module")
+def address(loaded):
+    with running(loaded) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def png(scan):
+    with open(scan, "rb") as file:
+        return data_uri(file.read())

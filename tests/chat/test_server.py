@@ -1,85 +1,21 @@
 """The server over real sockets, asked by OpenAI's own client and by hostile ones."""
 
-import base64
-import gzip
-import io
-import json
-import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import openai
 import pytest
 import torch
-import uvicorn
 from huggingface_hub.utils import httpx  # the client that openai uses too
-from PIL import Image
 from pydicom.data import get_testdata_file
 
 from moellava.chat.messages import Limits
 from moellava.chat.server import create_app, listening
 from moellava.cli import app as cli
 from moellava.model.conversation import Conversation
+from tests.chat.serving import ask, data_uri, post, question, running
 
 CT = get_testdata_file("CT_small.dcm", download=False)
-
-
-@contextmanager
-def running(loaded, name="toy", **options):
-    """The address of a server with these options."""
-    app = create_app(loaded, name=name, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    listener = listening("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield address
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
-
-
-@pytest.fixture(scope="module")
-def address(loaded):
-    with running(loaded) as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as found:
-        yield found
-
-
-def data_uri(data: bytes, kind="image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def question(text, *urls, **view):
-    images = [{"type": "image_url", "image_url": {"url": url}, **view} for url in urls]
-    return {"role": "user", "content": [*images, {"type": "text", "text": text}]}
-
-
-def ask(client, *messages, **options):
-    options = {"max_tokens": 6, **options}
-    return client.chat.completions.create(model="toy", messages=list(messages), **options)
-
-
-def post(address, **body):
-    body = {"model": "toy", "messages": [question("Hello?")], "max_tokens": 4, **body}
-    return httpx.post(f"{address}/v1/chat/completions", json=body, timeout=60)
-
-
-@pytest.fixture(scope="module")
-def png(scan):
-    with open(scan, "rb") as file:
-        return data_uri(file.read())
 
 
 class TestAnswers:
@@ -236,168 +172,6 @@ class TestManyAtOnce:
             start = time.perf_counter()
             assert post(address, max_tokens=1500).status_code == 200
             assert seconds < (time.perf_counter() - start) / 2
-
-
-class TestErrors:
-    @pytest.mark.parametrize(
-        ("change", "status", "message"),
-        [
-            ({"model": "gpt"}, 404, "There is no model 'gpt'"),
-            ({"messages": []}, 422, "messages: List should have at least 1 item"),
-            ({"temperature": 3}, 422, "temperature: "),
-            ({"temperature": "warm"}, 422, "temperature: "),
-            ({"tools": []}, 422, "tools: Extra inputs are not permitted"),
-            ({"n": 2}, 422, "n: "),
-            ({"max_tokens": 5000}, 400, "max_tokens is 5000; this server answers with at most 512"),
-            ({"messages": [question(" ")]}, 400, "The question is empty"),
-            ({"messages": [{"role": "user", "content": "<image>"}]}, 400, "Leave <image> out"),
-            ({"messages": [question("a " * 3000)]}, 400, "the context holds 2048"),
-            ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "not the user's"),
-        ],
-    )
-    def test_what_is_wrong_is_said_in_openais_form(self, address, change, status, message):
-        response = post(address, **change)
-        assert response.status_code == status
-        error = response.json()["error"]
-        assert message in error["message"]
-        assert set(error) == {"message", "type", "param", "code"}
-
-    @pytest.mark.parametrize(
-        ("url", "message"),
-        [
-            ("/etc/passwd", "expected a data: URI"),
-            ("file:///etc/passwd", "expected a data: URI"),
-            ("http://127.0.0.1/x.png", "expected a data: URI"),
-            ("data:image/png,abc", "without ;base64"),
-            ("data:image/png;base64,a?", "not valid base64"),
-            (data_uri(b"no image"), "cannot be read as an image"),
-            (data_uri(gzip.compress(bytes(2**22))), "more than 1,048,576 bytes when unpacked"),
-            (data_uri(b"1.2.840.10008.1.2.1.99"), "deflated DICOM"),
-        ],
-    )
-    def test_an_image_of_another_kind(self, loaded, url, message):
-        with running(loaded, limits=Limits(unpacked_bytes=2**20)) as address:
-            response = post(address, messages=[question("What?", url)])
-        assert response.status_code == 400
-        assert message in response.json()["error"]["message"]
-
-    @pytest.mark.parametrize(
-        ("size", "message"),
-        [
-            ((10_000, 8_000), "10000x8000 pixels, beyond the limit of 64,000,000"),
-            ((30_000, 10_000), "larger than Pillow's limit: Image size (300000000 pixels)"),
-        ],
-    )
-    def test_a_picture_beyond_the_limit_is_not_decoded(self, address, size, message):
-        file = io.BytesIO()
-        Image.new("1", size).save(file, "PNG")
-        response = post(address, messages=[question("What?", data_uri(file.getvalue()))])
-        assert response.status_code == 400
-        assert message in response.json()["error"]["message"]
-
-    def test_too_many_images(self, address, png):
-        response = post(address, messages=[question("What?", *[png] * 17)])
-        assert "17 images; the limit is 16" in response.json()["error"]["message"]
-        response = post(address, messages=[question("What?", *[png] * 12)])
-        assert "(2352 of images" in response.json()["error"]["message"]
-
-    def test_the_client_raises_its_own_errors(self, client):
-        with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="x", messages=[question("Hi")])
-        with pytest.raises(openai.UnprocessableEntityError):
-            ask(client, question("Hi"), n=2)
-        with pytest.raises(openai.BadRequestError):
-            ask(client, question(" "))
-
-    def test_an_api_key(self, loaded):
-        with running(loaded, api_key="secret") as address:
-            assert post(address).status_code == 401
-            with pytest.raises(openai.AuthenticationError):
-                ask(openai.OpenAI(base_url=f"{address}/v1", api_key="wrong"), question("Hi"))
-            assert ask(openai.OpenAI(base_url=f"{address}/v1", api_key="secret"), question("Hi"))
-            assert httpx.get(f"{address}/health").status_code == 200
-            assert httpx.get(f"{address}/v1/models").status_code == 401
-
-    def test_a_failure_is_not_told_in_detail(self, loaded, monkeypatch):
-        with running(loaded) as address:
-            monkeypatch.setattr(loaded.model, "forward", lambda **_: 1 / 0)
-            response = post(address)
-            streamed = post(address, stream=True).text
-            monkeypatch.undo()
-            assert response.status_code == 500
-            assert "division" not in response.text + streamed
-            assert '"error"' in streamed
-            assert post(address).status_code == 200
-
-    def test_unknown_addresses_and_methods(self, address):
-        for method, path, status in (("GET", "/x", 404), ("GET", "/v1/chat/completions", 405)):
-            response = httpx.request(method, f"{address}{path}")
-            assert response.status_code == status
-            assert response.json()["error"]["message"]
-
-
-class TestHostileBodies:
-    @pytest.mark.parametrize(
-        ("body", "status"),
-        [
-            (b"", 422),
-            (b"{", 400),
-            (b"\xff\xfe\x00", 400),
-            (b"[" * 100_000, 400),
-            (b'{"model": "toy", "messages": ' + b"[" * 5000 + b"]" * 5000 + b"}", 400),
-            (b'{"model": "toy", "messages": [{"role": "user", "content": "\\ud800"}]}', 400),
-            (b'{"model": "toy", "\\ud800": 1, "messages": []}', 422),
-            (b'{"model": "toy", "temperature": NaN, "messages": []}', 422),
-            (b"null", 422),
-        ],
-    )
-    def test_a_broken_body(self, address, body, status):
-        headers = {"content-type": "application/json"}
-        url = f"{address}/v1/chat/completions"
-        response = httpx.post(url, content=body, headers=headers, timeout=60)
-        assert response.status_code == status
-        assert response.json()["error"]["message"]
-
-    def test_a_body_of_2_gigabytes_is_refused_by_its_header(self, address):
-        with socket.create_connection(address_of(address)) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            connection.sendall(f"{head}Content-Length: {2**31}\r\n\r\n".encode())
-            assert b" 413 " in connection.recv(1000)
-
-    def test_a_body_without_a_length_is_cut_off(self, loaded):
-        with running(loaded, limits=Limits(body_bytes=10_000)) as address:
-            url = f"{address}/v1/chat/completions"
-            chunks = (b"x" * 1000 for _ in range(100))
-            assert httpx.post(url, content=chunks).status_code == 413
-
-    def test_a_client_that_sends_slowly_is_told_so(self, loaded):
-        with (
-            running(loaded, limits=Limits(body_seconds=0.3)) as address,
-            socket.create_connection(address_of(address)) as connection,
-        ):
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-            assert b" 408 " in connection.recv(1000)
-
-    def test_a_client_that_reads_slowly_does_not_hold_up_others(self, address):
-        body = json.dumps(
-            {"model": "toy", "messages": [question("Hello?")], "stream": True, "max_tokens": 100}
-        ).encode()
-        with socket.create_connection(address_of(address)) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-            connection.recv(1)
-            assert post(address).status_code == 200
-
-    def test_a_web_page_under_another_name_is_refused(self, address):
-        response = httpx.get(f"{address}/v1/models", headers={"host": "evil.example:80"})
-        assert response.status_code == 400
-
-
-def address_of(address: str) -> tuple[str, int]:
-    host, port = address.removeprefix("http://").split(":")
-    return host, int(port)
 
 
 def test_a_model_without_a_chat_template_is_refused(loaded, monkeypatch):

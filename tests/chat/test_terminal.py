@@ -158,9 +158,9 @@ def test_the_command_in_a_process(checkpoint, scan, loaded):
 def test_a_signal_stops_the_answer_and_not_the_process(checkpoint):
     command = [sys.executable, "-u", "-m", "moellava.cli", "chat", checkpoint]
     options = ["--device", "cpu", "--max-new-tokens", "1500"]
-    with subprocess.Popen(
-        [*command, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    # A pipe that is full holds the answer up until the signal comes, however slow this process is.
+    with subprocess.Popen([*command, *options], **pipes, pipesize=4096) as process:
         process.stdin.write("Hello?\n")
         process.stdin.flush()
         while "> " not in (text := process.stdout.read(1)):
