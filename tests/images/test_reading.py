@@ -34,50 +34,6 @@ def test_a_window_shows_twelve_bits_in_a_sixteen_bit_file(tmp_path, window):
     assert np.array_equal(np.asarray(load_image(values, window=window))[..., 1], expected)
 
 
-def test_signed_and_float_tiffs_of_hounsfield_values_take_a_preset(tmp_path):
-    values = np.resize(np.arange(-1500, 1500), (50, 60))
-    expected = np.rint(np.clip((values + 1350) / 1500, 0, 1) * 255)
-    for name, stored in (("i.tif", values.astype(np.int32)), ("f.tif", values.astype(np.float32))):
-        Image.fromarray(stored).save(tmp_path / name)
-        assert np.array_equal(
-            np.asarray(load_image(tmp_path / name, window="lung"))[..., 0], expected
-        )
-        with pytest.raises(ValueError, match=r"expected (16 bits|0 to 1)"):
-            load_image(tmp_path / name)
-
-
-def test_cmyk_jpegs_become_the_rgb_that_pillow_makes(tmp_path):
-    from moellava.testing.datasets import picture
-
-    picture(3, mode="CMYK").save(tmp_path / "a.jpg")
-    assert np.array_equal(
-        np.asarray(load_image(tmp_path / "a.jpg")), Image.open(tmp_path / "a.jpg").convert("RGB")
-    )
-
-
-@pytest.fixture
-def animation(tmp_path):
-    frames = [Image.new("L", (20, 10), 40 * number) for number in range(5)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["a.gif", "a.tif"])
-def test_of_an_animation_the_first_frame_or_the_one_asked_for_is_taken(animation, name):
-    assert load_image(animation / name).getextrema()[0] == (0, 0)
-    assert load_image(animation / name, frame=3).getextrema()[0] == (120, 120)
-    assert load_image(animation / name, frame=-1).getextrema()[0] == (160, 160)
-    with pytest.raises(ValueError, match=r"a\.(gif|tif) has no frame 5: it has 5, 0 to 4"):
-        load_image(animation / name, frame=5)
-
-
-def test_a_grid_of_an_animation(animation):
-    grid = np.asarray(load_image(animation / "a.gif", frame="grid:4"))[..., 0]
-    assert grid.shape == (20, 40)
-    assert [grid[0, 0], grid[0, 20], grid[10, 0], grid[10, 20]] == [0, 40, 120, 160]
-
-
 def test_a_huge_image_is_refused_by_its_header(tmp_path, monkeypatch):
     Image.new("1", (4000, 3000)).save(tmp_path / "a.png")
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("it was decoded"))

@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from moellava.images import View, load_image, to_pil
@@ -27,77 +27,6 @@ QUICK_BOMBS = (
 )
 READ_BOMBS = ("grey16.png",)  # within the limits: it is read in bounded memory
 MUTATIONS = int(os.environ.get("MOELLAVA_MUTATIONS", "150"))
-
-
-class TestOrientation:
-    @pytest.mark.parametrize("orientation", range(1, 9))
-    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
-    def test_a_picture_stands_as_a_viewer_shows_it(self, tmp_path, kind, orientation):
-        pixels = np.zeros((48, 64, 3), np.uint8)
-        pixels[:16, :24] = (255, 0, 0)
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        options = {"save_all": True} if kind == "MPO" else {}
-        path = tmp_path / f"a.{kind.lower()}"
-        Image.fromarray(pixels).save(path, kind, exif=exif, **options)
-        expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))
-        assert expected.shape[:2] == ((64, 48) if orientation > 4 else (48, 64))
-        for source in (path, path.read_bytes()):
-            assert np.array_equal(np.asarray(load_image(source)), expected)
-
-    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "MPO"])
-    def test_a_broken_block_of_exif_does_not_stop_the_reading(self, tmp_path, kind):
-        """Whatever byte of it is wrong; the pixels are those of the file, turned or not."""
-        exif = Image.Exif()
-        exif[0x0112], exif[0x010E] = 6, "words"
-        if kind != "TIFF":
-            exif[0x8769] = {0x9286: b"more"}
-        pixels = np.random.default_rng(0).integers(0, 255, (6, 8, 3), np.uint8)
-        options = {"MPO": {"save_all": True}, "TIFF": {}}.get(kind, {})
-        Image.fromarray(pixels).save(file := io.BytesIO(), kind, exif=exif, **options)
-        data = file.getvalue()
-        turned = np.asarray(load_image(data))
-        assert turned.shape == (8, 6, 3)
-        begin = data.index(b"words") - 60
-        # In a TIFF the same block holds what the pixels need.
-        places = range(begin, min(begin + 90, len(data)))
-        if kind == "TIFF":
-            places = range(data.index(b"words"), data.index(b"words") + 1)
-        for place in places:
-            for value in (0, 255):
-                broken = bytearray(data)
-                broken[place] = value
-                try:
-                    plain = np.asarray(Image.open(io.BytesIO(broken)).convert("RGB"))
-                except (OSError, SyntaxError, ValueError):
-                    continue  # it is more than EXIF that broke
-                shown = np.asarray(load_image(bytes(broken)))
-                turns = {  # flips and turns that a wrong number may ask for
-                    array.tobytes()
-                    for flipped in (plain, plain[:, ::-1])
-                    for array in (np.rot90(flipped, number) for number in range(4))
-                }
-                assert shown.tobytes() in turns
-
-    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-    def test_a_turn_that_only_xmp_names_is_made(self, kind):
-        xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r tiff:Orientation="6"/></x:xmpmeta>'
-        options = {"xmp": xmp}
-        if kind == "PNG":
-            options = {"pnginfo": PngImagePlugin.PngInfo()}
-            options["pnginfo"].add_itxt("XML:com.adobe.xmp", xmp.decode())
-        Image.new("RGB", (8, 6)).save(file := io.BytesIO(), kind, **options)
-        assert ImageOps.exif_transpose(Image.open(file)).size == (6, 8)
-        assert load_image(file.getvalue()).size == (6, 8)
-
-    def test_a_turned_picture_is_not_turned_again(self, tmp_path):
-        exif = Image.Exif()
-        exif[0x0112] = 6
-        Image.new("RGB", (8, 6)).save(tmp_path / "a.jpg", exif=exif)
-        once = to_pil(tmp_path / "a.jpg")
-        assert once.size == (6, 8)
-        assert to_pil(once).size == (6, 8)
-        assert ImageOps.exif_transpose(once).size == (6, 8)
 
 
 class TestBombs:
