@@ -95,9 +95,7 @@ class TerminalChat:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        with closing(
-            self.conversation.stream(question, self.waiting, **self.generation)
-        ) as pieces:
+        with closing(self.conversation.stream(question, self.waiting, **self.generation)) as pieces:
             self.waiting = []
             for piece in pieces:
                 self.write(piece)
