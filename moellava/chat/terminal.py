@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,10 +76,12 @@ class TerminalChat:
             except KeyboardInterrupt:  # as in a shell: a new line
                 self.write("\n")
                 continue
-            if line in ("/quit", "/exit"):
+            if line.split(" ")[0] in ("/quit", "/exit"):
                 return
             try:
                 self._take(line)
+            except KeyboardInterrupt:  # while an image is read or encoded, or an answer written
+                self._say(" [stopped]")
             except (ValueError, OSError, ImportError) as error:
                 self._say(f"error: {error}")
 
@@ -92,14 +95,11 @@ class TerminalChat:
             self._ask(line)
 
     def _ask(self, question: str) -> None:
-        pieces = self.conversation.stream(question, self.waiting, **self.generation)
-        self.waiting = []
-        try:
+        with closing(self.conversation.stream(question, self.waiting, **self.generation)) as pieces:
+            self.waiting = []
             for piece in pieces:
                 self.write(piece)
-            self.write("\n")
-        except KeyboardInterrupt:
-            self.write(" [stopped]\n")
+        self.write("\n")
 
     def _add_images(self, text: str) -> None:
         if not text:

@@ -401,7 +401,11 @@ def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt
     runs = [processor.image_token * picture.num_tokens for picture in pictures]
     whole = "".join(part + run for part, run in zip(parts, [*runs, ""], strict=True))
     is_begun = has_beginning(processor.tokenizer, whole)
-    ids: list[int] = processor.tokenizer(whole, add_special_tokens=not is_begun)["input_ids"]
+    ids: list[int] = processor.tokenizer(
+        whole,
+        add_special_tokens=not is_begun,
+        verbose=False,  # too long a prompt is an error of `require_prompt_room`
+    )["input_ids"]
     of_place = iter([picture for picture in pictures for _ in range(picture.num_tokens)])
     keys: list[object] = [
         next(of_place) if token == processor.image_token_id else token for token in ids

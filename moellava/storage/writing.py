@@ -13,8 +13,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     A reader never sees half a file, and a model that is mapped to the old file keeps it. If the
     block raises, `path` stays as it was.
+
+    Raises:
+        FileNotFoundError: the folder of `path` does not exist.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is not a folder.")
     part = path.with_name(f"{path.name}.part")
     try:
         yield part

@@ -92,6 +92,7 @@ def test_mistakes_are_said_and_the_chat_goes_on(loaded, scan, tmp_path):
         "/image none.png",
         "/window lungs",
         "/save",
+        "/save nowhere/chat.json",
         f"/image {broken}",
         "What is this?",
         "/reset",
@@ -102,6 +103,7 @@ def test_mistakes_are_said_and_the_chat_goes_on(loaded, scan, tmp_path):
         "The image none.png does not exist.",
         "Unknown window 'lungs'. Did you mean 'lung'?",
         "Give a file: /save chat.json",
+        "nowhere/chat.json cannot be written: nowhere is not a folder.",
         f"{broken} cannot be read as an image",
     ):
         assert f"error: {error}" in person.text
@@ -140,6 +142,27 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(loaded, monkeypatch):
     chat.run()
     assert " [stopped]\n" in printed
     assert [turn.role for turn in chat.conversation.turns] == ["user", "assistant"] * 2
+
+
+def test_ctrl_c_while_an_image_is_encoded_keeps_the_chat_and_the_image(loaded, scan, monkeypatch):
+    encode = loaded.model.get_image_features
+    calls = []
+
+    def interrupted_once(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return encode(*args, **options)
+
+    monkeypatch.setattr(loaded.model, "get_image_features", interrupted_once)
+    chat, person = run(loaded, f"/image {scan}", "What is this?", "Once more?")
+    assert " [stopped]\n" in person.text
+    assert [len(turn.pictures) for turn in chat.conversation.turns] == [1, 0]
+
+
+def test_words_after_quit_do_not_matter(loaded):
+    _, person = run(loaded, "/quit now", "Hello?")
+    assert person.lines == ["Hello?"]
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import logging
 import threading
 
 import pytest
@@ -238,6 +239,13 @@ class TestErrors:
         with pytest.raises(ValueError, match=message):
             conversation.ask("Which differ?", many)
         assert conversation.turns == turns
+
+    def test_overflow_has_no_warning_beside_its_error(self, loaded, images, caplog, monkeypatch):
+        monkeypatch.setattr(loaded.tokenizer, "deprecation_warnings", {})  # it warns once
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+        with pytest.raises(ValueError, match="would be cut"):
+            Conversation(loaded).ask("Which differ?", images * 4)
+        assert not caplog.records
 
     @pytest.mark.parametrize(
         ("message", "error"),

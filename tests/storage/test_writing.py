@@ -41,3 +41,8 @@ def test_text_and_json_are_utf8_and_end_in_a_newline(tmp_path):
     assert json.loads(text) == {"city": "Zürich"}
     assert text.endswith("}\n")
     assert "Zürich" in text
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"a\.json cannot be written: .*none is not a fold"):
+        write_json(tmp_path / "none" / "a.json", {})

@@ -302,7 +302,7 @@ class _Chat:
         session = _session(self._sessions, request)
         try:
             explanation = session.explain(ablation=kind == "ablation")
-            overlay, routes = explanation_panel(session, explanation, kind)
+            overlay, routes = explanation_panel(explanation, kind)
         except (ValueError, OSError, ImportError) as error:
             raise _problem(error) from None
         return [overlay, routes, gr.update(visible=True), gr.update(visible=True)]

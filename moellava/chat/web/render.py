@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 NO_DEVICE = "Research only, not a medical device."
 _MAX_SIDE = 1024  # pixels of a shown picture
-_ALONE = "The question was taken alone with all images so far, without the earlier turns."
 _NOT_A_CAUSE = (
     "Attention is not a cause: compare it with the blank image beside it, and with the ablation."
 )
@@ -62,11 +61,9 @@ def viewer(loaded: ChatModel, image: PageImage | None) -> str:
     return f'<div class="moellava-pictures">{whole}{cropped}</div>'
 
 
-def explanation_panel(session: Session, explanation: Explanation, kind: str) -> tuple[str, str]:
+def explanation_panel(explanation: Explanation, kind: str) -> tuple[str, str]:
     """The map of one kind over each image, and the experts' load and paths."""
     notes = [_NOT_A_CAUSE] if kind in ("attention", "rollout") else []
-    if len(session.exchanges) > 1:
-        notes.append(_ALONE)
     if explanation.grid is None and kind in ("attention", "rollout"):
         pictures = f'<p class="moellava-problem">{escape(explanation.no_grid or "")}</p>'
     else:

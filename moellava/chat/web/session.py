@@ -13,7 +13,9 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -22,7 +24,7 @@ from moellava.chat.transcript import transcript
 from moellava.chat.web.images import PageImage, read_uploads
 from moellava.explain import Explanation, explain
 from moellava.images import ViewOptions, to_pil
-from moellava.model.conversation import Conversation, Pieces
+from moellava.model.conversation import Conversation, Message, Picture, Pieces
 from moellava.model.loaded_model import LoadedModel
 
 _THUMBNAIL = 96  # pixels
@@ -131,9 +133,13 @@ class Session:
         self, exchange: Exchange, asked: Sequence[PageImage], pieces: Pieces
     ) -> Iterator[None]:
         updated = 0.0
+        # The model reads the question while the page is told to show it.
+        reader = ThreadPoolExecutor(1)
+        first = reader.submit(next, pieces, "")
+        reader.shutdown(wait=False)
         try:
-            yield  # the question is seen while the model reads it
-            for piece in pieces:
+            yield
+            for piece in chain([first.result()], pieces):
                 exchange.answer += piece
                 if self._is_stopped.is_set():
                     exchange.note = "stopped"
@@ -147,12 +153,13 @@ class Session:
                 image.sent = None
             raise
         finally:
+            wait([first])  # a generator that runs cannot be closed
             pieces.close()  # ends the answer if it was stopped
 
     def explain(self, *, ablation: bool = False) -> Explanation:
         """What the model looked at for the last answer, computed once.
 
-        The question is taken alone, with all images that were sent so far.
+        The question is taken with all turns before it, and with their images.
 
         Raises:
             ValueError: nothing to explain, or too long an answer.
@@ -162,15 +169,11 @@ class Session:
         known = self.explanation
         if known is not None and (known.ablation is not None or not ablation):
             return known
-        last = self.exchanges[-1]
-        pictures = [
-            to_pil(path, **view) for exchange in self.exchanges for path, view in exchange.sources
-        ]
         self.explanation = explain(
             self.loaded,
-            pictures,
-            last.question,
-            answer=last.answer,
+            None,
+            self._asked(),
+            answer=self.exchanges[-1].answer,
             gradient=True,
             ablation=ablation,
         )
@@ -192,6 +195,23 @@ class Session:
         """Stop the answer and delete the uploads."""
         self.stop()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _asked(self) -> list[Message]:
+        """All turns up to the last question, with their images read again."""
+        sources = (source for exchange in self.exchanges for source in exchange.sources)
+
+        def content(item: str | Picture) -> dict[str, object]:
+            if isinstance(item, str):
+                return {"type": "text", "text": item}
+            path, view = next(sources)
+            return {"type": "image", "image": to_pil(path, **view)}
+
+        turns = self._conversation.turns
+        last = max(place for place, turn in enumerate(turns) if turn.role == "user")
+        return [
+            {"role": turn.role, "content": [content(item) for item in turn.content]}
+            for turn in turns[: last + 1]
+        ]
 
     def _require_within_limits(self) -> None:
         files = [path for path in self._folder.rglob("*") if path.is_file()]

@@ -1,6 +1,7 @@
 """A page's uploads and conversation, against `Conversation` and `explain`."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,21 @@ def test_an_answer_grows(session):
     assert lengths == sorted(lengths)
     assert lengths[0] == 0  # the question is seen before the model has read it
     assert 0 < lengths[1] < len(session.exchanges[-1].answer)
+
+
+def test_the_model_reads_the_question_while_it_is_shown(session, monkeypatch):
+    begun, generate = threading.Event(), session.loaded.model.generate
+
+    def noted(**inputs):
+        begun.set()
+        return generate(**inputs)
+
+    monkeypatch.setattr(session.loaded.model, "generate", noted)
+    steps = session.ask("Hello?", max_new_tokens=100)
+    next(steps)
+    assert begun.wait(10)
+    steps.close()  # the page was left
+    assert not session._conversation._is_answering
 
 
 def test_an_image_is_sent_again_only_if_its_view_has_changed(session, ct):
@@ -128,6 +144,23 @@ class TestExplanation:
         assert found.attention == pytest.approx(expected.attention, abs=1e-5)
         assert session.explain() is found
         assert session.explain(ablation=True).ablation is not None
+
+    def test_it_takes_the_earlier_turns_with_their_images(self, session, loaded, ct, png):
+        items = [{"type": "image", "image": Path(path).read_bytes()} for path in (ct, png)]
+        session.add_files([ct])
+        answers = [ask(session, "First?")]
+        session.add_files([png])
+        answers += [ask(session, "Second?")]
+        found = session.explain()
+        turns = [
+            {"role": "user", "content": [items[0], {"type": "text", "text": "First?"}]},
+            {"role": "assistant", "content": answers[0]},
+            {"role": "user", "content": [items[1], {"type": "text", "text": "Second?"}]},
+        ]
+        expected = explain(loaded, None, turns, answer=answers[1])
+        assert [found.answer, found.question] == [answers[1], "Second?"]
+        assert found.attention == pytest.approx(expected.attention, abs=1e-5)
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
 
     def test_without_an_answer_or_an_image_there_is_none(self, session):
         with pytest.raises(ValueError, match="no answer to explain"):
