@@ -50,7 +50,6 @@ TESTED_ELSEWHERE = {
     "explain/drawing/figures.py": "explain/drawing/test_overlays.py",
     "images/image_like.py": "images/test_reading.py",
     "images/optional.py": "images/test_dicom.py",
-    "images/silence.py": "images/test_privacy.py",
     "model/load_options.py": "model/test_builder_enhanced.py",
     "testing/datasets.py": "data/test_formats.py",
     "testing/llava.py": "model/checkpoint/test_llava.py",

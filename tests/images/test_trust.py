@@ -136,7 +136,10 @@ def test_an_empty_item_of_a_lookup_table_counts_as_absent(save_dicom, sequence):
     item = pydicom.Dataset()
     item.add_new("LUTDescriptor", "SS", None)
     item.add_new("LUTData", "OW", None)
-    for items in ([item], []):
+    half = pydicom.Dataset()  # entries, and nothing that says how many
+    half.add_new("LUTDescriptor", "SS", None)
+    half.add_new("LUTData", "OW", bytes(8))
+    for items in ([item], [half], []):
         path = save_dicom(ramp(), **window, **{sequence: items})
         assert np.array_equal(np.asarray(load_image(path)), expected)
 
