@@ -115,27 +115,26 @@ class Resamples:
     def _drawn_means(self, sums: Floats, counts: Floats) -> Floats:
         """(R, M); clusters without a row that counts are drawn, too, and add nothing."""
         used = np.flatnonzero(counts.any(axis=1))
-        # Metrics of the same questions have the same counts, K kinds of them.
-        kinds: dict[bytes, int] = {}
-        kind_of = [kinds.setdefault(column.tobytes(), len(kinds)) for column in counts.T]
-        firsts = [kind_of.index(kind) for kind in range(len(kinds))]
         # One product gives sums and counts, and only over the clusters that have any.
-        totals = np.concatenate([sums[used], counts[np.ix_(used, firsts)]], axis=1)  # (C_used, M+K)
+        totals = np.concatenate([sums[used], counts[used]], axis=1)  # (C_used, 2M)
         is_all = len(used) == self.num_clusters
         parts = [(w if is_all else w[:, used]) @ totals for w in self.weights()]
         drawn = np.concatenate(parts) if parts else np.zeros((0, totals.shape[1]))
         num_metrics = sums.shape[1]
-        return _ratio(drawn[:, :num_metrics], drawn[:, num_metrics:][:, kind_of])
+        return _ratio(drawn[:, :num_metrics], drawn[:, num_metrics:])
 
     def weights(self) -> Iterator[Floats]:
-        """How often each cluster is drawn, (r, C) for a few resamples at a time."""
+        """How often each cluster is drawn, (r, C) for a few resamples at a time.
+
+        They are kept, two bytes each, if that takes little: groups ask for them again and again.
+        """
         if not self.num_clusters:
             return
         if self._kept:
             yield from (part.astype(np.float64) for part in self._kept)
             return
-        size_of_all = self.num_resamples * self.num_clusters
-        is_kept = size_of_all <= _KEPT_AT_MOST and self.num_clusters <= np.iinfo(np.uint16).max
+        num_counts = self.num_resamples * self.num_clusters
+        is_kept = num_counts <= _KEPT_AT_MOST and self.num_clusters <= np.iinfo(np.uint16).max
         kept = []
         rng = np.random.default_rng(self.seed)
         step = max(1, _DRAWN_AT_ONCE // self.num_clusters)
