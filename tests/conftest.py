@@ -39,9 +39,13 @@ def _once(name: str, write) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests first, so that no worker is left alone with one at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with the slowest tests first, so that no worker is left alone with one at the end."""
+    seconds: dict[Path, int] = {}
+    for item in items:
+        if marker := item.get_closest_marker("slow"):
+            longest = max(seconds.get(item.path, 0), marker.kwargs.get("seconds", 10))
+            seconds[item.path] = longest
+    items.sort(key=lambda item: -seconds.get(item.path, 0))
 
 
 def pytest_unconfigure() -> None:

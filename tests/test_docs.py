@@ -72,7 +72,8 @@ def write_checkpoint(folder, tower):
 def test_every_picture_is_small_and_shown(path):
     pages = [page.read_text() for page in (ROOT / "docs").glob("*.md")]
     assert path.stat().st_size < 200_000
-    assert any(f"]({path.name})" in page for page in pages)
+    shown = (f"]({path.name})", f'src="{path.name}"')
+    assert any(one in page for page in pages for one in shown)
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

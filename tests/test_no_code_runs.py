@@ -28,6 +28,7 @@ from moellava.model.language_model import LlamaMoeConfig
 from moellava.model.language_model.router_weights import read_router
 from moellava.testing import write_biomedclip
 from moellava.train import load_recipe, train
+from tests.experiment.tiny import experiment_settings
 from tests.train.tiny import parts_of, tiny_recipe, write_tiny
 
 CLASSES = (
@@ -131,6 +132,11 @@ COMMANDS: dict[str, list[str] | None] = {
     "eval run": [MODEL, *ROWS, "--out", "out", "--max-new-tokens", "1", "--resamples", "2"],
     "eval score": ["predictions.jsonl"],
     "eval compare": ["predictions.jsonl", "predictions.jsonl"],
+    "eval lmms-tasks": None,  # prints a folder
+    "experiment": ["experiment.yaml", "--dry-run"],  # what it trains are recipes, as above
+    "export mixtral": [MODEL, "--out", "mixtral"],
+    "export onnx": [MODEL, "--out", "onnx"],
+    "web": [MODEL, "--port", "18081"],
 }
 
 
@@ -159,7 +165,10 @@ def test_a_command_runs_no_code_of_the_files_that_it_opens(armed, name):
     (armed / "predictions.jsonl").write_text(
         '{"id": "a", "answer": "yes", "truth": "yes", "answer_type": "closed"}\n'
     )
-    with mock.patch("moellava.chat.server.serve"):
+    experiment = experiment_settings(Path(), "runs")
+    (armed / "experiment.yaml").write_text(json.dumps(experiment))
+    served = mock.patch("moellava.chat.server.serve"), mock.patch("moellava.chat.web.app.serve_web")
+    with served[0], served[1]:
         result = CliRunner().invoke(app, [*name.split(), *COMMANDS[name]], input="y\n" * 20)
     allowed = (0, 1) if name == "data check" else (0,)  # 1: two rows of a kind in the tiny set
     assert result.exit_code in allowed, result.output + result.stderr

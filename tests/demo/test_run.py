@@ -37,7 +37,7 @@ def command_of_the_guide() -> list[str]:
     return shlex.split(command.replace("\\\n", " "))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=80)
 def test_the_demo_beats_blank_images_and_evaluation_agrees(tmp_path, no_network, monkeypatch):
     """Against the majority answer, too; and the guide's command gives a report of all that."""
     out = tmp_path / "moellava-demo"

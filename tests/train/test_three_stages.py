@@ -5,7 +5,7 @@ import pytest
 from tests.train.three_stages import run_three_stages
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=120)
 def test_stages_beat_the_untrained_model_and_the_last_one_blank_images(tmp_path, no_network):
     """Margins that six runs of docs/training.md exceed by ten points, three standard errors.
 

@@ -34,6 +34,7 @@ from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, with_weights
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.router_weights import RouterSource, read_router, router_facts
+from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, split_hub_keywords
 from moellava.storage.weights import require_loaded
 
@@ -115,6 +116,8 @@ def moe_config_from_dense(dense_config: PreTrainedConfig, **moe_options: object)
     dense = dense_config.to_dict()
     for name in ("model_type", "architectures", "transformers_version"):
         dense.pop(name, None)
+    with reading(dense_config.name_or_path or "the dense config", "a Llama's config"):
+        LlamaMoeConfig(**dense)  # what the file says, told apart from what the caller asks for
     return LlamaMoeConfig(**(dense | moe_options))
 
 
