@@ -149,8 +149,8 @@ class _Filler:
         place = np.empty(len(metrics), dtype=np.int64)  # of each column among the metrics
         place[[self.columns[metric] for metric in metrics]] = np.arange(len(metrics))
         if self.entry_values:
-            num_entries = np.diff(np.frombuffer(self.entry_ends, np.int64), prepend=0)
-            rows = np.repeat(np.arange(len(self.distinct)), num_entries)
+            ends = np.frombuffer(self.entry_ends, np.int64)
+            rows = np.searchsorted(ends, np.arange(len(self.entry_values)), side="right")
             columns = place[np.frombuffer(self.entry_columns, np.int64)]
             found[rows, columns] = np.frombuffer(self.entry_values, np.float64)
         return found
