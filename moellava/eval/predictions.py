@@ -4,7 +4,7 @@ The layout of our own `predictions.jsonl` is the fields of `Prediction`, one JSO
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -236,23 +236,21 @@ def _prediction(row_id: str, answer: str, truth: str, said: Mapping[str, object]
 def _texts(value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,) if value else ()
-    if isinstance(value, Sequence):
-        return tuple(str(item) for item in value)
-    return ()
+    return tuple(map(str, value)) if isinstance(value, list | tuple) else ()
 
 
 def _groups(value: object) -> dict[str, str]:
-    if not isinstance(value, Mapping):
+    if not isinstance(value, dict):  # a check for any Mapping takes as long as the rest
         return {}
     return {str(name): str(item) for name, item in value.items() if item is not None}
 
 
 def _float(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    return None if value is None or not isinstance(value, int | float) else float(value)
 
 
 def _int(value: object) -> int | None:
-    return int(value) if isinstance(value, int | float) else None
+    return None if value is None or not isinstance(value, int | float) else int(value)
 
 
 def _shares(value: object) -> dict[str, float] | None:

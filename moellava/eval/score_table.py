@@ -83,8 +83,9 @@ class _Filler:
         self.pairs = array("q")
         # Their scores, as entries of a table: numbers, since 100,000 dicts take a gigabyte.
         self.columns: dict[tuple[str, str], int] = {}
-        self.entry_rows, self.entry_columns = array("q"), array("q")
-        self.entry_values = array("d")
+        self.entry_columns, self.entry_values = array("q"), array("d")
+        self.entry_ends = array("q")  # of each distinct pair
+        self.columns_of: dict[tuple[str, ...], array[int]] = {}  # by a scorer and what it gave
         self.images: list[tuple[int, ...]] = []
         self.image_numbers: dict[str, int] = {}
         self.groups: dict[str, list[str | None]] = {}
@@ -120,20 +121,27 @@ class _Filler:
             known.extend([None] * (row - len(known)))
             known.append(value)
         pair = (prediction.answer, prediction.truth, prediction.answer_type, prediction.options)
-        if pair not in self.distinct:
-            self.distinct[pair] = len(self.distinct)
+        number = self.distinct.get(pair)
+        if number is None:
+            number = self.distinct[pair] = len(self.distinct)
             self._score(pair)
-        self.pairs.append(self.distinct[pair])
+        self.pairs.append(number)
 
     def _score(self, pair: _Pair) -> None:
         answer, truth, answer_type, options = pair
-        row, columns = self.distinct[pair], self.columns
         for scorer in self.scorers:
             scored = scorer.score(answer, truth, answer_type=answer_type, options=options)
-            for metric, value in scored.items():
-                self.entry_rows.append(row)
-                self.entry_columns.append(columns.setdefault((scorer.name, metric), len(columns)))
-                self.entry_values.append(value)
+            key = (scorer.name, *scored)
+            columns = self.columns_of.get(key)
+            if columns is None:
+                columns = self.columns_of[key] = self._columns(scorer.name, scored)
+            self.entry_columns.extend(columns)
+            self.entry_values.extend(scored.values())
+        self.entry_ends.append(len(self.entry_values))
+
+    def _columns(self, scorer: str, metrics: Iterable[str]) -> "array[int]":
+        known = self.columns
+        return array("q", [known.setdefault((scorer, one), len(known)) for one in metrics])
 
     def _distinct_values(self, metrics: Sequence[tuple[str, str]]) -> Floats:
         """(distinct pairs, M) scores, `nan` where a metric does not apply."""
@@ -141,7 +149,8 @@ class _Filler:
         place = np.empty(len(metrics), dtype=np.int64)  # of each column among the metrics
         place[[self.columns[metric] for metric in metrics]] = np.arange(len(metrics))
         if self.entry_values:
-            rows = np.frombuffer(self.entry_rows, np.int64)
+            ends = np.frombuffer(self.entry_ends, np.int64)
+            rows = np.searchsorted(ends, np.arange(len(self.entry_values)), side="right")
             columns = place[np.frombuffer(self.entry_columns, np.int64)]
             found[rows, columns] = np.frombuffer(self.entry_values, np.float64)
         return found

@@ -22,6 +22,7 @@ Ints = NDArray[np.int64]
 NUM_RESAMPLES = 1000
 LEVEL = 0.95
 _DRAWN_AT_ONCE = 1 << 22  # indices, 32 MiB
+_KEPT_AT_MOST = 1 << 24  # counts of drawn clusters, 32 MiB
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Resamples:
     def __init__(self, clusters: Ints, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0):
         self.clusters, self.num_resamples, self.seed = clusters, num_resamples, seed
         self.num_clusters = int(clusters.max()) + 1 if len(clusters) else 0
+        self._kept: list[NDArray[np.uint16]] = []
 
     def intervals(self, values: Floats, rows: Ints | None = None) -> list[Interval]:
         """The mean of each metric over the rows, or over some of them, with its interval.
@@ -122,9 +124,18 @@ class Resamples:
         return _ratio(drawn[:, :num_metrics], drawn[:, num_metrics:])
 
     def weights(self) -> Iterator[Floats]:
-        """How often each cluster is drawn, (r, C) for a few resamples at a time."""
+        """How often each cluster is drawn, (r, C) for a few resamples at a time.
+
+        They are kept, two bytes each, if that takes little: groups ask for them again and again.
+        """
         if not self.num_clusters:
             return
+        if self._kept:
+            yield from (part.astype(np.float64) for part in self._kept)
+            return
+        num_counts = self.num_resamples * self.num_clusters
+        is_kept = num_counts <= _KEPT_AT_MOST and self.num_clusters <= np.iinfo(np.uint16).max
+        kept = []
         rng = np.random.default_rng(self.seed)
         step = max(1, _DRAWN_AT_ONCE // self.num_clusters)
         for start in range(0, self.num_resamples, step):
@@ -132,7 +143,11 @@ class Resamples:
             drawn = rng.integers(0, self.num_clusters, (size, self.num_clusters))
             offsets = np.arange(size)[:, None] * self.num_clusters
             flat = np.bincount((drawn + offsets).ravel(), minlength=size * self.num_clusters)
-            yield flat.reshape(size, self.num_clusters).astype(np.float64)
+            counts = flat.reshape(size, self.num_clusters)
+            if is_kept:
+                kept.append(counts.astype(np.uint16))
+            yield counts.astype(np.float64)
+        self._kept = kept
 
 
 def _ratio(sums: Floats, counts: Floats) -> Floats:

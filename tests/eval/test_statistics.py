@@ -66,6 +66,18 @@ def test_drawing_in_parts_changes_nothing(monkeypatch):
     assert Resamples(clusters, num_resamples=200).intervals(values) == whole
 
 
+def test_draws_that_are_kept_are_those_of_the_first_call(monkeypatch):
+    rng = np.random.default_rng(5)
+    clusters, values = np.arange(50), rng.random((50, 2))
+    kept = Resamples(clusters, num_resamples=200)
+    first = kept.intervals(values)
+    assert kept.intervals(values) == first
+    monkeypatch.setattr("moellava.eval.statistics._KEPT_AT_MOST", 9_999)  # one less than needed
+    drawn_anew = Resamples(clusters, num_resamples=200)
+    assert drawn_anew.intervals(values) == drawn_anew.intervals(values) == first
+    assert not drawn_anew._kept
+
+
 def test_a_part_of_the_rows_is_resampled_with_all_clusters():
     rng = np.random.default_rng(4)
     clusters, values = np.repeat(np.arange(30), 3), rng.random((90, 1))

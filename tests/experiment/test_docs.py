@@ -30,7 +30,8 @@ def test_the_first_use_runs(tmp_path, monkeypatch, no_network):
     one_step = [f"variants.{name}.optim.max_steps=1" for name in ("dense", "mixture")]
     with mock.patch("moellava.train.gradient_steps.save_picture"):
         exec(snippet, {})
-        small = ["seeds=[0]", "evaluation.num_resamples=10", "evaluation.scorers=[strict]"]
+        sizes = ["num_resamples=10", "scorers=[strict]", "limit=8"]
+        small = ["seeds=[0]", *(f"evaluation.{size}" for size in sizes)]
         experiment = load_experiment(DOCS / "mixture_or_dense.yaml", [*small, *one_step])
         results = run_experiment(experiment)
     facts = {name: one["model"]["experts"] for name, one in results["variants"].items()}

@@ -1,4 +1,4 @@
-"""Runs a tiny experiment in forked children: alone, killed at several moments, and with more seeds.
+"""Runs a tiny experiment in forked children: alone, killed at each moment, and with more seeds.
 
 python worker.py FOLDER: writes FOLDER/<name>/ for each, and FOLDER/statuses.json. Started once by
 conftest.py: a fork has what takes seconds to import.
@@ -44,6 +44,7 @@ def at_call(owner, name, number):
     return mock.patch.object(owner, name, function)
 
 
+# One experiment is killed at all of them, one after the other.
 MOMENTS = {
     # The fourth step is the last of the second training.
     "in a training": lambda: at_call(MoeLlavaTrainer, "training_step", 4),
@@ -82,9 +83,7 @@ def main(folder):
     gc.freeze()  # the children's collections need not look at, and so copy, all that is imported
     tiny = write_tiny(folder / "tiny", num_rows=8)
     statuses = {"alone": [launch(tiny, folder / "alone")]}
-    for moment in MOMENTS:
-        killed = launch(tiny, folder / moment, moment=moment)
-        statuses[moment] = [killed, launch(tiny, folder / moment)]
+    statuses["killed"] = [launch(tiny, folder / "killed", moment=one) for one in (*MOMENTS, None)]
     shutil.copytree(folder / "alone", folder / "one seed")
     statuses["more seeds"] = [launch(tiny, folder / "alone", "seeds=[0,1]")]
     statuses["med_moe"] = [launch(tiny, folder / "med_moe", **med_moe(tiny))]

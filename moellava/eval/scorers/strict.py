@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from moellava.eval.scorers.choices import named_options, option_of_truth
 from moellava.eval.scorers.registry import AnswerType, Metrics
-from moellava.eval.scorers.words import answer_words
+from moellava.eval.scorers.words import answer_words, num_shared_words
 
 _YES = frozenset({"yes", "yeah", "yep", "true"})
 _NO = frozenset({"no", "nope", "false"})
@@ -109,7 +109,7 @@ def _negates(text: str) -> bool:
 
 
 def _overlap(said: Sequence[str], true: Sequence[str]) -> tuple[float, float, float]:
-    num_shared = (Counter(said) & Counter(true)).total()
+    num_shared = num_shared_words(Counter(said), Counter(true))
     if not num_shared:
         return 0.0, 0.0, 0.0
     precision, recall = num_shared / len(said), num_shared / len(true)

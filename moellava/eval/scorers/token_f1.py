@@ -3,8 +3,10 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 from moellava.eval.scorers.registry import AnswerType, Metrics
+from moellava.eval.scorers.words import num_shared_words
 
 _NOT_A_WORD = re.compile(r"[^\w\s]|_")
 _ARTICLES = frozenset({"a", "an", "the"})
@@ -28,6 +30,7 @@ def token_f1(
     return {"f1": f1, f"{answer_type}_f1": f1}
 
 
+@lru_cache(maxsize=1 << 16)
 def _words(text: str) -> Counter[str]:
     return Counter(w for w in _NOT_A_WORD.sub("", text.lower()).split() if w not in _ARTICLES)
 
@@ -35,5 +38,5 @@ def _words(text: str) -> Counter[str]:
 def _f1(said: Counter[str], true: Counter[str]) -> float:
     if not said or not true:
         return float(said == true)
-    num_shared = (said & true).total()
+    num_shared = num_shared_words(said, true)
     return 2 * num_shared / (said.total() + true.total())

@@ -5,7 +5,6 @@ Both follow the answer normalisation of VQA v2 as those projects carry it, fault
 
 import re
 from collections import Counter
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -77,18 +76,18 @@ def word_overlap(answer: str, truth: str) -> Overlap:
     of the answer's words. True positives of recall and precision are counted in the *answer*, so
     that a repeated word raises recall.
     """
-    said, true = Counter(answer.lower().split()), Counter(truth.lower().split())
-    num_said = sum(said.values())
-    if not num_said or not true:
+    said, true = _counts(answer.lower()), _counts(truth.lower())
+    shared = said.keys() & true.keys()
+    if not shared:
         return Overlap(0.0, 0.0, 0.0, 0.0)
-    exact = len(said.keys() & true.keys()) / num_said
-    num_shared = _count(said, true, is_shared=True)
-    num_missed = _count(true, said, is_shared=False)
-    if not num_shared:
-        return Overlap(exact, 0.0, 0.0, 0.0)
+    num_said = said.total()
+    exact = len(shared) / num_said
+    num_shared = sum(said[word] for word in shared)
+    num_missed = true.total() - sum(true[word] for word in shared)
     precision, recall = num_shared / num_said, num_shared / (num_shared + num_missed)
     return Overlap(exact, 2 * precision * recall / (precision + recall), precision, recall)
 
 
-def _count(words: Mapping[str, int], others: Mapping[str, int], *, is_shared: bool) -> int:
-    return sum(count for word, count in words.items() if (word in others) == is_shared)
+@lru_cache(maxsize=1 << 16)
+def _counts(text: str) -> Counter[str]:
+    return Counter(text.split())

@@ -1,6 +1,7 @@
 """The words of an answer as `strict` and `mcq` compare them: `answer_words`, `contains_phrase`."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -47,6 +48,11 @@ def phrase_places(words: Sequence[str], phrase: Sequence[str]) -> list[int]:
     length = len(phrase)
     starts = range(len(words) - length + 1) if length else ()
     return [start for start in starts if tuple(words[start : start + length]) == tuple(phrase)]
+
+
+def num_shared_words(words: Counter[str], others: Counter[str]) -> int:
+    """`(words & others).total()`, in a fraction of the time."""
+    return sum(min(words[word], others[word]) for word in words.keys() & others.keys())
 
 
 def _quantity(number: str, unit: str | None) -> str:
