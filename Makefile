@@ -31,4 +31,4 @@ format:  ## let ruff rewrite what it can
 
 check: lint types  ## all that .ci/run does, in the present environment
 	moellava demo
-	pytest -n 3 --dist loadfile
+	pytest -n 3 --dist loadfile --no-loadscope-reorder
