@@ -183,7 +183,13 @@ def test_a_signal_stops_the_answer_and_not_the_process(checkpoint):
     options = ["--device", "cpu", "--max-new-tokens", "1500"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     # A pipe that is full holds the answer up until the signal comes, however slow this process is.
-    with subprocess.Popen([*command, *options], **pipes, pipesize=4096) as process:
+    # Tests that were started in a shell's background have SIGINT ignored, and so would the command.
+    with subprocess.Popen(
+        [*command, *options],
+        **pipes,
+        pipesize=4096,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         process.stdin.write("Hello?\n")
         process.stdin.flush()
         while "> " not in (text := process.stdout.read(1)):
