@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LABEL_WIDTH, _PLOT_WIDTH, _VALUE_WIDTH = 230, 360, 210
+_LABEL_WIDTH, _PLOT_WIDTH, _VALUE_WIDTH = 270, 360, 210
 _BAR_HEIGHT, _GAP, _TOP = 16, 6, 20
 _SIZE = 240  # of the reliability picture
 
@@ -89,5 +89,5 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
 
-def _short(label: str, most: int = 34) -> str:
+def _short(label: str, most: int = 38) -> str:
     return label if len(label) <= most else f"{label[: most - 1]}…"

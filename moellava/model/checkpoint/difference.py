@@ -326,7 +326,7 @@ def _require_same_base(folder: Path, base: BasePlaces, shared: dict[str, Tensor]
     for key, found in zip(PARTS, _checksums(shared), strict=True):
         part = PARTS[key]
         expected = recorded.get(part)
-        if not isinstance(expected, dict) or "sha256" not in expected:
+        if not isinstance(expected, dict) or not isinstance(expected.get("sha256"), str):
             raise ValueError(
                 f"{folder / BASE_FILE} does not say which {part} the weights were saved for. Copy "
                 "or save the folder again."

@@ -234,6 +234,15 @@ class TestBadInput:
         ):
             load_pretrained_model_with(folder, parts)
 
+    @pytest.mark.parametrize("checksum", [1.5, None, ["a"]])
+    def test_a_checksum_that_is_not_text_is_named(self, saved, parts, tmp_path, checksum):
+        folder = shutil.copytree(saved, tmp_path / "copy")
+        description = json.loads((folder / "base.json").read_text())
+        description["language model"]["sha256"] = checksum
+        (folder / "base.json").write_text(json.dumps(description))
+        with pytest.raises(ValueError, match=r"base\.json does not say which language model"):
+            load_pretrained_model_with(folder, parts)
+
     def test_a_missing_weights_file_is_named(self, saved, parts, tmp_path):
         folder = shutil.copytree(saved, tmp_path / "copy")
         (folder / "trainable.safetensors").unlink()
