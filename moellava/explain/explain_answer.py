@@ -22,7 +22,7 @@ from moellava.explain.recording import (
     recording_bytes,
 )
 from moellava.explain.routing import Routing, phases_of
-from moellava.images import Images, ViewOptions, as_image_list, to_eight_bit, to_pil
+from moellava.images import Images, ViewOptions, as_image_list, to_eight_bit
 from moellava.model.conversation import Message, generation_options
 from moellava.model.generation import (
     generate_answers,
@@ -75,13 +75,13 @@ def explain(
             context, or a recording that would take more than `max_bytes`.
     """
     require_generation_options(generation)
-    messages, given = with_images(question, [] if images is None else as_image_list(images))
-    if not given:
+    given = [] if images is None else as_image_list(images)
+    messages, pictures = with_images(question, given, view or {})
+    if not pictures:
         raise ValueError("There is no image to explain. Give an image, or a list of them.")
     asked = _text_of(messages[-1])
     if not asked.strip():
         raise ValueError("The question is empty. Ask something about the image.")
-    pictures = [to_pil(image, **(view or {})) for image in given]
     prompt = _write_prompt(loaded, pictures, messages)
     max_bytes = max_bytes // (2 if blank else 1)
     seen = None

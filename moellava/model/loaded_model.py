@@ -6,6 +6,7 @@ from importlib import import_module
 from io import IOBase
 from typing import Any, Literal, overload
 
+from PIL.Image import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
@@ -85,7 +86,8 @@ class LoadedModel:
                 image is a path, a PIL image, an array, a tensor, encoded bytes, an open file, or
                 what pydicom and nibabel read.
             questions: a string or a list of strings. In place of a string, a conversation: chat
-                messages with `role` and `content`, whose last turn is answered.
+                messages with `role` and `content`, whose last turn is answered; an image item may
+                have a `window` and so on of its own.
             **options: `window`, `frame`, `plane`, `volume` and `max_pixels` say how images are
                 seen, as in `moellava.images.load_image`; all others are passed to `generate`, by
                 default greedy with at most 64 new tokens.
@@ -99,7 +101,7 @@ class LoadedModel:
             TypeError: for an option that neither images nor `generate` have, and for something
                 that is not an image or a question.
         """
-        view = {name: options[name] for name in VIEW_OPTIONS if name in options}
+        view: Any = {name: options[name] for name in VIEW_OPTIONS if name in options}
         generation = {name: value for name, value in options.items() if name not in view}
         require_generation_options(generation)
         single = isinstance(questions, str) or is_conversation(questions)
@@ -110,13 +112,13 @@ class LoadedModel:
             return []
         images = _without_files(images)
         turns = [
-            with_images(question, _as_list(item))
+            with_images(question, _as_list(item), view)
             for question, item in zip(asked, _pair_images(images, len(asked), single), strict=True)
         ]
         prompts = self.processor.apply_chat_template(
             [messages for messages, _ in turns], add_generation_prompt=True, tokenize=False
         )
-        pictures = [to_pil(image, **view) for _, own in turns for image in own]
+        pictures = [picture for _, own in turns for picture in own]
         inputs = self.processor(
             text=prompts,
             images=pictures or None,
@@ -188,11 +190,14 @@ def is_conversation(question: object) -> bool:
     return bool(question) and all(isinstance(turn, Mapping) for turn in question)
 
 
-def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]], list[Any]]:
-    """The chat messages of a question, and its images in their order.
+def with_images(
+    question: Any, images: list[Any], view: ViewOptions
+) -> tuple[list[dict[str, Any]], list[Image]]:
+    """The chat messages of a question, and its images in their order, as they are seen.
 
     A string is one turn with the images before it. Messages may hold images of their own; images
-    beside them fill the empty image items, or stand before the first turn of the user.
+    beside them fill the empty image items, or stand before the first turn of the user. An image
+    item may have a `window`, `frame`, ... of its own, in place of that of `view`.
     """
     if isinstance(question, str):
         items: list[dict[str, str]] = [{"type": "image"}] * len(images)
@@ -200,7 +205,7 @@ def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
             "role": "user",
             "content": [*items, {"type": "text", "text": question}],
         }
-        return [turn], images
+        return [turn], [to_pil(image, **view) for image in images]
     if not is_conversation(question):
         raise _not_a_question(question)
     messages = [_with_item_list(turn) for turn in question]
@@ -220,11 +225,17 @@ def with_images(question: Any, images: list[Any]) -> tuple[list[dict[str, Any]],
         for item, image in zip(empty, images, strict=True):
             item["image"] = image
     return messages, [
-        item.pop("image")
+        _seen(item, view)
         for turn in messages
         for item in turn["content"]
         if item.get("type") == "image"
     ]
+
+
+def _seen(item: dict[str, Any], view: ViewOptions) -> Image:
+    """The picture of an image item, which keeps neither the image nor how it is seen."""
+    own: Any = {name: item.pop(name) for name in VIEW_OPTIONS if name in item}
+    return to_pil(item.pop("image"), **{**view, **own})
 
 
 def _not_a_question(given: object) -> TypeError:

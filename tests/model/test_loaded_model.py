@@ -6,8 +6,10 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from pydicom.data import get_testdata_file
 
 from moellava.explain import explain
+from moellava.images import load_image
 from moellava.model.loaded_model import LoadedModel
 
 
@@ -197,6 +199,16 @@ class TestQuestions:
         both = loaded.answer([images[0], None], [messages, "Hello?"], max_new_tokens=5)
         assert both[0] == first[0]
         assert "image" not in messages[0]["content"][0]
+
+    def test_an_image_item_is_seen_through_its_own_window(self, loaded):
+        scan = get_testdata_file("CT_small.dcm", download=False)
+        items = [{"type": "image", "image": scan, "window": "lung"}, {"type": "image"}]
+        message = {"role": "user", "content": [*items, {"type": "text", "text": "What?"}]}
+        found = loaded.answer([scan], [message], window="bone", max_new_tokens=5)
+        seen = [load_image(scan, window=window) for window in ("lung", "bone")]
+        assert found == loaded.answer(seen, "What?", max_new_tokens=5)
+        other = [load_image(scan, window="bone")] * 2  # the oracle can say no
+        assert found != loaded.answer(other, "What?", max_new_tokens=5)
 
     def test_a_string_is_a_conversation_of_one_turn(self, loaded, images):
         message = [{"role": "user", "content": "What is this?"}]
