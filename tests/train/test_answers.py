@@ -1,5 +1,6 @@
 """Held-out questions while a stage trains: answered and scored by the code of `moellava eval`."""
 
+import copy
 import json
 import shutil
 
@@ -11,11 +12,14 @@ from moellava.eval.questions import questions_of
 from moellava.eval.run import evaluate
 from moellava.eval.settings import EvaluationSettings
 from moellava.model.builder_enhanced import load_pretrained_model
+from moellava.model.chat_templates import VICUNA_V1
+from moellava.model.loaded_model import LoadedModel
 from moellava.train import load_recipe, train
 from moellava.train.answers import answer_questions, answer_rows, share_exact
 from moellava.train.batches import build_collator
 from tests.train.tiny import parts_of, tiny_recipe
 
+QUESTION = "What is a CT?"
 NAMES = ("eval_strict_accuracy", "eval_token_f1_f1")
 
 
@@ -128,7 +132,7 @@ def asked(tiny):
     loaded = load_pretrained_model(parts_of(tiny), dtype="float32")
     rows = [
         row("a", "<image>\nIs this a CT image?", "yes", str(tiny / "images" / "1.png")),
-        row("b", "What is a CT?", "A scan."),
+        row("b", QUESTION, "A scan."),
         row("c", "<image>\nWhy?", "Because.", str(tiny / "images" / "2.png")),
     ]
     recipe = load_recipe("stage3_experts", ["data.chat_template=null"])
@@ -146,6 +150,19 @@ def test_they_are_what_answer_says_to_the_first_question(asked):
         loaded.answer([image], [question], max_new_tokens=6)[0]
         for image, question in zip(images, questions, strict=True)
     ]
+
+
+def test_prompts_are_written_by_the_template_that_is_trained_on(asked):
+    loaded, rows, _ = asked
+    recipe = load_recipe("stage3_experts", ["data.chat_template=vicuna_v1"])
+    collator = build_collator(recipe, loaded.processor)
+    assert collator.chat_template == VICUNA_V1 != loaded.processor.chat_template
+    (found,) = answer_rows(loaded, rows[1:2], collator, max_new_tokens=6)
+    processor = copy.copy(loaded.processor)
+    processor.chat_template = VICUNA_V1
+    (expected,) = LoadedModel(loaded.model, processor).answer(None, [QUESTION], max_new_tokens=6)
+    assert found.answer == expected
+    assert found.answer != loaded.answer(None, [QUESTION], max_new_tokens=6)[0]
 
 
 @pytest.mark.parametrize("training", [True, False])
