@@ -146,7 +146,7 @@ class _Window:
         self._decoder = codecs.getincrementaldecoder("utf-8")()
 
     def peek(self) -> str:
-        """The next character that is no space; the cursor is put on it."""
+        """The next character that is not a space; the cursor is put on it."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None  # matches nothing at least

@@ -11,13 +11,11 @@ from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBa
 from typing_extensions import Unpack
 
 from moellava.images import ImageLike, Images, ViewOptions, to_pil
-from moellava.model.conversation import Message, generation_options, stream_chat
+from moellava.model.conversation import VIEW_OPTIONS, Message, generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.publish.model_card import PushOptions, push_to_hub
-
-VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
 
 
 @dataclass(frozen=True, repr=False)

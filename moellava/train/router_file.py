@@ -1,18 +1,14 @@
 """The file of a fitted router, and the mixture that it is for: `router_for`, `find_router`."""
 
-import json
 from pathlib import Path
 
-from safetensors import safe_open
-
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.storage.errors import reading
+from moellava.model.language_model.router_weights import router_facts
 from moellava.train.options import Recipe
 from moellava.train.run_folder import MODEL_FOLDER
 from moellava.train.stage import STAGES
 
 ROUTER_FILE = "router.safetensors"  # in the model folder of a `router` stage
-LAYERS_KEY, LABELS_KEY = "layers", "labels"  # in its metadata, as JSON
 
 
 def router_for(recipe: Recipe, config: MoeLlavaConfig) -> Path | None:
@@ -34,15 +30,15 @@ def router_for(recipe: Recipe, config: MoeLlavaConfig) -> Path | None:
             )
         return None
     file = find_router(source)
-    notes = _notes_of(file)
-    layers, wanted = notes.get(LAYERS_KEY), list(text.moe_layer_indices)
+    layers, labels = router_facts(file)
+    wanted = list(text.moe_layer_indices)
     if layers is not None and layers != wanted:
         raise ValueError(
             f"{file} was fitted to the layers {layers}, but moe.config.moe_layers makes the layers "
             f"{wanted} sparse. Use the same moe_layers, or fit another router."
         )
-    if LABELS_KEY in notes:
-        config.expert_labels = notes[LABELS_KEY]
+    if labels is not None:
+        config.expert_labels = labels
     return file
 
 
@@ -61,14 +57,3 @@ def find_router(source: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"There is no router file {source!r}.")
     return path
-
-
-def _notes_of(file: Path) -> dict[str, list[object]]:
-    """What stage `router` wrote into the file; nothing for files of another origin."""
-    if file.suffix != ".safetensors":
-        return {}
-    with reading(file, "a router"), safe_open(file, framework="pt") as tensors:
-        metadata = tensors.metadata() or {}
-        return {
-            key: json.loads(metadata[key]) for key in (LAYERS_KEY, LABELS_KEY) if key in metadata
-        }

@@ -22,19 +22,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from accelerate.utils import get_int_from_env
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from moellava.data.rows import Row
 from moellava.model.language_model import moe_config_from_dense
+from moellava.model.language_model.router_weights import write_router
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.storage.writing import write_text
 from moellava.train.batches import TrainData, build_collator
 from moellava.train.options import Recipe
 from moellava.train.prepare import build_model
-from moellava.train.router_file import LABELS_KEY, LAYERS_KEY, ROUTER_FILE
+from moellava.train.router_file import ROUTER_FILE
 from moellava.train.stage import LogEntry
 
 logger = logging.getLogger(__name__)
@@ -122,11 +122,8 @@ def save_router(fitted: FittedRouter, folder: Path) -> None:
     the second has the labels in the experts' order.
     """
     router = fitted.router
-    save_file(
-        {"weight": router.weight.detach().contiguous(), "bias": router.bias.detach()},
-        folder / ROUTER_FILE,
-        metadata={LAYERS_KEY: json.dumps(fitted.layers), LABELS_KEY: json.dumps(fitted.labels)},
-    )
+    weights = {"weight": router.weight, "bias": router.bias}
+    write_router(folder / ROUTER_FILE, weights, layers=fitted.layers, labels=fitted.labels)
     write_text(folder / LABELS_FILE, json.dumps(fitted.labels) + "\n")
 
 
