@@ -12,27 +12,24 @@ import io
 import json
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-import uvicorn
-from fastapi import FastAPI
 from huggingface_hub.utils import httpx
 from PIL import Image
 from skimage import data
 
-from moellava.chat.server import create_app, listening
+from moellava.chat.server import create_app
 from moellava.chat.web.app import create_web_app
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import write_biomedclip, write_smollm2
 from tests.benchmarks.encoders import alternate, row
+from tests.chat.serving import app_running
 
 NEW_TOKENS = 16
 NUM_WAITING = 16
@@ -47,22 +44,6 @@ def real_width_model(folder: Path, dtype: str) -> LoadedModel:
     loaded = load_pretrained_model(parts, dtype=dtype)
     write_only_words(loaded)
     return loaded
-
-
-@contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
-    listener = listening("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
 
 
 def png(number: int = 0) -> bytes:
@@ -92,7 +73,10 @@ def bench_first_token(loaded: LoadedModel, folder: Path, rounds: int) -> None:
     def generate() -> None:
         loaded.answer(Image.open(io.BytesIO(image)), question, max_new_tokens=1)
 
-    with running(create_app(loaded, name="toy")) as address, httpx.Client(timeout=60) as http:
+    with (
+        app_running(create_app(loaded, name="toy"), "error") as address,
+        httpx.Client(timeout=60) as http,
+    ):
         url = f"{address}/v1/chat/completions"
 
         def served() -> float:
@@ -104,7 +88,7 @@ def bench_first_token(loaded: LoadedModel, folder: Path, rounds: int) -> None:
 
         print_first("server", generate, served, rounds)
     app = create_web_app(loaded, folder / "page", name="toy")
-    with running(app) as address, httpx.Client(base_url=address, timeout=60) as http:
+    with app_running(app, "error") as address, httpx.Client(base_url=address, timeout=60) as http:
         print_first("page", generate, lambda: page_asked(http, question, image), rounds)
 
 
@@ -167,7 +151,7 @@ def bench_waiting(loaded: LoadedModel, rounds: int) -> None:
     requests = [body(f"Question {n}?", png(n)) for n in range(NUM_WAITING)]
     limits = httpx.Limits(max_connections=None)
     with (
-        running(create_app(loaded, name="toy")) as address,
+        app_running(create_app(loaded, name="toy"), "error") as address,
         httpx.Client(limits=limits, timeout=600) as http,
         ThreadPoolExecutor(NUM_WAITING) as pool,
     ):

@@ -11,19 +11,22 @@ from huggingface_hub.utils import httpx  # the client that openai uses too
 from moellava.chat.server import create_app, listening
 
 
-@contextmanager
 def running(loaded, name="toy", **options):
     """The address of a server with these options."""
-    app = create_app(loaded, name=name, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
+    return app_running(create_app(loaded, name=name, **options))
+
+
+@contextmanager
+def app_running(app, log_level="warning"):
+    """The address of any app, over a real socket."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level=log_level))
     listener = listening("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
-    address = f"http://127.0.0.1:{listener.getsockname()[1]}"
     while not server.started:
         time.sleep(0.01)
     try:
-        yield address
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

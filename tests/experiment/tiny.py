@@ -1,29 +1,16 @@
 """An experiment so small that it takes seconds: a dense model against a mixture."""
 
-from tests.train.tiny import parts_of
+from tests.train.tiny import parts_of, tiny_settings
 
 
 def experiment_settings(tiny, out, **more):
     """Stages `tune` and `experts` on the rows of tests/train/tiny.py; `more` replaces sections."""
+    common = tiny_settings(tiny)
+    optim = {**common["optim"], "max_steps": 2}
     return {
         "name": "tiny",
         "output_dir": str(out),
-        "common": {
-            "data": {
-                "train": str(tiny / "rows.json"),
-                "images": str(tiny / "images"),
-                "num_workers": 0,
-            },
-            "optim": {
-                "learning_rate": 1e-2,
-                "batch_size": 4,
-                "per_device_batch_size": 4,
-                "max_steps": 2,
-                "precision": "fp32",
-            },
-            "logging": {"report_to": []},
-            "saving": {"every": 1},
-        },
+        "common": {**common, "optim": optim, "saving": {"every": 1}},
         "stages": [
             {"stage": "tune", "after": "any", "model": parts_of(tiny)},
             {"stage": "experts"},

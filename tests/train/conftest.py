@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +6,8 @@ from unittest import mock
 import pytest
 
 from moellava.train import train
+from tests.processes import run_worker
 from tests.train.tiny import parts_of, tiny_recipe, write_tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -80,14 +76,4 @@ def chain(tiny, tmp_path_factory):
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory):
     """The folder that tests/train/worker.py leaves."""
-    folder = tmp_path_factory.mktemp("runs")
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("worker.py")), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        # Threads do not outlive a fork.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return folder
+    return run_worker(Path(__file__).with_name("worker.py"), tmp_path_factory.mktemp("runs"))

@@ -52,11 +52,9 @@ def parts_of(tiny: Path) -> dict[str, str]:
     }
 
 
-def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):
-    """A recipe on the tiny data; from the parts, whatever the stage, unless it has a start."""
-    settings = {
-        "stage": stage,
-        "output_dir": str(out),
+def tiny_settings(tiny: Path) -> dict:
+    """The sections of a recipe on the tiny data."""
+    return {
         "data": {
             "train": str(tiny / "rows.json"),
             "images": str(tiny / "images"),
@@ -71,8 +69,12 @@ def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):
         },
         "logging": {"report_to": []},
         "saving": {"every": 2},
-        **more,
     }
+
+
+def tiny_recipe(tiny: Path, stage: str, out: Path, *overrides: str, **more):
+    """A recipe on the tiny data; from the parts, whatever the stage, unless it has a start."""
+    settings = {"stage": stage, "output_dir": str(out), **tiny_settings(tiny), **more}
     if "start_from" not in more:
         settings |= {"after": "any", "model": more.get("model", parts_of(tiny))}
     return load_recipe(settings, overrides)

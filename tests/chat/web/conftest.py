@@ -1,8 +1,6 @@
 """Files to upload: copies, since a page takes them over and deletes them."""
 
 import shutil
-import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,23 +38,11 @@ def volume(tmp_path) -> Path:
 @contextmanager
 def page_running(loaded, folder, **options):
     """The address of the page, over a real socket."""
-    import uvicorn
-
-    from moellava.chat.server import listening
     from moellava.chat.web.app import create_web_app
+    from tests.chat.serving import app_running
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_TEMP_DIR", "")  # so that it is what it was afterwards
         app = create_web_app(loaded, folder, name="toy", **options)
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical"))
-        listener = listening("127.0.0.1", 0)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-            listener.close()
+        with app_running(app, "critical") as address:
+            yield address
