@@ -49,7 +49,7 @@ def test_a_python_snippet_runs(number, demo_folder):
 
 
 def test_every_command_runs_here_or_in_ci(demo_folder):
-    ci_script = (ROOT / ".ci" / "run").read_text().splitlines()
+    ci_script = [line.strip() for line in (ROOT / ".ci" / "run").read_text().splitlines()]
     commands = [line for block in blocks("bash") for line in block.splitlines()]
     assert len(commands) == 3
     for command in commands:
