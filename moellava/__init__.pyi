@@ -1,6 +1,6 @@
 # The public names and where they are defined: `__init__.py` reads this file, and so do type
 # checkers.
-from . import data, encoders, eval, images, model, train
+from . import data, encoders, eval, explain, images, model, train
 from .data import check_rows, read_rows, register_format
 from .encoders import VisionEncoder, create_encoder, detect_encoder_type, register_encoder
 from .images import load_image
@@ -40,6 +40,7 @@ __all__ = [
     "detect_encoder_type",
     "encoders",
     "eval",
+    "explain",
     "images",
     "load_image",
     "load_pretrained_model",

@@ -5,7 +5,7 @@ hub.
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # huggingface_hub reads its environment once, when it is first imported; xdist's workers inherit it
@@ -28,7 +28,8 @@ from moellava.testing import (  # noqa: E402
 )
 
 
-def _once(name: str, write) -> None:
+def _once(name: str, write: Callable[[], object]) -> None:
+    """Call `write` in one worker; the others wait until it is done."""
     from filelock import FileLock
 
     done = HUB / f".{name}.done"
@@ -81,6 +82,27 @@ def small_biomedclip() -> Path:
     folder = HUB / "local" / "biomedclip_small"
     _once("small-biomedclip", lambda: write_biomedclip(folder, vision="vit_tiny_patch16_224"))
     return folder
+
+
+@pytest.fixture(scope="session")
+def made_once() -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, write)`: the folder that `write(folder)` fills, once for all workers.
+
+    What takes long and is only read afterwards: a session's fixture is made by each worker.
+    """
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = HUB / "made" / name
+
+        def fill() -> None:
+            shutil.rmtree(folder, ignore_errors=True)  # what a failed attempt has left
+            folder.mkdir(parents=True)
+            write(folder)
+
+        _once(name, fill)
+        return folder
+
+    return make
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from io import IOBase
 from typing import Any, Literal, overload
 
@@ -10,6 +9,7 @@ from PIL.Image import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
+import moellava
 from moellava.images import ImageLike, Images, ViewOptions, to_pil
 from moellava.model.conversation import VIEW_OPTIONS, Message, generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
@@ -155,15 +155,15 @@ class LoadedModel:
         return stream_chat(self, messages, **generation)
 
     def explain(
-        self, images: "Images | None", question: str | Sequence[Message], **options: object
-    ) -> Any:
+        self, images: "Images | None", question: str | Sequence[Message], **options: Any
+    ) -> "moellava.explain.Explanation":
         """What the model looked at and which experts worked while it answered a question.
 
-        Options, errors and the `Explanation` that comes back are those of
-        `moellava.explain.explain`, which is the same with types.
+        Options, errors and what comes back are those of `moellava.explain.explain`.
         """
-        # By name: that room looks into this one, and imports point downwards only.
-        return import_module("moellava.explain").explain(self, images, question, **options)
+        # That room looks into this one, and imports point downwards only: it is reached as users
+        # reach it, through the package's public names.
+        return moellava.explain.explain(self, images, question, **options)
 
     def _require_room(self, inputs: BatchFeature, max_new_tokens: int) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""

@@ -13,6 +13,7 @@ def tiny(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def experiments(tmp_path_factory):
+def experiments(made_once):
     """The folder that tests/experiment/worker.py leaves."""
-    return run_worker(Path(__file__).with_name("worker.py"), tmp_path_factory.mktemp("experiments"))
+    worker = Path(__file__).with_name("worker.py")
+    return made_once("experiments", lambda folder: run_worker(worker, folder))

@@ -11,9 +11,9 @@ from tests.train.tiny import parts_of, tiny_recipe, write_tiny
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny(made_once):
     """Parts and rows of tests/train/tiny.py."""
-    return write_tiny(tmp_path_factory.mktemp("tiny"))
+    return made_once("train-tiny", write_tiny)
 
 
 @contextmanager
@@ -33,18 +33,25 @@ def quick_runs():
 
 
 @pytest.fixture(scope="session")
-def dense(tiny, tmp_path_factory):
+def dense(tiny, made_once):
     """A dense model, one step old, to start from."""
-    run = tmp_path_factory.mktemp("dense") / "run"
-    with _quick():
-        train(tiny_recipe(tiny, "tune", run, "optim.max_steps=1"), show_progress=False)
-    return run
+
+    def write(folder):
+        with _quick():
+            train(
+                tiny_recipe(tiny, "tune", folder / "run", "optim.max_steps=1"), show_progress=False
+            )
+
+    return made_once("train-dense", write) / "run"
 
 
 @pytest.fixture(scope="session")
-def chain(tiny, tmp_path_factory):
+def chain(tiny, made_once):
     """The three stages, a few steps each, every one from the folder of the one before."""
-    root = tmp_path_factory.mktemp("chain")
+    return made_once("train-chain", lambda root: _train_chain(root, tiny))
+
+
+def _train_chain(root: Path, tiny: Path) -> None:
     rows = str(tiny / "rows.json")
     more = {
         "data": {
@@ -70,10 +77,10 @@ def chain(tiny, tmp_path_factory):
         for stage, start in starts.items():
             recipe = tiny_recipe(tiny, stage, root / stage, "optim.max_steps=4", **start, **more)
             train(recipe, show_progress=False)
-    return root
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
+def runs(made_once):
     """The folder that tests/train/worker.py leaves."""
-    return run_worker(Path(__file__).with_name("worker.py"), tmp_path_factory.mktemp("runs"))
+    worker = Path(__file__).with_name("worker.py")
+    return made_once("train-runs", lambda folder: run_worker(worker, folder))

@@ -49,12 +49,23 @@ class Seen:
     blank: float  # accuracy of the last model, with a grey image in place of each
 
 
-def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 24) -> Seen:
-    """Stage 1 on captions, 2 on conversations about a quarter of the images, 3 on all of them."""
+def run_three_stages(
+    folder: Path, *, seed: int = 0, num_held_out_crops: int = 24, share: float = 1.0
+) -> Seen:
+    """Stage 1 on captions, 2 on conversations about a quarter of the images, 3 on all of them.
+
+    `share` shortens everything that is trained, the toy parts included.
+    """
     files = write_dataset(
         folder / "data", num_train_crops=96, num_held_out_crops=num_held_out_crops, seed=seed
     )
-    parts = write_trained_parts(folder / "parts", files, seed=seed)
+    parts = write_trained_parts(
+        folder / "parts",
+        files,
+        tower_steps=round(150 * share),
+        text_steps=round(250 * share),
+        seed=seed,
+    )
     quarter = folder / "data" / "quarter.json"
     quarter.write_text(json.dumps(json.loads(files["conversations"].read_text())[::4]))
     starts = (
@@ -77,7 +88,7 @@ def run_three_stages(folder: Path, *, seed: int = 0, num_held_out_crops: int = 2
                 f"data.images={folder / 'data' / 'images'}",
                 f"data.evaluation={files['held_out']}",
                 f"data.features={folder / 'features' / name}",
-                f"optim.max_steps={steps}",
+                f"optim.max_steps={round(steps * share)}",
                 f"optim.learning_rate={rate}",
                 *([MIXTURE] if name == "stage3_experts" else []),
             ],
