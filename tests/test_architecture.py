@@ -30,6 +30,7 @@ TESTED_ELSEWHERE = {
     "chat/web/render.py": "chat/web/test_session.py",
     "cli/chat.py": "chat/test_terminal.py",
     "cli/demo.py": "test_readme.py",
+    "cli/model_options.py": "cli/test_main.py",
     "cli/serve.py": "chat/test_server.py",
     "cli/train.py": "train/test_plan.py",
     "cli/web.py": "chat/web/test_app.py",

@@ -2,19 +2,17 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
 def ask(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-    ],
+    checkpoint: Checkpoint,
     items: Annotated[
         list[str],
         typer.Argument(
@@ -31,10 +29,7 @@ def ask(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print a JSON list of image, question and answer.")
     ] = False,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one."),
-    ] = None,
+    device: Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     window: Window = None,
     frame: Frame = None,
@@ -60,15 +55,11 @@ def ask(
             )
 
     from moellava.images import to_pil
-    from moellava.model.builder_enhanced import load_pretrained_model
-    from moellava.model.load_options import default_device
 
     view = view_options(window, frame, plane)
     # Read before the model is loaded: an unreadable file should not cost a minute.
     pictures = [to_pil(image, **view) for image in images]
-    loaded = load_pretrained_model(
-        checkpoint, device=device or default_device(), progress=sys.stderr.isatty()
-    )
+    loaded = open_model(checkpoint, device)
     rows = []
     for image, picture in zip(images, pictures, strict=True):
         answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)

@@ -7,12 +7,11 @@ from typing import Annotated
 import typer
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
 def chat(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-    ],
+    checkpoint: Checkpoint,
     images: Annotated[
         list[str] | None,
         typer.Argument(
@@ -20,10 +19,7 @@ def chat(
         ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system prompt.")] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one."),
-    ] = None,
+    device: Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     window: Window = None,
     frame: Frame = None,
@@ -39,14 +35,10 @@ def chat(
             raise FileNotFoundError(f"The image {image} does not exist.")
 
     from moellava.chat.terminal import TerminalChat
-    from moellava.model.builder_enhanced import load_pretrained_model
-    from moellava.model.load_options import default_device
 
     if sys.stdin.isatty():
         import readline  # noqa: F401  # gives input() its arrow keys and history
-    loaded = load_pretrained_model(
-        checkpoint, device=device or default_device(), progress=sys.stderr.isatty()
-    )
+    loaded = open_model(checkpoint, device)
     TerminalChat(
         loaded,
         read=input,

@@ -2,15 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
 from moellava.messages import first_names
-
-if TYPE_CHECKING:
-    from moellava.encoders import OptionValue
 
 app = typer.Typer(help="Image towers.", no_args_is_help=True)
 app.callback()(lambda: None)  # keeps `show` a subcommand while it is the only one
@@ -184,19 +181,12 @@ def classify(
 
 def _encoder_options(
     settings: list[str], *, select_layer: int | None, image_size: int | None
-) -> dict[str, "OptionValue"]:
-    """`--set NAME=VALUE` and the two options with names of their own; values are read as YAML."""
-    import yaml
+) -> dict[str, object]:
+    """`--set NAME=VALUE` and the two options with names of their own."""
+    from moellava.storage.settings_file import override
 
-    options: dict[str, OptionValue] = {"select_layer": select_layer, "image_size": image_size}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise typer.BadParameter(f"--set {setting}: expected OPTION=VALUE.")
-        if options.get(name) is not None:
-            raise typer.BadParameter(f"--set {setting}: {name} is given twice.")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise typer.BadParameter(f"--set {setting}: {error}") from error
+    named = {"select_layer": select_layer, "image_size": image_size}
+    words = [f"{name}={value}" for name, value in named.items() if value is not None]
+    options: dict[str, object] = {}
+    override(options, [*words, *settings])
     return options

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from moellava.cli.model_options import Checkpoint, Device
+
 if TYPE_CHECKING:
     from moellava.eval.questions import Question
 
@@ -46,9 +48,7 @@ Resamples = Annotated[int, typer.Option(min=1, help="Of the bootstrap over image
 
 @app.command()
 def run(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-    ],
+    checkpoint: Checkpoint,
     data: Annotated[
         str, typer.Argument(metavar="DATA", help="A file, folder or hub id that has answers.")
     ],
@@ -61,9 +61,7 @@ def run(
     class_names: ClassNames = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many questions.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Questions answered at once.")] = 8,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, mps; by default a GPU if there is one.")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16; by default the checkpoint's own.")
     ] = None,

@@ -3,22 +3,13 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from typer.core import TyperGroup
 
 from moellava.cli.image_options import Frame, Plane, Window, view_options
-
-if TYPE_CHECKING:
-    from moellava.model.loaded_model import LoadedModel
-
-Checkpoint = Annotated[
-    str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one.")
-]
+from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
 class _AnswerByDefault(TyperGroup):
@@ -78,7 +69,7 @@ def answer(
 
     # Read before the model is loaded: an unreadable file should not cost a minute.
     picture = to_pil(image, **view_options(window, frame, plane))
-    loaded = _load(checkpoint, device)
+    loaded = open_model(checkpoint, device)
     explanation = explain(
         loaded,
         picture,
@@ -136,7 +127,7 @@ def routing(
     for row in chosen:
         group_of(row, group_by)  # an unknown field is said before the model is loaded
     result = route_dataset(
-        _load(checkpoint, device),
+        open_model(checkpoint, device),
         chosen,
         group_by=group_by,
         batch_size=batch_size,
@@ -156,14 +147,6 @@ def routing(
     typer.echo(NOT_SHOWN)
     names = ("routing.json", "routing.png", "coactivation.png")
     typer.echo(f"written: {', '.join(str(out / name) for name in names)}")
-
-
-def _load(checkpoint: str, device: str | None) -> "LoadedModel":
-    from moellava.model.builder_enhanced import load_pretrained_model
-    from moellava.model.load_options import default_device
-
-    device = device or default_device()
-    return load_pretrained_model(checkpoint, device=device, progress=sys.stderr.isatty())
 
 
 def _spread(num_rows: int, limit: int | None) -> list[int]:

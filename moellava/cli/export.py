@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moellava.cli.model_options import Checkpoint
+
 app = typer.Typer(help="A checkpoint in other runtimes' layouts.", no_args_is_help=True)
 
 Out = Annotated[Path, typer.Option(help="The folder to write; it must not hold anything.")]
@@ -12,9 +14,7 @@ Out = Annotated[Path, typer.Option(help="The folder to write; it must not hold a
 
 @app.command()
 def mixtral(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-    ],
+    checkpoint: Checkpoint,
     out: Out,
     max_shard_size: Annotated[
         str, typer.Option(help="Largest file of weights; memory is about that much.")

@@ -1,19 +1,18 @@
 """`moellava serve`: a saved model behind OpenAI's chat completions."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from moellava.cli.model_options import Checkpoint, Device, Host, Port, open_model, shown_address
+
 
 def serve(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub id of a saved model.")
-    ],
-    host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="The port to listen on.")] = 8000,
+    checkpoint: Checkpoint,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
     api_key: Annotated[
         str | None,
         typer.Option(
@@ -28,10 +27,7 @@ def serve(
         int, typer.Option(min=1, help="Requests at once; further ones get status 429.")
     ] = 64,
     batch_size: Annotated[int, typer.Option(min=1, help="Requests answered together.")] = 8,
-    device: Annotated[
-        str | None,
-        typer.Option(help="cpu, cuda, cuda:1, mps; by default a GPU if there is one."),
-    ] = None,
+    device: Device = None,
 ) -> None:
     """Answer OpenAI's chat completions over HTTP (research use only, not a medical device).
 
@@ -40,16 +36,11 @@ def serve(
     from moellava.chat.messages import Limits
     from moellava.chat.server import listening
     from moellava.chat.server import serve as run
-    from moellava.model.builder_enhanced import load_pretrained_model
-    from moellava.model.load_options import default_device
 
     listening(host, port).close()  # a port in use is said before the model is loaded
-    loaded = load_pretrained_model(
-        checkpoint, device=device or default_device(), progress=sys.stderr.isatty()
-    )
+    loaded = open_model(checkpoint, device)
     served_name = name or Path(checkpoint.rstrip("/")).name
-    shown = f"[{host}]" if ":" in host else host
-    typer.echo(f"{served_name} answers at http://{shown}:{port}/v1 (Ctrl-C stops)")
+    typer.echo(f"{served_name} answers at http://{shown_address(host, port)}/v1 (Ctrl-C stops)")
     run(
         loaded,
         name=served_name,

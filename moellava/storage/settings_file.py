@@ -35,18 +35,23 @@ def override(settings: dict[str, object], words: Iterable[str]) -> None:
     """Set `key=value` words in `settings`, values in YAML; dots go into sections.
 
     Raises:
-        ValueError: a word that is not a setting.
+        ValueError: a word that is not a setting, or a key that two words set.
     """
+    names = set()
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
             raise ValueError(
-                f"{word!r} is not a setting. Type key=value, such as optim.learning_rate=1e-4."
+                f"{word!r} is not a setting. Type key=value, such as image_size=336 or "
+                "optim.learning_rate=1e-4."
             )
         try:
             value = load_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
+        if name in names:
+            raise ValueError(f"{name} is given twice. Type it once.")
+        names.add(name)
         _set(settings, name, value)
 
 

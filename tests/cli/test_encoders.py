@@ -89,6 +89,23 @@ def test_encode_writes_the_tokens_and_names_of_a_folder(folder, small_biomedclip
     assert "already exists" in text
 
 
+def test_encode_sets_any_option_of_the_encoder(folder, small_biomedclip, tmp_path):
+    out = tmp_path / "features.safetensors"
+    common = ("encode", folder, "--out", out, "--encoder", small_biomedclip)
+    for words, message in (
+        (("--set", "final_norm"), "'final_norm' is not a setting. Type key=value"),
+        (("--select-layer", -1, "--set", "select_layer=-2"), "select_layer is given twice"),
+        (("--set", "final_nrm=true"), "final_norm"),
+    ):
+        code, text = run(*common, *words)
+        assert (code, message in text) == (1, True), text
+    code, text = run(*common, "--set", "final_norm=true")
+    assert code == 0, text
+    normed = create_encoder("biomedclip", small_biomedclip, final_norm=True)
+    expected = normed.encode([folder / "0.png"])
+    torch.testing.assert_close(load_file(out)["patch_tokens"][:1], expected, rtol=0, atol=1e-5)
+
+
 def test_encode_says_what_is_wrong_with_a_folder(folder, small_biomedclip, tmp_path):
     options = ("--out", tmp_path / "f.safetensors", "--encoder", small_biomedclip)
     (tmp_path / "empty").mkdir()

@@ -37,3 +37,8 @@ def test_files_that_are_refused(tmp_path, text, message):
 def test_words_that_are_refused(word, message):
     with pytest.raises(ValueError, match=message):
         override({}, [word])
+
+
+def test_a_key_that_two_words_set_is_refused():
+    with pytest.raises(ValueError, match=r"optim\.steps is given twice"):
+        override({}, ["optim.steps=1", "optim.rate=1", "optim.steps=1"])
