@@ -46,6 +46,10 @@ TINYLLAMA = {
 }  # fmt: skip
 
 
+# Experts, width, top-k: the default of this library, and many small ones.
+BLOCKS = ((4, 5632, 2), (16, 1408, 4), (64, 704, 8))
+
+
 def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Seconds per run; the runs take turns, so that a slow moment of the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -67,23 +71,30 @@ def bench_block(dtypes: tuple[torch.dtype, ...]) -> None:
     block.
     """
     print(
-        "| dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | bound, ms | ours "
-        "fwd+bwd | Mixtral |"
+        "| E x I, top-k | dtype | tokens | experts hit | bound, ms | ours fwd | Mixtral fwd | "
+        "bound, ms | ours fwd+bwd | Mixtral |"
     )
-    print("|---|---|---|---|---|---|---|---|---|")
-    for dtype in dtypes:
-        ours, mixtral, mlps = make_blocks(dtype)
-        for num_tokens in (1, 4, 16, 64, 256, 2048):
-            rounds = {1: 15, 4: 15, 16: 9, 64: 9, 256: 9, 2048: 3}[num_tokens]
-            x = torch.randn(1, num_tokens, 2048).to(dtype)
-            parts = tokens_of_experts(ours, x)
-            forward = medians(
-                block_runs(ours, mixtral, mlps, x, parts, with_backward=False), rounds
-            )
-            row = [str(dtype).removeprefix("torch."), num_tokens, len(parts), *ratios(forward)]
-            with_backward = block_runs(ours, mixtral, mlps, x, parts, with_backward=True)
-            row += ratios(medians(with_backward, max(1, rounds // 3)))
-            print("| " + " | ".join(map(str, row)) + " |", flush=True)
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for shape in BLOCKS:
+        for dtype in dtypes:
+            ours, mixtral, mlps = make_blocks(dtype, *shape)
+            for num_tokens in (1, 4, 16, 64, 256, 2048):
+                rounds = {1: 15, 4: 15, 16: 9, 64: 9, 256: 9, 2048: 3}[num_tokens]
+                x = torch.randn(1, num_tokens, 2048).to(dtype)
+                parts = tokens_of_experts(ours, x)
+                forward = medians(
+                    block_runs(ours, mixtral, mlps, x, parts, with_backward=False), rounds
+                )
+                with_backward = block_runs(ours, mixtral, mlps, x, parts, with_backward=True)
+                row = [
+                    "{} x {}, top-{}".format(*shape),
+                    str(dtype).removeprefix("torch."),
+                    num_tokens,
+                    len(parts),
+                    *ratios(forward),
+                    *ratios(medians(with_backward, max(3, rounds // 3))),
+                ]
+                print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 def ratios(seconds: dict[str, float]) -> list[str]:
@@ -96,23 +107,24 @@ def ratios(seconds: dict[str, float]) -> list[str]:
 
 
 def make_blocks(
-    dtype: torch.dtype,
+    dtype: torch.dtype, num_experts: int, width: int, top_k: int
 ) -> tuple[LlamaMoeSparseBlock, MixtralSparseMoeBlock, list[LlamaMLP]]:
-    config = LlamaMoeConfig(**TINYLLAMA)
+    shape = {**TINYLLAMA, "intermediate_size": width, "num_experts_per_tok": top_k}
+    config = LlamaMoeConfig(**shape, num_experts=num_experts)
     config._experts_implementation = "fastest"
     ours = LlamaMoeSparseBlock(config)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.uniform_(-0.03, 0.03)
     ours.experts.to(dtype)
-    mixtral_config = MixtralConfig(**TINYLLAMA, num_local_experts=4)
+    mixtral_config = MixtralConfig(**shape, num_local_experts=num_experts)
     mixtral_config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         mixtral = MixtralSparseMoeBlock(mixtral_config)
     mixtral.load_state_dict(ours.state_dict(), assign=True)
     mixtral.gate.to(dtype)  # as Mixtral's own model has it
     mlps = []
-    for expert in range(4):
+    for expert in range(num_experts):
         with torch.device("meta"):
             mlp = LlamaMLP(config)
         gate, up = ours.experts.gate_up_proj.data[expert].chunk(2)
@@ -127,7 +139,8 @@ def make_blocks(
 def tokens_of_experts(block: LlamaMoeSparseBlock, x: Tensor) -> list[tuple[int, Tensor]]:
     tokens = x.reshape(-1, x.shape[-1])
     _, _, index = block.gate(tokens)
-    return [(e, tokens[(index == e).any(-1)]) for e in range(4) if (index == e).any()]
+    chosen = ((index == expert).any(-1) for expert in range(block.experts.num_experts))
+    return [(expert, tokens[rows]) for expert, rows in enumerate(chosen) if rows.any()]
 
 
 def block_runs(ours, mixtral, mlps, x, parts, *, with_backward):  # type: ignore[no-untyped-def]
