@@ -79,9 +79,14 @@ def _shown(file: DicomFile, frame: int, view: View) -> np.ndarray:
     if not kind:
         raise DicomError(f"{file.name} has no Photometric Interpretation.")
     if kind in GREY:
-        tags = shown_in(grey_tags(header, frame), view, file.name)
-        return grey_picture(stored, tags, file.name, full=view.window == "full")
-    if view.limits() is not None or isinstance(view.window, int):
+        own = grey_tags(header, frame)
+
+        def show(one: View) -> np.ndarray:
+            tags = shown_in(own, one, file.name)
+            return grey_picture(stored, tags, file.name, full=one.window == "full")
+
+        return view.in_channels(show)
+    if view.has_window:
         raise DicomError(
             f"{file.name} is in colour; a window is for grey images. Leave window out."
         )

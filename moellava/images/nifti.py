@@ -59,9 +59,28 @@ def decode_nifti(source: Path | bytes | NiftiVolume, view: View, name: str) -> I
             f"{name} cannot be read as NIfTI: it is cut off or broken "
             f"({reason_without_quotes(error)})"
         ) from None
-    shown = _eight_bits(slices, image, view, name)
+    # (S, H, W[, 3])
+    shown = view.in_channels(lambda one: np.stack(_eight_bits(slices, image, one, name)))
     pictures = (_square(picture, zooms) for picture in shown)
     return Image.fromarray(np.ascontiguousarray(montage(pictures, len(shown))))
+
+
+def plane_sizes(source: Path | bytes | NiftiVolume, name: str) -> dict[str, int]:
+    """The number of slices in each of `PLANES`; only the header is read.
+
+    Raises:
+        ImportError: nibabel is not installed.
+        ValueError: the affine gives no orientation.
+    """
+    nibabel = load_optional("nibabel", f"{name} is a NIfTI file", extra="nifti")
+    image = _opened(source)
+    orientation = nibabel.io_orientation(image.affine)
+    if np.isnan(orientation).any() or len(image.shape) < 3:
+        raise ValueError(
+            f"{name} has an affine that gives no orientation. Set its sform or qform first."
+        )
+    natives = {int(axis): native for native, axis in enumerate(orientation[:, 0])}
+    return {plane: int(image.shape[natives[axis]]) for plane, axis in PLANES.items()}
 
 
 def _opened(source: Path | bytes | NiftiVolume) -> NiftiVolume:

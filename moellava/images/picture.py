@@ -1,11 +1,12 @@
 """What Pillow reads (PNG, JPEG, TIFF, GIF, ...), seen through the frame and window asked for."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from moellava.images.eight_bit import to_eight_bit
 from moellava.images.view import View, grid_shape, window_to_eight_bit
@@ -30,13 +31,31 @@ def decode_picture(source: Path | bytes, view: View, name: str) -> Image.Image:
     Raises:
         ValueError: broken, too large, or without the frame or window asked for.
     """
+    with _opened(source, name) as image:
+        view.check_size(*image.size, name)  # Pillow has read the header only
+        chosen = seen(image, view, name)
+        chosen.load()
+        return chosen.copy() if chosen is image and image.fp is not None else chosen
+
+
+def count_frames(source: Path | bytes | Image.Image, name: str) -> int:
+    """The frames of an animation or TIFF; no pixels are decoded.
+
+    Raises:
+        ValueError: broken.
+    """
+    if isinstance(source, Image.Image):
+        return int(getattr(source, "n_frames", 1))
+    with _opened(source, name) as image:
+        return int(getattr(image, "n_frames", 1))
+
+
+@contextmanager
+def _opened(source: Path | bytes, name: str) -> Iterator[ImageFile.ImageFile]:
     try:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=_formats()) as image:
-            view.check_size(*image.size, name)  # Pillow has read the header only
-            chosen = seen(image, view, name)
-            chosen.load()
-            return chosen.copy() if chosen is image and image.fp is not None else chosen
+            yield image
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{name} is larger than Pillow's limit: {error} "
@@ -111,11 +130,12 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _through_window(image: Image.Image, view: View, name: str) -> Image.Image:
     image = _upright(image)
-    if view.window is None:
+    if view.window is None and view.channels is None:
         return image
     if image.mode.startswith("P"):
         raise ValueError(f"{name} has a palette; a window is for grey images. Leave window out.")
-    return Image.fromarray(windowed(np.asarray(image), view, name))
+    values = np.asarray(image)
+    return Image.fromarray(view.in_channels(lambda one: windowed(values, one, name)))
 
 
 def _grid(image: Image.Image, frames: Sequence[int], view: View, name: str) -> Image.Image:

@@ -8,7 +8,9 @@
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
@@ -17,7 +19,7 @@ from PIL import Image
 from typing_extensions import Unpack
 
 from moellava.images.eight_bit import array_to_pil, to_eight_bit
-from moellava.images.image_like import ImageLike, is_tensor
+from moellava.images.image_like import ImageLike, ImagePart, is_tensor
 from moellava.images.kinds import (
     HEADER_BYTES,
     Decode,
@@ -28,6 +30,7 @@ from moellava.images.kinds import (
 )
 from moellava.images.picture import decode_picture, seen, windowed
 from moellava.images.silence import reason_without_quotes, silent_libraries
+from moellava.images.slide import read_region
 from moellava.images.view import Frame, View, Window
 from moellava.storage.errors import refuse_stand_in
 
@@ -40,6 +43,7 @@ class ViewOptions(TypedDict, total=False):
     plane: str | None
     volume: int
     max_pixels: int
+    channels: Sequence[Window] | None
 
 
 def load_image(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
@@ -47,7 +51,8 @@ def load_image(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
 
     Args:
         image: see `to_pil`.
-        **view: `window`, `frame`, `plane`, `volume`, `max_pixels`; see `moellava.images.View`.
+        **view: `window`, `frame`, `plane`, `volume`, `max_pixels` and `channels`; see
+            `moellava.images.View`.
 
     Raises:
         ValueError: unreadable, empty, too large, or without the frame or window asked for; the file
@@ -67,7 +72,12 @@ def to_pil(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
         ValueError: an unreadable file, an empty image, or values out of range; a file is named.
         TypeError: something that is not an image.
     """
-    options = View(**view)
+    return _picture(image, View(**view))
+
+
+def _picture(image: ImageLike, options: View) -> Image.Image:
+    if isinstance(image, ImagePart):
+        return _of_part(image, options)
     if isinstance(image, Image.Image):
         return seen(image, options, "The image")
     if isinstance(image, str | os.PathLike):
@@ -76,7 +86,7 @@ def to_pil(image: ImageLike, **view: Unpack[ViewOptions]) -> Image.Image:
         return _from_bytes(bytes(image), options)
     if isinstance(image, Mapping) and "bytes" in image and "path" in image:
         stored = image["path"] if image["bytes"] is None else image["bytes"]
-        return to_pil(stored, **view)  # type: ignore[arg-type]  # a TypeError if it is not an image
+        return _picture(stored, options)  # type: ignore[arg-type]  # a TypeError if it is none
     if (kind := kind_of_object(image)) is not None:
         return _decoded(kind.decode, image, options, f"The {kind.name} object")
     if is_tensor(image):
@@ -103,6 +113,17 @@ def is_image_file(path: Path) -> bool:
         return kind_of_bytes(file.read(HEADER_BYTES)) is not None
 
 
+def _of_part(part: ImagePart, view: View) -> Image.Image:
+    if view != View(max_pixels=view.max_pixels):
+        raise ValueError("A part of an image is seen as it was chosen. Leave window and frame out.")
+    most = min(view.max_pixels, part.view.max_pixels)
+    if part.region is None:
+        return _picture(part.source, replace(part.view, max_pixels=most))
+    name = str(part.source)
+    with naming_errors(name):
+        return read_region(part.source, part.region, most, name)
+
+
 def _from_file(path: Path, view: View) -> Image.Image:
     try:
         if path.exists() and not path.is_file():
@@ -125,10 +146,16 @@ def _from_bytes(data: bytes, view: View) -> Image.Image:
 
 
 def _decoded(decode: Decode, source: object, view: View, name: str) -> Image.Image:
-    """What a decoder gives; whatever it raises becomes a `ValueError` that begins with the name."""
+    with naming_errors(name):
+        return decode(source, view, name)
+
+
+@contextmanager
+def naming_errors(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes a `ValueError` that begins with the name."""
     try:
         with silent_libraries():
-            return decode(source, view, name)
+            yield
     except (ImportError, MemoryError):
         raise
     except BaseException as error:
@@ -144,6 +171,6 @@ def _decoded(decode: Decode, source: object, view: View, name: str) -> Image.Ima
 
 def _from_array(array: np.ndarray, view: View) -> Image.Image:
     view.refuse_plane("The array")
-    if view.window is not None and array.ndim == 2:
-        return Image.fromarray(windowed(array, view, "The array"))
+    if array.ndim == 2 and (view.window is not None or view.channels is not None):
+        return Image.fromarray(view.in_channels(lambda one: windowed(array, one, "The array")))
     return seen(array_to_pil(array), view, "The array")

@@ -6,8 +6,8 @@
 import functools
 import logging
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ WINDOWS: dict[str, tuple[float, float]] = {
     "bone": (400, 1800),
     "brain": (40, 80),
     "soft": (50, 400),
+    "mediastinum": (50, 350),
 }
 # The axis that a slice lies across, of right, anterior, superior.
 PLANES = {"sagittal": 0, "coronal": 1, "axial": 2}
@@ -52,6 +53,8 @@ class View:
         plane: of a volume's slices: "axial" (as None), "coronal" or "sagittal".
         volume: of a 4-D NIfTI file (time, contrast), from 0.
         max_pixels: larger pictures are refused before they are decoded.
+        channels: three windows in place of one: the picture is RGB, and each channel shows the same
+            grey values through its own window, such as ("lung", "mediastinum", "bone").
     """
 
     window: Window | None = None
@@ -59,17 +62,46 @@ class View:
     plane: str | None = None
     volume: int = 0
     max_pixels: int = MAX_PIXELS
+    channels: Sequence[Window] | None = None
 
     def __post_init__(self) -> None:
         if self.plane is not None and self.plane not in PLANES:
             raise unknown_name("plane", self.plane, PLANES)
         object.__setattr__(self, "window", _checked_window(self.window))
+        if self.channels is not None:
+            object.__setattr__(self, "channels", self._checked_channels())
         self.grid_size  # noqa: B018  # raises for text that is not a grid
         if isinstance(self.frame, bool) or not isinstance(self.frame, str | int | None):
             raise ValueError(
                 f"frame is a {type(self.frame).__name__}; expected a whole number, 'grid', or such "
                 "as 'grid:9'."
             )
+
+    def _checked_channels(self) -> tuple[Window, ...]:
+        if self.window is not None:
+            raise ValueError("window and channels are both given. Leave one of them out.")
+        is_list = isinstance(self.channels, Sequence) and not isinstance(self.channels, str)
+        if self.channels is None or not is_list or len(self.channels) != 3:
+            raise ValueError(
+                f"channels is {self.channels!r}; expected three windows, such as "
+                "('lung', 'mediastinum', 'bone')."
+            )
+        checked = tuple(_checked_window(window) for window in self.channels)
+        if None in checked:
+            raise ValueError("channels has a window that is None; expected three windows.")
+        return tuple(window for window in checked if window is not None)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether greys are asked for that only an image without colours has."""
+        return self.channels is not None or (self.window is not None and self.window != "full")
+
+    def in_channels(self, show: "Callable[[View], np.ndarray]") -> np.ndarray:
+        """What `show` gives for this view; with `channels`, its (H, W) of each, as (H, W, 3)."""
+        if self.channels is None:
+            return show(self)
+        views = (replace(self, channels=None, window=window) for window in self.channels)
+        return np.stack([show(view) for view in views], axis=-1)
 
     @property
     def grid_size(self) -> int | None:

@@ -27,6 +27,8 @@ LIMITS = {
     "aspect": 1_000,  # the longer side of an image over the shorter one
     "frame": 1 << 28,  # bytes of one decoded frame or slice, of which several copies are held
     "grid": 256,  # pictures side by side in one
+    "pictures": 256,  # slices, frames or tiles that one image stands for
+    "slices": 20_000,  # files of a folder that holds a DICOM series
     "unpacked": 1 << 29,  # bytes of a compressed file that is unpacked in memory
     "expansion": 100,  # an archive's size once it is unpacked, over its own
 }
