@@ -34,6 +34,13 @@ def ask(
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
+    tiles: Annotated[
+        int | None,
+        typer.Option(
+            help="See a large image as at most so many tiles, too, whatever the model was built "
+            "with; 0 is one view."
+        ),
+    ] = None,
 ) -> None:
     """Answer questions about images with a saved model.
 
@@ -60,6 +67,8 @@ def ask(
     # Read before the model is loaded: an unreadable file should not cost a minute.
     pictures = [to_pil(image, **view) for image in images]
     loaded = open_model(checkpoint, device)
+    if tiles is not None:
+        loaded.processor.set_tiling({"max_tiles": tiles} if tiles else None)
     rows = []
     for image, picture in zip(images, pictures, strict=True):
         answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)

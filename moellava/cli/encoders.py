@@ -186,7 +186,10 @@ def _encoder_options(
     from moellava.storage.settings_file import override
 
     named = {"select_layer": select_layer, "image_size": image_size}
-    words = [f"{name}={value}" for name, value in named.items() if value is not None]
+    words = [f"{name}={value}" for name, value in named.items() if value is not None] + settings
+    names = [word.partition("=")[0] for word in words]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise typer.BadParameter(f"{twice[0]} is given twice.")
     options: dict[str, object] = {}
-    override(options, [*words, *settings])
+    override(options, words)
     return options

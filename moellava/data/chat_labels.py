@@ -2,12 +2,14 @@
 
 import re
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import jinja2
+from PIL import Image
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from moellava.images import to_pil
 from moellava.model.chat_templates import has_beginning
 from moellava.model.processing_moellava import MoeLlavaProcessor
 
@@ -26,7 +28,10 @@ class ChatTokens(NamedTuple):
 
 
 def tokenize_chat(
-    messages: Messages, processor: MoeLlavaProcessor, chat_template: str
+    messages: Messages,
+    processor: MoeLlavaProcessor,
+    chat_template: str,
+    layouts: Sequence[str] | None = None,
 ) -> ChatTokens:
     """Token ids as the model is asked with, and which of them it has to learn: the assistant's.
 
@@ -34,6 +39,9 @@ def tokenize_chat(
     template is rendered
     turn by turn: what a turn adds to the prompt that asks for it is the answer, with its
     end-of-turn token and without the white space behind that.
+
+    Args:
+        layouts: `processor.layout` of each image; None is one view of each.
 
     Raises:
         ValueError: if the template cannot be read turn by turn, or the text holds another number of
@@ -46,16 +54,20 @@ def tokenize_chat(
     input_ids: list[int] = []
     is_answer: list[bool] = []
     starts = [start for start, _ in spans]
+    num_images = len(image_items(messages))
+    places = [processor.layout_ids(one) for one in layouts or [processor.image_token] * num_images]
     num_found = 0
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        place = bisect_left(starts, end) - 1  # the last span that begins before the token's end
-        answered = start < end and place >= 0 and start < spans[place][1]
-        is_image = token == processor.image_token_id
-        repeat = processor.num_image_tokens if is_image else 1
-        num_found += is_image
-        input_ids += [token] * repeat
-        is_answer += [answered and not is_image] * repeat
-    num_images = len(image_items(messages))
+        span = bisect_left(starts, end) - 1  # the last span that begins before the token's end
+        answered = start < end and span >= 0 and start < spans[span][1]
+        if token != processor.image_token_id:
+            input_ids.append(token)
+            is_answer.append(answered)
+            continue
+        place_ids = places[num_found] if num_found < num_images else []  # too many: said below
+        num_found += 1
+        input_ids += place_ids
+        is_answer += [False] * len(place_ids)
     if num_found != num_images:
         raise ValueError(
             f"the text holds {num_found} {processor.image_token}, but the messages hold "
@@ -66,18 +78,31 @@ def tokenize_chat(
 
 
 def num_chat_tokens(
-    conversations: Sequence[Messages], processor: MoeLlavaProcessor, chat_template: str
+    conversations: Sequence[Messages],
+    processor: MoeLlavaProcessor,
+    chat_template: str,
+    load_image: Callable[[Any], Image.Image] = to_pil,
 ) -> list[int]:
-    """How many tokens `tokenize_chat` gives for each conversation; no image is opened."""
+    """How many tokens `tokenize_chat` gives for each conversation.
+
+    Args:
+        load_image: opens what an image item holds; only with tiling, which asks for its size.
+    """
     tokenizer = processor.tokenizer
     lengths: list[int] = []
     # One call for many, so that the tokenizer can use its threads.
     for start in range(0, len(conversations), 1000):
         texts, _ = _render_jinja(conversations[start : start + 1000], processor, chat_template)
         has_bos = has_beginning(tokenizer, texts[0])
-        for ids in tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]:
-            num_images = ids.count(processor.image_token_id)
-            lengths.append(len(ids) + num_images * (processor.num_image_tokens - 1))
+        encoded = tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]
+        for messages, ids in zip(conversations[start : start + 1000], encoded, strict=True):
+            num_marks = ids.count(processor.image_token_id)
+            num_placed = num_marks * processor.num_image_tokens
+            if processor.tiling is not None:
+                images = [load_image(item["image"]) for item in image_items(messages)]
+                layouts = [processor.layout(image.size) for image in images]
+                num_placed = sum(len(processor.layout_ids(layout)) for layout in layouts)
+            lengths.append(len(ids) - num_marks + num_placed)
     return lengths
 
 

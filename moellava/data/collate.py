@@ -68,6 +68,11 @@ class ChatCollator:
     ) -> None:
         if long_rows not in LONG_ROWS:
             raise unknown_name("long_rows", long_rows, LONG_ROWS)
+        if processor.tiling is not None and patch_tokens is not None:
+            raise ValueError(
+                "Kept features (data.features) hold one view of each image, but the model has "
+                "tiling, which makes several. Leave data.features out."
+            )
         self.processor = processor
         self.chat_template = resolve_chat_template(processor, chat_template)
         self.max_length = max_length
@@ -83,8 +88,8 @@ class ChatCollator:
         Returns:
             `input_ids` and `labels` (B, T), labels -100 outside the assistant's turns;
             `attention_mask` (B, T), with padding on the right, or with packing `position_ids` (1,
-            T) and `use_cache=False` instead; where there are images, `pixel_values` (I, 3, H, W) or
-            `patch_tokens` (I, N, D).
+            T) and `use_cache=False` instead; where there are images, `pixel_values` (V, 3, H, W) of
+            all their views, or `patch_tokens` (I, N, D).
 
         Raises:
             ValueError: if a row has no supervised token, is too long, or has an image that cannot
@@ -96,8 +101,10 @@ class ChatCollator:
         for index, row in enumerate(rows):
             messages, row_id = messages_of(row), id_of(row, index)
             try:
-                tokens = tokenize_chat(messages, self.processor, self.chat_template)
                 opened = [self._open(item["image"]) for item in image_items(messages)]
+                tokens = tokenize_chat(
+                    messages, self.processor, self.chat_template, self._layouts(opened)
+                )
             except (OSError, ValueError) as error:
                 raise ValueError(f"Row {row_id!r}: {error}") from error
             images += opened
@@ -107,13 +114,16 @@ class ChatCollator:
         if images and self.patch_tokens is not None:
             batch["patch_tokens"] = torch.stack(images)  # type: ignore[arg-type]  # all are tensors
         elif images:
-            batch["pixel_values"] = self.processor.image_processor(images, return_tensors="pt")[
-                "pixel_values"
-            ]
+            batch["pixel_values"] = self.processor.pixel_values(images)
         return {**batch, "row_ids": ids} if self.return_row_ids else batch
 
     def _open(self, image: ImageLike) -> Image.Image | Tensor:
         return self.load_image(image) if self.patch_tokens is None else self.patch_tokens(image)
+
+    def _layouts(self, opened: Sequence[Any]) -> list[str] | None:
+        if self.processor.tiling is None:
+            return None
+        return [self.processor.layout(image.size) for image in opened]
 
     def _label(self, tokens: ChatTokens, row_id: object) -> dict[str, list[int]]:
         input_ids, is_answer = tokens

@@ -79,7 +79,8 @@ class Asker:
         self.loaded, self.load_image = loaded, load_image
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self._option_tokens = OptionTokens(loaded)
-        self._features: dict[str, Tensor] = {}
+        self._features: dict[str, list[Tensor]] = {}  # the embeddings of each view
+        self._layouts: dict[str, str] = {}
 
     def check(self, asked: Sequence[Asked]) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""
@@ -125,12 +126,15 @@ class Asker:
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             pictures = [self.load_image(name) for name in part]
-            pixels = self.loaded.processor.image_processor(pictures, return_tensors="pt")
             outputs = self.loaded.model.get_image_features(
-                pixels["pixel_values"].to(self.loaded.model.device), return_dict=True
+                self.loaded.processor.pixel_values(pictures).to(self.loaded.model.device),
+                return_dict=True,
             )
             embeds: Any = outputs.pooler_output  # a list, which transformers declares a tensor
-            self._features.update(zip(part, embeds, strict=True))
+            of_view = iter(embeds)
+            for name in part:
+                num_views = self._layout(name).count(self.loaded.processor.image_token)
+                self._features[name] = [next(of_view) for _ in range(num_views)]
 
     def _ask_batch(
         self, batch: Sequence[tuple[list[int], Asked]], encoding: float
@@ -141,7 +145,12 @@ class Asker:
             {"input_ids": [ids for ids, _ in batch]}, padding_side="left", return_tensors="pt"
         ).to(device)
         inputs: dict[str, object] = dict(padded)
-        embeds = [self._features[name] for _, question in batch for name in question.images]
+        embeds = [
+            view
+            for _, question in batch
+            for name in question.images
+            for view in self._features[name]
+        ]
         if embeds:
             image: Any = embeds  # transformers declares a tensor, and takes a list
             inputs["mm_encoder_outputs"] = {
@@ -177,11 +186,23 @@ class Asker:
         prompt: str = processor.apply_chat_template(
             _messages(question), add_generation_prompt=True, tokenize=False
         )
-        placeholders = processor.image_token * processor.num_image_tokens
-        text = prompt.replace(processor.image_token, placeholders)
+        parts = prompt.split(processor.image_token)
+        layouts = [self._layout(name) for name in question.images]
+        places = [processor.placeholders(layout) for layout in layouts]
+        text = "".join(part + place for part, place in zip(parts, [*places, ""], strict=True))
         tokenizer = self.loaded.tokenizer
         is_begun = has_beginning(tokenizer, text)
-        return list(tokenizer(text, add_special_tokens=not is_begun)["input_ids"])
+        # Too long a prompt is an error of `check`, not a warning of the tokenizer.
+        encoded = tokenizer(text, add_special_tokens=not is_begun, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _layout(self, name: str) -> str:
+        """What stands for an image; with tiling, it is opened once to know its size."""
+        if self.loaded.processor.tiling is None:
+            return self.loaded.processor.image_token
+        if name not in self._layouts:
+            self._layouts[name] = self.loaded.processor.layout(self.load_image(name).size)
+        return self._layouts[name]
 
     def _end_ids(self, options: Mapping[str, Any]) -> list[int]:
         found = options.get("eos_token_id") or self.loaded.model.generation_config.eos_token_id

@@ -226,7 +226,9 @@ def _route_rows(
     for start in starts:
         batch_rows = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         batch = {name: value.to(loaded.model.device) for name, value in collate(batch_rows).items()}
-        keys += _image_keys(batch_rows, batch.get("pixel_values"))
+        is_image = batch["input_ids"] == loaded.model.config.image_token_id
+        num_views = (is_image.sum(1) // loaded.processor.num_image_tokens).tolist()
+        keys += _image_keys(batch_rows, batch.get("pixel_values"), num_views)
         experts = _experts(loaded, batch, routers)  # (S, B, T, k)
         phases = _phases(loaded, batch)  # (3, B, T)
         for number in range(len(batch_rows)):
@@ -272,14 +274,16 @@ def _phases(loaded: LoadedModel, batch: dict[str, Tensor]) -> npt.NDArray[np.boo
     return phases
 
 
-def _image_keys(rows: Sequence[Row], pixel_values: Tensor | None) -> list[str]:
+def _image_keys(
+    rows: Sequence[Row], pixel_values: Tensor | None, num_views: Sequence[int]
+) -> list[str]:
     """What the model sees of each row's images, as a hash; rows without images stand alone."""
     keys, used = [], 0
-    for row in rows:
+    for row, count in zip(rows, num_views, strict=True):
         if not row.images or pixel_values is None:
             keys.append(f"row {row.id}")
             continue
-        own = pixel_values[used : used + len(row.images)].float().cpu().numpy()
-        used += len(row.images)
+        own = pixel_values[used : used + count].float().cpu().numpy()
+        used += count
         keys.append(hashlib.sha256(own.tobytes()).hexdigest()[:16])
     return keys

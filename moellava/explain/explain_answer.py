@@ -12,7 +12,7 @@ from transformers import BatchFeature, DynamicCache
 
 from moellava.explain.effects import AnswerScorer, ablation_map, gradient_map, mean_colour
 from moellava.explain.explanation import Explanation
-from moellava.explain.frames import measure_frame
+from moellava.explain.frames import view_frames
 from moellava.explain.grids import TokenGrid, find_token_grid
 from moellava.explain.recording import (
     Recording,
@@ -109,14 +109,15 @@ def explain(
     grid, no_grid = _grid_or_reason(loaded)
     answer_ids: list[int] = input_ids[0, num_prompt_tokens:].tolist()
     sizes = {picture.size for picture in pictures}
-    frames = {size: measure_frame(loaded.image_processor, size) for size in sizes}
+    frames = {size: view_frames(loaded.processor, size) for size in sizes}
+    views = [(picture, frame) for picture in pictures for frame in frames[picture.size]]
     return Explanation(
         question=asked,
         answer=str(tokenizer.decode(answer_ids)).strip(),
         tokens=tuple(_texts(loaded, answer_ids)),
         logprobs=seen.logprobs,
-        pictures=tuple(to_eight_bit(picture).convert("RGB") for picture in pictures),
-        frames=tuple(frames[picture.size] for picture in pictures),
+        pictures=tuple(to_eight_bit(picture).convert("RGB") for picture, _ in views),
+        frames=tuple(frame for _, frame in views),
         grid=grid,
         no_grid=no_grid,
         attention=seen.attention,

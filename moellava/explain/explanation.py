@@ -41,7 +41,8 @@ class Explanation:
         question, answer: as asked and given.
         tokens: A texts, which joined are the answer.
         logprobs: (A,) natural logarithm of each token's probability.
-        pictures: I pictures as they were given, in 8-bit colour.
+        pictures: I pictures as they were given, in 8-bit colour. With tiling, I counts views: a
+            picture stands once for each of its own.
         frames: of each picture, the part that the model saw.
         grid: places of the N image tokens, or None with the reason in `no_grid`.
         attention: (L, H, A, I * N) float32, of the query that chose each token to each image token.

@@ -7,6 +7,7 @@ any processor will do that scales along the axes, and a change of its rounding c
 |---|---|
 | `Frame` | the box, in pixels of the picture; `place` puts a map of patches into it |
 | `measure_frame` | the frame of a processor for pictures of one size |
+| `view_frames` | the frames of all views of a picture, its tiles included |
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+
+from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tiling import tile_boxes
 
 Array = npt.NDArray[np.float32]
 ImageProcessor = Callable[..., Mapping[str, torch.Tensor]]
@@ -82,6 +86,19 @@ class Frame:
         )[0, 0].numpy()
         is_inside = ((v >= 0) & (v < 1))[:, None] & ((u >= 0) & (u < 1))[None, :]
         return np.where(is_inside, placed, np.float32(np.nan)).astype(np.float32)
+
+
+def view_frames(processor: MoeLlavaProcessor, size: tuple[int, int]) -> list[Frame]:
+    """What each view of a picture of this (width, height) shows of it, in the views' order."""
+    grid, (width, height) = processor.grid(size), size
+    if grid == (1, 1):
+        return [measure_frame(processor.image_processor, size)]
+    has_overview = processor.layout(size).count(processor.image_token) > grid[0] * grid[1]
+    tiles = [
+        Frame(left=left, top=top, right=right, bottom=bottom, width=width, height=height)
+        for left, top, right, bottom in tile_boxes(size, grid, processor.view_size)
+    ]
+    return [*([measure_frame(processor.image_processor, size)] if has_overview else []), *tiles]
 
 
 def measure_frame(processor: ImageProcessor, size: tuple[int, int]) -> Frame:

@@ -24,11 +24,13 @@ class MoeLlavaConfig(PreTrainedConfig):
             defaults: layer -2, no class token.
         text_config: config of the language model, `llama_moe` by default; any causal language model
             that AutoConfig knows makes a dense baseline.
-        image_token_id: id of `<image>` in the tokenizer; each image stands in the prompt as
-            `num_image_tokens` of them.
+        image_token_id: id of `<image>` in the tokenizer; each view of an image stands in the prompt
+            as `num_image_tokens` of them.
         projector_type: `mlpNx_gelu` (N linear layers, GELU between, as in LLaVA) or a name of
             `moellava.model.projector.PROJECTORS`.
         projector_options: of that type, such as `{"factor": 2}`; what is left out has its default.
+        tiling: fields of `moellava.model.tiling.Tiling` that the model was built with; None is one
+            view of each image. The processor, which has them too, is what acts on them.
         language_model, language_model_revision: where the language model's weights came from: a
             repo id (or a local folder's own name) and its commit. The tower's are
             `vision_config.tower` and `vision_config.revision`.
@@ -47,6 +49,7 @@ class MoeLlavaConfig(PreTrainedConfig):
     image_token_id: int = 32000
     projector_type: str = "mlp2x_gelu"
     projector_options: dict[str, Any] | None = None
+    tiling: dict[str, Any] | None = None
     language_model: str | None = None
     language_model_revision: str | None = None
     projector_tower: dict[str, Any] | None = None
@@ -81,7 +84,7 @@ class MoeLlavaConfig(PreTrainedConfig):
 
     @property
     def num_image_tokens(self) -> int:
-        """Placeholders per image in a prompt: as many as the projector gives."""
+        """Placeholders per view of an image in a prompt: as many as the projector gives."""
         return num_projected_tokens(
             self.projector_type, self.projector_shape, self.projector_options
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from moellava.images import ViewOptions, to_pil
+from moellava.images import ViewOptions, to_eight_bit, to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import has_beginning
 from moellava.model.generation import (
@@ -58,11 +58,12 @@ class ChatModel(Protocol):
 class Picture:
     """An image as the model takes it; the embeddings are filled in when it is first asked about."""
 
-    pixel_values: Tensor  # (1, 3, H, W)
-    num_tokens: int
+    pixel_values: Tensor  # (V, 3, H, W), its views
+    layout: str  # `MoeLlavaProcessor.layout`
+    num_tokens: int  # of all placeholders
     name: str | None = None
     view: dict[str, object] = field(default_factory=dict)
-    embeds: Tensor | None = None  # (num_tokens, D_t)
+    embeds: list[Tensor] | None = None  # (N, D_t) of each view
 
 
 @dataclass(frozen=True)
@@ -377,11 +378,11 @@ def read_message(processor: MoeLlavaProcessor, message: Message) -> Turn:
 
 def read_picture(processor: MoeLlavaProcessor, image: object, **view: Any) -> Picture:
     """An image of any kind, as the model takes it."""
-    pil = to_pil(cast(Any, image), **view)
-    prepared = processor(text=[processor.image_token], images=[pil], return_tensors="pt")
-    num_tokens = int((prepared["input_ids"] == processor.image_token_id).sum())
+    pil = to_eight_bit(to_pil(cast(Any, image), **view))
+    layout = processor.layout(pil.size)
+    num_tokens = layout.count(processor.image_token) * processor.num_image_tokens
     name = Path(image).name if isinstance(image, str | Path) else None
-    return Picture(prepared["pixel_values"], num_tokens, name, dict(view))
+    return Picture(processor.pixel_values([pil]), layout, num_tokens, name, dict(view))
 
 
 def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt:
@@ -398,7 +399,7 @@ def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt
             f"The prompt has {len(parts) - 1} times {processor.image_token} for {len(pictures)} "
             f"images. Leave {processor.image_token} out of the text: images stand in the message."
         )
-    runs = [processor.image_token * picture.num_tokens for picture in pictures]
+    runs = [processor.placeholders(picture.layout) for picture in pictures]
     whole = "".join(part + run for part, run in zip(parts, [*runs, ""], strict=True))
     is_begun = has_beginning(processor.tokenizer, whole)
     ids: list[int] = processor.tokenizer(
@@ -406,11 +407,20 @@ def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt
         add_special_tokens=not is_begun,
         verbose=False,  # too long a prompt is an error of `require_prompt_room`
     )["input_ids"]
-    of_place = iter([picture for picture in pictures for _ in range(picture.num_tokens)])
-    keys: list[object] = [
-        next(of_place) if token == processor.image_token_id else token for token in ids
-    ]
-    return _Prompt(ids, keys, pictures)
+    return _Prompt(ids, _keys(ids, pictures, processor.image_token_id), pictures)
+
+
+def _keys(ids: Sequence[int], pictures: Sequence[Picture], image_token_id: int) -> list[object]:
+    """The ids, with the picture in place of its tokens and of what stands between its tiles."""
+    keys: list[object] = []
+    rest, picture, num_left = iter(pictures), None, 0
+    for token in ids:
+        if token == image_token_id and num_left == 0:
+            picture = next(rest)
+            num_left = picture.num_tokens
+        keys.append(picture if num_left else token)
+        num_left -= token == image_token_id
+    return keys
 
 
 @torch.inference_mode()
@@ -421,8 +431,9 @@ def encode_pictures(model: MoeLlavaForConditionalGeneration, pictures: Sequence[
         return
     pixel_values = torch.cat([picture.pixel_values for picture in new]).to(model.device)
     embeds = model.get_image_features(pixel_values, return_dict=True).pooler_output
-    for picture, own in zip(new, cast(list[Tensor], embeds), strict=True):
-        picture.embeds = own
+    views = iter(cast(list[Tensor], embeds))
+    for picture in new:
+        picture.embeds = [next(views) for _ in range(len(picture.pixel_values))]
 
 
 def require_chat_template(processor: MoeLlavaProcessor) -> None:
@@ -499,7 +510,7 @@ def _as_list(images: object) -> list[object]:
 def _image_inputs(pictures: Sequence[Picture]) -> dict[str, Any]:
     if not pictures:
         return {}
-    embeds: Any = [picture.embeds for picture in pictures]
+    embeds: Any = [view for picture in pictures for view in picture.embeds or ()]
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeds)}}
 
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.quantization import held_bytes, held_dtype
+from moellava.model.tiling import Tiling
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +20,14 @@ def describe(model: PreTrainedModel) -> str:
     config = model.config
     text, num_tokens = config.text_config, config.num_image_tokens
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    views = "" if config.tiling is None else f", {Tiling(**config.tiling)}"
     parts = [
         (
             "vision_tower",
             tower,
             f"(N={config.vision_config.num_patches}, D={config.vision_config.hidden_size})",
         ),
-        ("multi_modal_projector", projector, f"(M={num_tokens}, D={text.hidden_size})"),
+        ("multi_modal_projector", projector, f"(M={num_tokens}, D={text.hidden_size}){views}"),
         ("language_model", model.model.language_model, f"(T, D={text.hidden_size})"),
         ("lm_head", model.lm_head, f"(T, V={text.vocab_size})"),
     ]
@@ -77,7 +79,7 @@ def log_vision(model: PreTrainedModel) -> None:
     """One INFO line each for tower and projector of an opened model; building logs its own."""
     model.model.vision_tower.log_tower()
     logger.info(
-        "projector %s: %d image tokens per image",
+        "projector %s: %d image tokens per view of an image",
         model.config.projector_type,
         model.config.num_image_tokens,
     )

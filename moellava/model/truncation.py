@@ -27,12 +27,14 @@ def shorten_text(
     image_token_id: int,
     bos_token_id: int | None,
     side: str,
+    kept_between: Sequence[int] = (),
 ) -> None:
     """Drop text tokens, in place, from each row longer than `max_length`; image tokens stay.
 
     Args:
         rows: `input_ids` and the other lists of `PER_TOKEN`, a list per row, not padded.
         side: "right" drops the last text tokens first, "left" the first ones after <s>.
+        kept_between: token ids that stay where they stand between two image tokens.
 
     Raises:
         ValueError: if the image tokens alone are more than `max_length`; both numbers are given.
@@ -42,7 +44,12 @@ def shorten_text(
         if excess <= 0:
             continue
         has_bos = bool(ids) and ids[0] == bos_token_id
-        text = [place for place, token in enumerate(ids) if token != image_token_id][has_bos:]
+        kept = _places_between(ids, kept_between, image_token_id)
+        text = [
+            place
+            for place, token in enumerate(ids)
+            if token != image_token_id and place not in kept
+        ][has_bos:]
         num_image = len(ids) - len(text) - has_bos
         if excess > len(text):
             raise ValueError(
@@ -57,6 +64,18 @@ def shorten_text(
                 rows[name][index] = [
                     value for place, value in enumerate(rows[name][index]) if place not in dropped
                 ]
+
+
+def _places_between(ids: Sequence[int], wanted: Sequence[int], image_token_id: int) -> set[int]:
+    """The places of the tokens `wanted` where they stand between two image tokens."""
+    size = len(wanted)
+    return {
+        place
+        for start in range(1, len(ids) - size)
+        if list(ids[start : start + size]) == list(wanted)
+        and ids[start - 1] == ids[start + size] == image_token_id
+        for place in range(start, start + size)
+    }
 
 
 def pad_rows(rows: MutableMapping[str, Any], length: int, *, pad_token_id: int, side: str) -> None:

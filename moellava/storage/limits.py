@@ -23,6 +23,7 @@ LIMITS = {
     "nesting": 32,  # levels of a config
     "values": 100_000,  # of a YAML file, once its aliases are unfolded
     "queries": 65_536,  # of a projector that has its own
+    "tiles": 64,  # of one image
     "side": 8_192,  # pixels of the square that a tower sees
     "aspect": 1_000,  # the longer side of an image over the shorter one
     "frame": 1 << 28,  # bytes of one decoded frame or slice, of which several copies are held

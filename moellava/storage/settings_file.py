@@ -34,10 +34,11 @@ def read_settings(path: Path) -> dict[str, object]:
 def override(settings: dict[str, object], words: Iterable[str]) -> None:
     """Set `key=value` words in `settings`, values in YAML; dots go into sections.
 
+    A later word wins over an earlier one.
+
     Raises:
-        ValueError: a word that is not a setting, or a key that two words set.
+        ValueError: a word that is not a setting.
     """
-    names = set()
     for word in words:
         name, equals, text = word.partition("=")
         if not equals:
@@ -49,9 +50,6 @@ def override(settings: dict[str, object], words: Iterable[str]) -> None:
             value = load_yaml(text)
         except yaml.YAMLError as error:
             raise ValueError(f"{name}={text} is not valid YAML: {error}") from error
-        if name in names:
-            raise ValueError(f"{name} is given twice. Type it once.")
-        names.add(name)
         _set(settings, name, value)
 
 

@@ -89,13 +89,16 @@ def build_collator(
 
 
 def row_lengths(rows: Sequence[Row], collator: ChatCollator) -> list[int]:
-    """Tokens of each row, without opening an image.
+    """Tokens of each row, without opening an image, unless the model has tiling.
 
     Raises:
         ValueError: naming the rows that are too long, before a step is trained.
     """
     lengths = num_chat_tokens(
-        [messages_of(row) for row in rows], collator.processor, collator.chat_template
+        [messages_of(row) for row in rows],
+        collator.processor,
+        collator.chat_template,
+        collator.load_image,
     )
     limit = collator.max_length
     if limit is None:

@@ -39,6 +39,7 @@ def test_words_that_are_refused(word, message):
         override({}, [word])
 
 
-def test_a_key_that_two_words_set_is_refused():
-    with pytest.raises(ValueError, match=r"optim\.steps is given twice"):
-        override({}, ["optim.steps=1", "optim.rate=1", "optim.steps=1"])
+def test_a_later_word_wins():
+    settings = {"steps": 1}
+    override(settings, ["steps=2", "steps=3"])
+    assert settings == {"steps": 3}

@@ -127,6 +127,7 @@ def _find_parts(
     text_config = language_model.config
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     origin = origin_of(name, hub)
+    tiling = None if request.tiling is None else asdict(request.tiling)
     tower = tower_identity(encoder.config, encoder.state_dict())
     config = MoeLlavaConfig(
         vision_config=encoder.config,
@@ -134,6 +135,7 @@ def _find_parts(
         image_token_id=tokenizer.get_vocab()[IMAGE_TOKEN],
         projector_type=projector_type,
         projector_options=chosen,
+        tiling=tiling,
         language_model=origin.name,
         language_model_revision=origin.revision,
         projector_tower=asdict(tower),
@@ -144,6 +146,7 @@ def _find_parts(
         tokenizer,
         num_image_tokens=config.num_image_tokens,
         chat_template=multimodal_chat_template(tokenizer),
+        tiling=tiling,
     )
     return _Parts(config, processor, language_model, encoder, tower, projector)
 
@@ -231,7 +234,7 @@ def _log_projector(
         trained_for = trained.tower or "a tower that it does not name"
         source = f"loaded from {trained.path}, trained for {trained_for}"
     logger.info(
-        "projector %s: %d image tokens per image, %s",
+        "projector %s: %d image tokens per view of an image, %s",
         config.projector_type,
         config.num_image_tokens,
         source,

@@ -10,6 +10,7 @@ import yaml
 
 from moellava.encoders import OptionValue, encoder_options
 from moellava.messages import unknown_name
+from moellava.model.tiling import Tiling
 from moellava.settings import convert, from_mapping
 from moellava.storage.errors import reading
 from moellava.storage.yaml_text import load_yaml
@@ -39,6 +40,7 @@ class BuildRequest:
     encoder_type: str | None = None  # None: detected from the tower's name
     projector_type: str | None = None  # None: mlp2x_gelu, or that of the trained projector
     projector_options: Mapping[str, object] | None = None  # see moellava.model.projector
+    tiling: Tiling | None = None  # several views of a large image; None is one
     projector_path: str | None = None  # trained; see moellava.model.checkpoint.projector_file
     encoder_options: Mapping[str, OptionValue] = field(default_factory=dict)
 

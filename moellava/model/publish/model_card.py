@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moellava.model.describe import count_active_parameters
 from moellava.model.publish.remote_code import write_remote_code
+from moellava.model.tiling import Tiling
 from moellava.storage.sources import Origin
 
 logger = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ def model_card(
         tower=f"{tower or 'not recorded'}: {vision.num_patches} patch tokens of width "
         f"{vision.hidden_size} from images of {vision.image_size} pixels, layer "
         f"{vision.select_layer}",
-        projector=f"`{config.projector_type}`: {config.num_image_tokens} image tokens per image",
+        projector=_projector(config),
         language_model=f"{language_model or 'not recorded'}: `{text.model_type}`, "
         f"{text.num_hidden_layers} layers of width {text.hidden_size}",
         mixture=_mixture(text),
@@ -235,3 +236,10 @@ def _result_line(result: EvalResult) -> str:
 
 def _is_repo_id(name: str) -> bool:
     return name.count("/") == 1 and " " not in name
+
+
+def _projector(config: PreTrainedConfig) -> str:
+    start = f"`{config.projector_type}`: {config.num_image_tokens} image tokens"
+    if config.tiling is None:
+        return f"{start} per image"
+    return f"{start} per view, {Tiling(**config.tiling)}"
