@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from moellava.model.conversation import ChatModel, Turn, answer_batch
+from moellava.model.conversation import answer_batch
 from moellava.model.generation import GrowingAnswer
+from moellava.model.prompts import ChatModel
+from moellava.model.turns import Turn
 
 logger = logging.getLogger(__name__)
 

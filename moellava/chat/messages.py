@@ -16,8 +16,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from moellava.model.conversation import Turn, read_message
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.turns import Turn, read_message
 
 _GZIP = b"\x1f\x8b"
 _DEFLATED_DICOM = b"1.2.840.10008.1.2.1.99"  # pydicom unpacks all of it at once

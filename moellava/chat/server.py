@@ -24,13 +24,9 @@ from moellava.chat.engine import Engine, Job
 from moellava.chat.guard import ERRORS, LOOPBACK, ErrorReply, Guard, error_response
 from moellava.chat.messages import ChatRequest, Limits, read_turns
 from moellava.chat.replies import Reply, event
-from moellava.model.conversation import (
-    ChatModel,
-    Turn,
-    count_tokens,
-    require_chat_template,
-    start_answer,
-)
+from moellava.model.conversation import start_answer
+from moellava.model.prompts import ChatModel, count_tokens, require_chat_template
+from moellava.model.turns import Turn
 
 logger = logging.getLogger(__name__)
 

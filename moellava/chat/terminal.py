@@ -5,15 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 from moellava.chat.transcript import save_transcript, transcript
+from moellava.images import PartOptions
 from moellava.messages import unknown_name
-from moellava.model.conversation import (
-    ChatModel,
-    Conversation,
-    read_picture,
-    require_chat_template,
-)
+from moellava.model.conversation import Conversation
+from moellava.model.prompts import ChatModel, require_chat_template
+from moellava.model.turns import read_pictures
 
 HELP = """\
   /image PATH ...  show images with the next question
@@ -110,9 +109,10 @@ class TerminalChat:
             self._add_image(path)
 
     def _add_image(self, path: str) -> None:
-        if not Path(path).expanduser().is_file():
+        if not Path(path).expanduser().exists():
             raise FileNotFoundError(f"The image {path} does not exist.")
-        read_picture(self.loaded.processor, path, **self.view)  # an unreadable one is said at once
+        view = cast(PartOptions, self.view)
+        read_pictures(self.loaded.processor, path, **view)  # an unreadable one is said at once
         self.waiting.append({"image": str(Path(path).expanduser()), **self.view})
         self._say(f"{path} goes with the next question.")
 

@@ -5,7 +5,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from moellava import __version__
-from moellava.model.conversation import Conversation, Picture, Turn
+from moellava.model.conversation import Conversation
+from moellava.model.turns import Picture, Turn
 from moellava.storage.writing import write_json
 
 

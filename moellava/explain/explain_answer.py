@@ -22,15 +22,16 @@ from moellava.explain.recording import (
     recording_bytes,
 )
 from moellava.explain.routing import Routing, phases_of
-from moellava.images import Images, ViewOptions, as_image_list, to_eight_bit
-from moellava.model.conversation import Message, generation_options
+from moellava.images import Images, PartOptions, as_image_list, to_eight_bit
+from moellava.model.conversation import generation_options
 from moellava.model.generation import (
     generate_answers,
     new_answer,
     require_generation_options,
     require_room,
 )
-from moellava.model.loaded_model import LoadedModel, with_images
+from moellava.model.loaded_model import LoadedModel
+from moellava.model.turns import Message, with_images
 
 
 def explain(
@@ -46,7 +47,7 @@ def explain(
     batch_size: int = 8,
     progress: bool = False,
     max_bytes: int = 2**30,
-    view: ViewOptions | None = None,
+    view: PartOptions | None = None,
     **generation: object,
 ) -> Explanation:
     """Answer a question about images and record what happened inside.
@@ -67,7 +68,8 @@ def explain(
             patches, so 7x7 of 14x14.
         progress: a progress bar for the ablation.
         max_bytes: memory that recording may take; a longer answer is refused before it starts.
-        view: `window`, `frame`, `plane`, `volume`, `max_pixels`, as `moellava.images.load_image`.
+        view: `window`, `frame`, `slices`, ..., see `moellava.images.PartOptions`. Each picture that
+            an image stands for is explained as an image of its own.
         **generation: passed to `generate`; by default greedy, at most 64 new tokens.
 
     Raises:
@@ -79,7 +81,7 @@ def explain(
     messages, pictures = with_images(question, given, view or {})
     if not pictures:
         raise ValueError("There is no image to explain. Give an image, or a list of them.")
-    asked = _text_of(messages[-1])
+    asked = question if isinstance(question, str) else _text_of(question[-1])
     if not asked.strip():
         raise ValueError("The question is empty. Ask something about the image.")
     prompt = _write_prompt(loaded, pictures, messages)
@@ -135,8 +137,10 @@ def explain(
 
 
 def _text_of(message: Message) -> str:
-    """The text of a message whose content is a list of items."""
-    content = cast(Sequence[Mapping[str, object]], message["content"])
+    """The text of a message as it was given."""
+    if isinstance(content := message["content"], str):
+        return content
+    content = cast(Sequence[Mapping[str, object]], content)
     return "".join(str(item["text"]) for item in content if item.get("type") == "text")
 
 

@@ -75,6 +75,8 @@ def image_parts(image: ImageLike, **options: Unpack[PartOptions]) -> list[ImageP
             asked for, a broken file; it is named.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(image, ImagePart) and not given:
+        return [image]
     unknown = [name for name in given if name not in PART_OPTIONS]
     if unknown:
         raise unknown_name("option of an image", unknown[0], PART_OPTIONS)
@@ -197,7 +199,8 @@ def _slide(image: ImageLike, value: object, view: View) -> list[ImagePart]:
         is_box = isinstance(box, Sequence) and len(box) == 4 and all(map(_is_whole, box))
         if not is_box or isinstance(box, str):
             raise ValueError(f"slide's region is {box!r}; expected [x, y, width, height].")
-        region = SlideRegion(*box, level)
+        x, y, width, height = box
+        region = SlideRegion(x, y, width, height, level)
         with naming_errors(name):
             check_region(image, region, view.max_pixels, name)
         return [ImagePart(image, view, region=region)]

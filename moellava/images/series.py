@@ -146,14 +146,14 @@ def _read_series(folder: Path, changed: int) -> Series:
 
 def _require_one(folder: Path, found: dict[Path, _Slice]) -> None:
     """Raise an error unless all slices are of one patient, one series and one form."""
-    for what, key in (
-        ("more than one patient", lambda one: one.patient),
-        ("{count} series", lambda one: one.series),
-        ("{count} sizes or orientations", lambda one: one.form),
+    for what, name in (
+        ("more than one patient", "patient"),
+        ("{count} series", "series"),
+        ("{count} sizes or orientations", "form"),
     ):
         groups: defaultdict[object, list[Path]] = defaultdict(list)
         for path, one in found.items():
-            groups[key(one)].append(path)
+            groups[getattr(one, name)].append(path)
         if len(groups) > 1:
             shown = ", ".join(_counted(group) for group in list(groups.values())[:4])
             raise DicomError(

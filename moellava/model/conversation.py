@@ -4,91 +4,45 @@
 |---|---|
 | `Conversation` | turns whose images are encoded once and whose cache is continued |
 | `chat`, `stream_chat` | the answer to a list of messages |
-| `read_picture`, `Picture` | an image, prepared for the model once |
 | `answer_batch` | answers to several conversations at once |
 """
 
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, PreTrainedTokenizerBase
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers import DynamicCache
 
-from moellava.images import ViewOptions, to_eight_bit, to_pil
-from moellava.messages import unknown_name
-from moellava.model.chat_templates import has_beginning
 from moellava.model.generation import (
     GrowingAnswer,
     generate_answers,
     new_answer,
     require_generation_options,
-    require_room,
     stream_pieces,
     turn_end_options,
 )
-from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.prompts import (
+    ChatModel,
+    Prompt,
+    count_tokens,
+    encode_pictures,
+    image_inputs,
+    pictures_after,
+    require_prompt_room,
+    require_question,
+    write_prompt,
+)
+from moellava.model.turns import (
+    Message,
+    Picture,
+    Turn,
+    as_list,
+    image_item,
+    read_message,
+    text_item,
+)
 
-ROLES = ("system", "user", "assistant")
-VIEW_OPTIONS = tuple(ViewOptions.__annotations__)
-# {"role": "user", "content": "..."}, or a list of items:
-# {"type": "text", "text": "..."} and {"type": "image", "image": any image, "window": "lung"}.
-Message: TypeAlias = Mapping[str, object]
 Pieces: TypeAlias = Generator[str, None, None]
-
-
-class ChatModel(Protocol):
-    """What a conversation needs of a `LoadedModel`."""
-
-    @property
-    def model(self) -> MoeLlavaForConditionalGeneration: ...
-    @property
-    def processor(self) -> MoeLlavaProcessor: ...
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-    @property
-    def context_len(self) -> int: ...
-
-
-@dataclass(eq=False)
-class Picture:
-    """An image as the model takes it; the embeddings are filled in when it is first asked about."""
-
-    pixel_values: Tensor  # (V, 3, H, W), its views
-    layout: str  # `MoeLlavaProcessor.layout`
-    num_tokens: int  # of all placeholders
-    name: str | None = None
-    view: dict[str, object] = field(default_factory=dict)
-    embeds: list[Tensor] | None = None  # (N, D_t) of each view
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One message: texts and pictures in the order in which they were given."""
-
-    role: str
-    content: tuple[str | Picture, ...]
-
-    @property
-    def pictures(self) -> list[Picture]:
-        return [item for item in self.content if isinstance(item, Picture)]
-
-    @property
-    def text(self) -> str:
-        return "".join(item for item in self.content if isinstance(item, str))
-
-
-@dataclass
-class _Prompt:
-    """Token ids, and the same with the picture's own number in place of each placeholder."""
-
-    ids: list[int]
-    keys: list[object]
-    pictures: list[Picture]
 
 
 class Conversation:
@@ -153,7 +107,8 @@ class Conversation:
         Args:
             text: the question.
             images: an image or a list of them: anything that `moellava.images.to_pil` takes, or
-                `{"image": ..., "window": "lung", ...}` with the options of `moellava.images.View`.
+                `{"image": ..., "window": "lung", ...}` with `moellava.images.PartOptions`, such as
+                `{"image": "ct_folder", "slices": 8}`.
             **generation: passed to `generate`; by default greedy, at most 64 new tokens.
 
         Raises:
@@ -167,7 +122,7 @@ class Conversation:
 
         Leaving the loop early, or `close()`, stops the answer, and keeps what came.
         """
-        items = [*(_image_item(image) for image in _as_list(images)), _text_item(text)]
+        items = [*(image_item(image) for image in as_list(images)), text_item(text)]
         turn = read_message(self._loaded.processor, {"role": "user", "content": items})
         return self._start((*self._turns, turn), generation)
 
@@ -215,7 +170,7 @@ class Conversation:
             if answer.finish_reason is not None and self._turns is turns:
                 self._turns = (*turns, Turn("assistant", (answer.text,)))
 
-    def _generate(self, answer: GrowingAnswer, prompt: _Prompt, options: dict[str, Any]) -> None:
+    def _generate(self, answer: GrowingAnswer, prompt: Prompt, options: dict[str, Any]) -> None:
         """Continue from the tokens that the cache has, and keep what is computed."""
         model = self._loaded.model
         ids = torch.tensor([prompt.ids], device=model.device)
@@ -223,12 +178,12 @@ class Conversation:
         if _has_own_cache(options):
             self._forget()
             generate_answers(
-                model, {**inputs, **_image_inputs(prompt.pictures)}, [answer], **options
+                model, {**inputs, **image_inputs(prompt.pictures)}, [answer], **options
             )
             return
         cache, num_kept = self._cache_for(prompt)
         self._forget()  # until it is whole again
-        images = _image_inputs(_pictures_after(prompt, num_kept))
+        images = image_inputs(pictures_after(prompt, num_kept))
         sequences = generate_answers(
             model, {**inputs, **images, "cache": cache}, [answer], **options
         )
@@ -236,7 +191,7 @@ class Conversation:
         self._cached = [*prompt.keys, *sequences[0, len(prompt.ids) :][:num_new].tolist()]
         self._cache = cache
 
-    def _cache_for(self, prompt: _Prompt) -> tuple[DynamicCache, int]:
+    def _cache_for(self, prompt: Prompt) -> tuple[DynamicCache, int]:
         """The cache cut to what it shares with the prompt, and the number of those tokens."""
         num_shared = _num_shared(self._cached, prompt.keys)
         # One token at least is run, and never a part of an image.
@@ -299,7 +254,7 @@ def answer_batch(
     inputs = {
         "input_ids": torch.tensor(rows, device=model.device),  # (B, T)
         "attention_mask": torch.tensor(mask, device=model.device),
-        **_image_inputs(pictures),
+        **image_inputs(pictures),
     }
     options = generation_options(loaded, generation)
     generate_answers(model, inputs, answers, top_logprobs=top_logprobs, **options)
@@ -321,11 +276,6 @@ def start_answer(
     return answer, len(prompt.ids)
 
 
-def count_tokens(loaded: ChatModel, turns: Sequence[Turn]) -> int:
-    """The tokens of the prompt for the next answer."""
-    return len(write_prompt(loaded.processor, turns).ids)
-
-
 def generation_options(loaded: ChatModel, generation: Mapping[str, object]) -> dict[str, Any]:
     """The options for `generate`, with what ends a turn of the chat template."""
     template = loaded.processor.chat_template
@@ -340,190 +290,10 @@ def generation_options(loaded: ChatModel, generation: Mapping[str, object]) -> d
     return options
 
 
-def require_question(turns: Sequence[Turn]) -> None:
-    """Raise `ValueError` if the last turn is not one to answer."""
-    if not turns or turns[-1].role != "user":
-        raise ValueError("The last message is not the user's. Add a question first.")
-
-
-def require_prompt_room(loaded: ChatModel, prompt: _Prompt, max_new_tokens: int, what: str) -> None:
-    """`moellava.model.generation.require_room` for a prompt."""
-    num_image_tokens = sum(picture.num_tokens for picture in prompt.pictures)
-    require_room(len(prompt.ids), num_image_tokens, max_new_tokens, loaded.context_len, what)
-
-
-def read_message(processor: MoeLlavaProcessor, message: Message) -> Turn:
-    """A checked turn; images are read and preprocessed.
-
-    Raises:
-        ValueError: an unknown role, key or kind of item, an empty message, an unreadable image.
-    """
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        raise unknown_name("role", _shortened(role).strip("'"), ROLES)
-    if extra := [name for name in message if name not in ("role", "content")]:
-        raise unknown_name("key of a message", extra[0], ("role", "content"))
-    items = [_text_item(content)] if isinstance(content, str) else content
-    if not isinstance(items, Sequence):
-        raise ValueError(
-            f"The content of a message is {_shortened(content)}; expected text or a list."
-        )
-    turn = Turn(role, tuple(_read_item(processor, item) for item in items))
-    if role != "user" and turn.pictures:
-        raise ValueError(f"A message of the role {role!r} holds an image; only the user's may.")
-    if role == "user" and not turn.text.strip() and not turn.pictures:
-        raise ValueError("The question is empty. Write one, or add an image.")
-    return turn
-
-
-def read_picture(processor: MoeLlavaProcessor, image: object, **view: Any) -> Picture:
-    """An image of any kind, as the model takes it."""
-    pil = to_eight_bit(to_pil(cast(Any, image), **view))
-    layout = processor.layout(pil.size)
-    num_tokens = layout.count(processor.image_token) * processor.num_image_tokens
-    name = Path(image).name if isinstance(image, str | Path) else None
-    return Picture(processor.pixel_values([pil]), layout, num_tokens, name, dict(view))
-
-
-def write_prompt(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> _Prompt:
-    """The token ids of a conversation, up to where the next answer begins.
-
-    Raises:
-        ValueError: the template refuses the turns, or a text holds the image token.
-    """
-    pictures = [picture for turn in turns for picture in turn.pictures]
-    text = _render(processor, turns)
-    parts = text.split(processor.image_token)
-    if len(parts) - 1 != len(pictures):
-        raise ValueError(
-            f"The prompt has {len(parts) - 1} times {processor.image_token} for {len(pictures)} "
-            f"images. Leave {processor.image_token} out of the text: images stand in the message."
-        )
-    runs = [processor.placeholders(picture.layout) for picture in pictures]
-    whole = "".join(part + run for part, run in zip(parts, [*runs, ""], strict=True))
-    is_begun = has_beginning(processor.tokenizer, whole)
-    ids: list[int] = processor.tokenizer(
-        whole,
-        add_special_tokens=not is_begun,
-        verbose=False,  # too long a prompt is an error of `require_prompt_room`
-    )["input_ids"]
-    return _Prompt(ids, _keys(ids, pictures, processor.image_token_id), pictures)
-
-
-def _keys(ids: Sequence[int], pictures: Sequence[Picture], image_token_id: int) -> list[object]:
-    """The ids, with the picture in place of its tokens and of what stands between its tiles."""
-    keys: list[object] = []
-    rest, picture, num_left = iter(pictures), None, 0
-    for token in ids:
-        if token == image_token_id and num_left == 0:
-            picture = next(rest)
-            num_left = picture.num_tokens
-        keys.append(picture if num_left else token)
-        num_left -= token == image_token_id
-    return keys
-
-
-@torch.inference_mode()
-def encode_pictures(model: MoeLlavaForConditionalGeneration, pictures: Sequence[Picture]) -> None:
-    """Fill in the embeddings of the pictures that have none yet."""
-    new = [picture for picture in dict.fromkeys(pictures) if picture.embeds is None]
-    if not new:
-        return
-    pixel_values = torch.cat([picture.pixel_values for picture in new]).to(model.device)
-    embeds = model.get_image_features(pixel_values, return_dict=True).pooler_output
-    views = iter(cast(list[Tensor], embeds))
-    for picture in new:
-        picture.embeds = [next(views) for _ in range(len(picture.pixel_values))]
-
-
-def require_chat_template(processor: MoeLlavaProcessor) -> None:
-    """Raise `ValueError` for a checkpoint that does not say how a conversation is written."""
-    if not processor.chat_template:
-        raise ValueError(
-            "The checkpoint has no chat template, so it is not known how questions are written to "
-            "its model. Add chat_template.jinja, as its training wrote them, to its folder."
-        )
-
-
-def _render(processor: MoeLlavaProcessor, turns: Sequence[Turn]) -> str:
-    require_chat_template(processor)
-    messages = [{"role": turn.role, "content": _template_content(turn)} for turn in turns]
-    return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-
-
-def _template_content(turn: Turn) -> str | list[dict[str, str]]:
-    if turn.role != "user":
-        return turn.text
-    return [
-        {"type": "text", "text": item} if isinstance(item, str) else {"type": "image"}
-        for item in turn.content
-    ]
-
-
-def _read_item(processor: MoeLlavaProcessor, item: object) -> str | Picture:
-    if not isinstance(item, Mapping) or item.get("type") not in ("text", "image"):
-        raise ValueError(
-            f"An item of a message is {_shortened(item)}; expected "
-            '{"type": "text", "text": ...} or {"type": "image", "image": ...}.'
-        )
-    rest = {name: value for name, value in item.items() if name != "type"}
-    known = ("text",) if item["type"] == "text" else ("image", *VIEW_OPTIONS)
-    if extra := [name for name in rest if name not in known]:
-        raise unknown_name(f"key of an item of type {item['type']!r}", str(extra[0]), known)
-    if item["type"] == "text":
-        if not isinstance(rest.get("text"), str):
-            raise ValueError(f"The text of an item is {_shortened(rest.get('text'))}.")
-        return cast(str, rest["text"])
-    if rest.get("image") is None:
-        raise ValueError('An item of type "image" has no "image".')
-    return read_picture(processor, rest.pop("image"), **rest)
-
-
-def _shortened(value: object, most: int = 80) -> str:
-    """A value as the error names it; of objects such as a pydicom dataset only the type.
-
-    Their text may hold what a file says of a patient.
-    """
-    if not isinstance(value, str | int | float | None):
-        keys = f" with the keys {sorted(map(str, value))}" if isinstance(value, dict) else ""
-        return f"a {type(value).__name__}{keys}"
-    text = repr(value)
-    return text if len(text) <= most else f"{text[:most]}..."
-
-
-def _text_item(text: str) -> dict[str, object]:
-    return {"type": "text", "text": text}
-
-
-def _image_item(image: object) -> dict[str, object]:
-    if isinstance(image, Mapping) and "image" in image:
-        return {"type": "image", **image}
-    return {"type": "image", "image": image}
-
-
-def _as_list(images: object) -> list[object]:
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def _image_inputs(pictures: Sequence[Picture]) -> dict[str, Any]:
-    if not pictures:
-        return {}
-    embeds: Any = [view for picture in pictures for view in picture.embeds or ()]
-    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeds)}}
-
-
 def _has_own_cache(options: Mapping[str, object]) -> bool:
     """Whether `generate` is asked for a cache of another kind, or of several rows."""
     is_plain = options.get("num_beams", 1) == 1 and options.get("use_cache", True)
     return not is_plain or options.get("cache_implementation") is not None
-
-
-def _pictures_after(prompt: _Prompt, num_kept: int) -> list[Picture]:
-    """The pictures of the tokens that are still to be run, in order."""
-    rest = [key for key in prompt.keys[num_kept:] if isinstance(key, Picture)]
-    return list(dict.fromkeys(rest))
 
 
 def _num_shared(cached: Sequence[object], wanted: Sequence[object]) -> int:

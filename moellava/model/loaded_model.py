@@ -1,21 +1,21 @@
 """What `load_pretrained_model` returns: the four parts that users unpack, and `answer`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import IOBase
 from typing import Any, Literal, overload
 
-from PIL.Image import Image
 from transformers import BaseImageProcessor, BatchFeature, PreTrainedTokenizerBase
 from typing_extensions import Unpack
 
 import moellava
-from moellava.images import ImageLike, Images, ViewOptions, to_pil
-from moellava.model.conversation import VIEW_OPTIONS, Message, generation_options, stream_chat
+from moellava.images import PART_OPTIONS, ImageLike, Images
+from moellava.model.conversation import generation_options, stream_chat
 from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.publish.model_card import PushOptions, push_to_hub
+from moellava.model.turns import Message, as_list, is_conversation, not_a_question, with_images
 
 
 @dataclass(frozen=True, repr=False)
@@ -82,13 +82,13 @@ class LoadedModel:
             images: for one question, its image, a list of its images, or None. For a list of
                 questions, a list of such items, one per question; a single image serves all. An
                 image is a path, a PIL image, an array, a tensor, encoded bytes, an open file, or
-                what pydicom and nibabel read.
+                what pydicom and nibabel read; with `slices`, the folder of a DICOM series, too.
             questions: a string or a list of strings. In place of a string, a conversation: chat
                 messages with `role` and `content`, whose last turn is answered; an image item may
                 have a `window` and so on of its own.
-            **options: `window`, `frame`, `plane`, `volume` and `max_pixels` say how images are
-                seen, as in `moellava.images.load_image`; all others are passed to `generate`, by
-                default greedy with at most 64 new tokens.
+            **options: `window`, `frame`, `slices` and the other options of
+                `moellava.images.PartOptions` say how images are seen; all others are passed to
+                `generate`, by default greedy with at most 64 new tokens.
 
         Returns:
             One answer per question: the new text only, without special tokens.
@@ -99,18 +99,18 @@ class LoadedModel:
             TypeError: for an option that neither images nor `generate` have, and for something
                 that is not an image or a question.
         """
-        view: Any = {name: options[name] for name in VIEW_OPTIONS if name in options}
+        view: Any = {name: options[name] for name in PART_OPTIONS if name in options}
         generation = {name: value for name, value in options.items() if name not in view}
         require_generation_options(generation)
         single = isinstance(questions, str) or is_conversation(questions)
         if not single and not isinstance(questions, list | tuple):
-            raise _not_a_question(questions)
+            raise not_a_question(questions)
         asked = [questions] if single else list(questions)
         if not asked:
             return []
         images = _without_files(images)
         turns = [
-            with_images(question, _as_list(item), view)
+            with_images(question, as_list(item), view)
             for question, item in zip(asked, _pair_images(images, len(asked), single), strict=True)
         ]
         prompts = self.processor.apply_chat_template(
@@ -181,81 +181,6 @@ class LoadedModel:
             )
 
 
-def is_conversation(question: object) -> bool:
-    """Whether something is chat messages: a list of mappings with a role."""
-    if not isinstance(question, Sequence) or isinstance(question, str | bytes):
-        return False
-    return bool(question) and all(isinstance(turn, Mapping) for turn in question)
-
-
-def with_images(
-    question: Any, images: list[Any], view: ViewOptions
-) -> tuple[list[dict[str, Any]], list[Image]]:
-    """The chat messages of a question, and its images in their order, as they are seen.
-
-    A string is one turn with the images before it. Messages may hold images of their own; images
-    beside them fill the empty image items, or stand before the first turn of the user. An image
-    item may have a `window`, `frame`, ... of its own, in place of that of `view`.
-    """
-    if isinstance(question, str):
-        items: list[dict[str, str]] = [{"type": "image"}] * len(images)
-        turn: dict[str, object] = {
-            "role": "user",
-            "content": [*items, {"type": "text", "text": question}],
-        }
-        return [turn], [to_pil(image, **view) for image in images]
-    if not is_conversation(question):
-        raise _not_a_question(question)
-    messages = [_with_item_list(turn) for turn in question]
-    places = [item for turn in messages for item in turn["content"] if item.get("type") == "image"]
-    empty = [item for item in places if "image" not in item]
-    if images and not places:
-        first = next((turn for turn in messages if turn["role"] == "user"), messages[0])
-        first["content"] = [{"type": "image", "image": image} for image in images] + first[
-            "content"
-        ]
-    elif len(empty) != len(images):
-        raise ValueError(
-            f"The messages have {len(empty)} image items without an image, but {len(images)} "
-            "images are given. Give one image for each."
-        )
-    else:
-        for item, image in zip(empty, images, strict=True):
-            item["image"] = image
-    return messages, [
-        _seen(item, view)
-        for turn in messages
-        for item in turn["content"]
-        if item.get("type") == "image"
-    ]
-
-
-def _seen(item: dict[str, Any], view: ViewOptions) -> Image:
-    """The picture of an image item, which keeps neither the image nor how it is seen."""
-    own: Any = {name: item.pop(name) for name in VIEW_OPTIONS if name in item}
-    return to_pil(item.pop("image"), **{**view, **own})
-
-
-def _not_a_question(given: object) -> TypeError:
-    return TypeError(
-        f"A question is a {type(given).__name__}; expected a string, or a list of chat messages "
-        "such as {'role': 'user', 'content': 'What is this?'}."
-    )
-
-
-def _with_item_list(turn: Any) -> dict[str, Any]:
-    """A message whose content is a list of items, copied."""
-    if "role" not in turn or "content" not in turn:
-        raise TypeError(
-            f"A chat message has the keys {', '.join(map(str, turn))}; expected 'role' and "
-            "'content'."
-        )
-    content = turn["content"]
-    if isinstance(content, str):
-        return {**turn, "content": [{"type": "text", "text": content}]}
-    return {**turn, "content": [dict(item) for item in content]}
-
-
 def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]:
     if single:
         return [images]
@@ -267,12 +192,6 @@ def _pair_images(images: Any, num_questions: int, single: bool) -> Sequence[Any]
             "image, a list of images, or None), or a single image for all of them."
         )
     return images
-
-
-def _as_list(item: object) -> list[Any]:
-    if item is None:
-        return []
-    return list(item) if isinstance(item, list | tuple) else [item]
 
 
 def _without_files(images: Any) -> Any:

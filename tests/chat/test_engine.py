@@ -3,7 +3,8 @@ import threading
 import pytest
 
 from moellava.chat.engine import Engine, Job
-from moellava.model.conversation import read_message, start_answer
+from moellava.model.conversation import start_answer
+from moellava.model.turns import read_message
 
 
 def job(loaded, done, text="Hello?", max_new_tokens=4, **options):

@@ -6,7 +6,8 @@ import torch
 from transformers import DynamicCache
 
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.conversation import Conversation, answer_batch, read_message, start_answer
+from moellava.model.conversation import Conversation, answer_batch, start_answer
+from moellava.model.turns import read_message
 from moellava.testing import SMOLLM2
 
 QUESTIONS = ("What modality is this?", "Which organ is shown?", "Is there a fracture?")

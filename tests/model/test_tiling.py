@@ -12,10 +12,11 @@ from moellava.data.collate import ChatCollator
 from moellava.data.rows import Turn
 from moellava.eval.asking import Asked, Asker
 from moellava.model.builder_enhanced import load_pretrained_model
-from moellava.model.conversation import Turn as ChatTurn
-from moellava.model.conversation import read_picture, write_prompt
 from moellava.model.describe import describe
+from moellava.model.prompts import write_prompt
 from moellava.model.tiling import RULES, Tiling, cut_tiles, tile_boxes
+from moellava.model.turns import Turn as ChatTurn
+from moellava.model.turns import read_picture
 
 TILE = (224, 224)
 QUESTION = "Is the heart enlarged?"

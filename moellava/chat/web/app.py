@@ -16,8 +16,8 @@ from moellava.chat.server import listening
 from moellava.chat.web.page import build_page
 from moellava.chat.web.page_guard import PageGuard
 from moellava.chat.web.session import Sessions, WebLimits
-from moellava.model.conversation import require_chat_template
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.prompts import require_chat_template
 
 
 def create_web_app(

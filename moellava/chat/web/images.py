@@ -23,7 +23,8 @@ from moellava.images import (
     to_eight_bit,
     to_pil,
 )
-from moellava.model.conversation import ChatModel, read_picture
+from moellava.model.prompts import ChatModel
+from moellava.model.turns import read_picture
 
 OWN, CUSTOM = "the file's own", "center and width"  # choices of a window beside the presets
 

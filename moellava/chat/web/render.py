@@ -17,7 +17,7 @@ from PIL import Image
 from moellava.chat.web.images import PageImage, as_seen
 from moellava.chat.web.session import Session
 from moellava.explain import Explanation
-from moellava.model.conversation import ChatModel
+from moellava.model.prompts import ChatModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

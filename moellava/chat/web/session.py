@@ -24,8 +24,9 @@ from moellava.chat.transcript import transcript
 from moellava.chat.web.images import PageImage, read_uploads
 from moellava.explain import Explanation, explain
 from moellava.images import ViewOptions, to_pil
-from moellava.model.conversation import Conversation, Message, Picture, Pieces
+from moellava.model.conversation import Conversation, Pieces
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.turns import Message, Picture
 
 _THUMBNAIL = 96  # pixels
 _SECONDS_BETWEEN_UPDATES = 0.05  # of a page; a faster one reads no better and costs the model time
