@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from moellava.data.chat_labels import ChatTokens, image_items, tokenize_chat
-from moellava.images import ImageLike, to_pil
+from moellava.images import PART_OPTIONS, ImageLike, to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import TEMPLATES
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.turns import expand_images
 
 IGNORE_INDEX = -100  # what the loss leaves out
 LONG_ROWS = ("error", "truncate")
@@ -36,8 +37,8 @@ class ChatCollator:
     `moellava.data.Row` does.
     Messages are those of chat templates: `role` and `content`, where the content is a string or a
     list of `{"type": "text", "text": ...}` and `{"type": "image", "image": <PIL image, path, array
-    or bytes>}`. Labels come from the token spans that the template itself marks as the assistant's,
-    never from comparing strings.
+    or bytes>}`, which may have the options of `moellava.images.PartOptions`. Labels come from the
+    token spans that the template itself marks as the assistant's, never from comparing strings.
 
     Args:
         processor: of the model.
@@ -193,6 +194,8 @@ def messages_of(row: Rowlike) -> Sequence[Mapping[str, Any]]:
     """The chat messages of a row, in either form that `ChatCollator` takes."""
     messages: Sequence[Mapping[str, Any]]
     messages = row["messages"] if isinstance(row, Mapping) else row.messages()
+    if any(name in item for item in image_items(messages) for name in PART_OPTIONS):
+        return expand_images(messages)
     return messages
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from moellava.data.layouts import EXTRA_COLUMN
 from moellava.data.readers import Rows
 from moellava.data.rows import Row
-from moellava.images import ImageLike, exact_hash, load_image
+from moellava.images import ImageLike, ImagePart, exact_hash, load_image, to_eight_bit, to_pil
 from moellava.images.kinds import HEADER_BYTES, kind_of_bytes
 from moellava.storage.locking import locked
 from moellava.storage.writing import replacing
@@ -128,7 +128,7 @@ class ImageStore:
                 return Path(relative).as_posix() if is_inside else str(Path(image).absolute())
             name = relative if is_inside else f"{exact_hash(image)[:16]}{Path(image).suffix}"
             return self._write(Path(name).as_posix(), self.content(image)[0])
-        data, suffix = encoded(image)
+        data, suffix = self.content(image)
         return self._write(f"{exact_hash(image)[:16]}{suffix}", data)
 
     def content(self, image: ImageLike) -> tuple[bytes, str]:
@@ -137,11 +137,12 @@ class ImageStore:
         Raises:
             ValueError: a file outside the image folder, or one that is not an image.
         """
-        if isinstance(image, str | os.PathLike):
-            path, root = Path(image).resolve(), self.root.resolve()
+        source = image.source if isinstance(image, ImagePart) else image
+        if isinstance(source, str | os.PathLike):
+            path, root = Path(source).resolve(), self.root.resolve()
             if not self.allow_outside and not path.is_relative_to(root):
                 raise ValueError(
-                    f"{image} lies outside the image folder {self.root}. If it is meant to be put "
+                    f"{source} lies outside the image folder {self.root}. If it is meant to be put "
                     "into the set, give --allow-outside."
                 )
             load_image(image)  # what is not an image must not be published under the name of one
@@ -162,14 +163,16 @@ class ImageStore:
 def encoded(image: ImageLike) -> tuple[bytes, str]:
     """The encoded bytes of an image and their suffix.
 
-    Arrays and PIL images become PNG, which loses nothing. Bytes of no known kind are kept as they
-    are, with the suffix `.bin`; `moellava data check` names them.
+    Arrays, PIL images and parts of an image become PNG, which loses nothing. Bytes of no known kind
+    are kept as they are, with the suffix `.bin`; `moellava data check` names them.
     """
     if isinstance(image, str | os.PathLike):
         return Path(image).read_bytes(), Path(image).suffix
     if isinstance(image, bytes):
         kind = kind_of_bytes(image[:HEADER_BYTES])
         return image, ".bin" if kind is None else kind.suffixes[0]
+    if isinstance(image, ImagePart):
+        image = to_eight_bit(to_pil(image))
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     if not isinstance(picture, Image.Image):
         raise ValueError(f"An image is a {type(image).__name__}; convert it to an array first.")

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import cast
 
 from moellava.data.rows import IMAGE_TOKEN, Role, Row, RowError, Turn
-from moellava.images import ImageLike
+from moellava.images import PART_OPTIONS, ImageLike
+from moellava.messages import unknown_name
 
 Record = Mapping[str, object]
 
@@ -26,6 +27,7 @@ ROLES: dict[str, Role] = {
 }
 # Med-MoE writes open and close.
 ANSWER_TYPES = {"open": "OPEN", "closed": "CLOSED", "close": "CLOSED"}
+_IMAGE_KEYS = ("path", "bytes", *PART_OPTIONS)
 # Of the parquet files that we write: fields of any type, as one JSON text.
 EXTRA_COLUMN = "extra_json"
 
@@ -245,13 +247,23 @@ def text_of(value: object, name: str) -> str:
 def images_of(value: object, context: Context) -> tuple[ImageLike, ...]:
     """One image or a list of them: relative paths start at the image root.
 
-    The hub's `{"bytes", "path"}` becomes its bytes.
+    The hub's `{"bytes", "path"}` becomes its bytes. With options of `moellava.images.PartOptions`,
+    such as `{"path": "ct_folder", "slices": 8}`, a mapping stays one, for
+    `moellava.data.rows.with_parts`.
     """
     if value is None or (isinstance(value, str | list | tuple) and not value):
         return ()
     if isinstance(value, list | tuple):
         return tuple(image for item in value for image in images_of(item, context))
     if isinstance(value, Mapping):
+        if unknown := [key for key in value if key not in _IMAGE_KEYS]:
+            raise RowError(str(unknown_name("key of an image", str(unknown[0]), _IMAGE_KEYS)))
+        options = {key: value[key] for key in PART_OPTIONS if value.get(key) is not None}
+        if options:
+            plain = {key: value.get(key) for key in ("bytes", "path")}
+            (source,) = needed_images(plain, context)
+            key = "bytes" if isinstance(source, bytes) else "path"
+            return ({key: source, **options},)
         data = value.get("bytes")
         if isinstance(data, bytes):
             return (data,)

@@ -125,8 +125,8 @@ def find_image_root(
 
 
 def _root_of_most(candidates: Sequence[Path], names: Sequence[str]) -> Path | None:
-    # pathlib's is_file raises an error for a name that is too long to be one.
-    counts = [sum(os.path.isfile(root / name) for name in names) for root in candidates]
+    # A DICOM series is a folder. pathlib's exists raises an error for a name that is too long.
+    counts = [sum(os.path.exists(root / name) for name in names) for root in candidates]
     return candidates[counts.index(max(counts))] if any(counts) else None
 
 
@@ -153,6 +153,7 @@ def _image_names(records: Iterable[object], form: Format) -> Iterator[str]:
         for key in form.image_keys:
             value = record.get(key)
             for name in value if isinstance(value, list | tuple) else [value]:
+                name = name.get("path") if isinstance(name, Mapping) else name
                 if isinstance(name, str) and name:
                     yield name
 

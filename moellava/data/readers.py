@@ -12,7 +12,7 @@ from moellava.data.formats import Format, find_format
 from moellava.data.layouts import Context
 from moellava.data.locate import Location, find_image_root, locate
 from moellava.data.records import Records, open_records
-from moellava.data.rows import Row, RowError, checked
+from moellava.data.rows import Row, RowError, checked, with_parts
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,7 @@ class Rows(Sequence[Row]):
             return None
         if self._context.only_split not in (None, row.split):
             return None
-        return checked(row)
+        return checked(with_parts(row))
 
 
 def read_rows(

@@ -2,11 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
-from moellava.images import ImageLike
+from moellava.images import PART_OPTIONS, ImageLike, ImagePart, image_parts, with_words
 
 IMAGE_TOKEN = "<image>"
 
@@ -84,7 +84,7 @@ class RowError(ValueError):
     """A row that cannot be used: where it stands and what is wrong with it.
 
     Attributes:
-        kind: "malformed", "empty turn" or "placeholder mismatch".
+        kind: "malformed", "empty turn", "placeholder mismatch" or "unreadable image".
         reason: what was found and what was expected, without the place.
     """
 
@@ -96,6 +96,41 @@ class RowError(ValueError):
         """The same error with its place: file, number (from 0) and id of the row."""
         named = f" (id {row_id!r})" if row_id is not None else ""
         return RowError(self.reason, kind=self.kind, place=f"{source}, row {index}{named}")
+
+
+def with_parts(row: Row) -> Row:
+    """The row with the pictures that its images stand for, each at its mark behind its words.
+
+    An image with options, `{"path": "ct_folder", "slices": 8}`, becomes its parts, see
+    `moellava.images.image_parts`; only headers are read.
+
+    Raises:
+        RowError: options that do not go with the image, or a file that cannot be read.
+    """
+    if not any(isinstance(image, Mapping) for image in row.images):
+        return row
+    if sum(turn.text.count(IMAGE_TOKEN) for turn in row.turns) != len(row.images):
+        return row  # an error of `checked`
+    found: list[ImageLike] = []
+    marks: list[str] = []
+    for image in row.images:
+        if not isinstance(image, Mapping):
+            found.append(image)
+            marks.append(IMAGE_TOKEN)
+            continue
+        try:
+            items = _parts(image)
+        except (OSError, ValueError) as error:
+            raise RowError(str(error), kind="unreadable image") from error
+        found += [item for item in items if not isinstance(item, str)]
+        words = [item if isinstance(item, str) else f"{IMAGE_TOKEN}\n" for item in items]
+        marks.append("".join(words).removesuffix("\n"))
+    waiting = iter(marks)
+    turns = tuple(
+        replace(turn, text=re.sub(re.escape(IMAGE_TOKEN), lambda _: next(waiting), turn.text))
+        for turn in row.turns
+    )
+    return replace(row, images=tuple(found), turns=turns)
 
 
 def checked(row: Row) -> Row:
@@ -155,3 +190,9 @@ def _content(text: str, images: Iterator[ImageLike]) -> str | list[dict[str, obj
         elif part:
             items.append({"type": "text", "text": part})
     return items
+
+
+def _parts(image: Mapping[str, object]) -> list[str | ImagePart]:
+    options: Any = {name: value for name, value in image.items() if name in PART_OPTIONS}
+    source = image["path"] if image.get("bytes") is None else image["bytes"]
+    return with_words(image_parts(cast(ImageLike, source), **options))

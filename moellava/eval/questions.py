@@ -12,6 +12,7 @@ from moellava.data.rows import IMAGE_TOKEN, Row, Turn
 from moellava.eval.answer_types import decide_answer_type
 from moellava.eval.predictions import GROUP_KEYS
 from moellava.eval.scorers.registry import AnswerType
+from moellava.images import ImagePart
 from moellava.messages import unknown_name
 
 # A value of a data set's own field that is a group.
@@ -71,6 +72,8 @@ def known_groups(rows: Sequence[Row], group_by: Sequence[str]) -> None:
 
 def image_name(image: object, root: Path | None = None) -> str:
     """The path of an image, or a hash of its content, which tells it from others."""
+    if isinstance(image, ImagePart):
+        return f"{image_name(image.source, root)}{image.suffix}"
     if isinstance(image, str | Path):
         path = Path(image)
         is_inside = root is not None and path.is_relative_to(root)

@@ -3,6 +3,7 @@
 Only the regions that are asked for are read, and for the choice of tiles the overview.
 """
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,7 +48,7 @@ def check_region(path: object, region: SlideRegion, max_pixels: int, name: str) 
 
 def tissue_tiles(
     path: object, *, most: int, level: int, side: int, max_pixels: int, name: str
-) -> tuple[SlideRegion, list[SlideRegion]]:
+) -> tuple[SlideRegion, tuple[SlideRegion, ...]]:
     """The overview of a slide, and the tiles with the most tissue, from left to right and down.
 
     The level is cut into squares from its upper left corner; what is left over at the right and
@@ -56,7 +57,7 @@ def tissue_tiles(
     with the most first, and of equal ones the upper left.
 
     Args:
-        most: tiles that are taken at most.
+        most: tiles that are taken at most; a choice is kept until the file changes.
         level: of the tiles.
         side: of a tile, in pixels of that level.
 
@@ -65,6 +66,14 @@ def tissue_tiles(
         ValueError: not a slide, no such level, no level that is small enough for an overview, no
             tissue.
     """
+    changed = Path(path).stat().st_mtime_ns if isinstance(path, Path) and path.exists() else 0
+    return _tissue_tiles(path, changed, most, level, side, max_pixels, name)
+
+
+@functools.lru_cache(maxsize=256)
+def _tissue_tiles(
+    path: object, changed: int, most: int, level: int, side: int, max_pixels: int, name: str
+) -> tuple[SlideRegion, tuple[SlideRegion, ...]]:
     with _opened(path, name) as slide:
         _require_level(slide, level, name)
         whole = _overview(slide, max_pixels, name)
@@ -93,7 +102,7 @@ def tissue_tiles(
         )
     places = (divmod(place, columns) for place in chosen)
     corners = [(int(column * side * scale), int(row * side * scale)) for row, column in places]
-    return whole, [SlideRegion(x, y, side, side, level) for x, y in corners]
+    return whole, tuple(SlideRegion(x, y, side, side, level) for x, y in corners)
 
 
 @contextmanager

@@ -150,29 +150,34 @@ def with_images(
     else:
         for item, image in zip(empty, images, strict=True):
             item["image"] = image
-    pictures: list[Image.Image] = []
-    for turn in messages:
-        turn["content"] = [
-            part for item in turn["content"] for part in _shown(item, options, pictures)
-        ]
-    return messages, pictures
+    messages = expand_images(messages, **options)
+    items = [item for turn in messages for item in turn["content"] if item["type"] == "image"]
+    return messages, [to_pil(item.pop("image")) for item in items]
 
 
-def _shown(
-    item: dict[str, Any], options: PartOptions, pictures: list[Image.Image]
+def expand_images(
+    messages: Sequence[Mapping[str, Any]], **options: Unpack[PartOptions]
 ) -> list[dict[str, Any]]:
-    """An item for a chat template; the pictures that an image stands for are added to the list."""
+    """The messages with each image item as its `ImagePart`s behind their words; none is opened.
+
+    Args:
+        **options: where an item has none of its own.
+    """
+    return [
+        {**message, "content": [part for item in content for part in _shown(item, options)]}
+        if not isinstance(content := message["content"], str)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _shown(item: Mapping[str, Any], options: PartOptions) -> list[dict[str, Any]]:
     if item.get("type") != "image":
-        return [item]
-    own: Any = {name: item.pop(name) for name in PART_OPTIONS if name in item}
-    shown: list[dict[str, Any]] = []
-    for part in with_words(image_parts(item.pop("image"), **{**options, **own})):
-        if isinstance(part, str):
-            shown.append(text_item(part))
-        else:
-            shown.append(dict(item))
-            pictures.append(to_pil(part))
-    return shown
+        return [dict(item)]
+    rest = dict(item)
+    own: Any = {name: rest.pop(name) for name in PART_OPTIONS if name in item}
+    parts = with_words(image_parts(rest.pop("image"), **{**options, **own}))
+    return [text_item(part) if isinstance(part, str) else {**rest, "image": part} for part in parts]
 
 
 def not_a_question(given: object) -> TypeError:

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from moellava.data.rows import Row
+from moellava.images import ImagePart
 from moellava.images.threads import map_in_threads
 from moellava.messages import first_names
 from moellava.storage.errors import refuse_stand_in
@@ -97,7 +98,10 @@ def _what_is_wrong(row: Row) -> str | None:
 
 def _open_header(image: object) -> None:
     """Raise an error if a file does not open; what is in memory already is left alone."""
-    if isinstance(image, bytes):
+    if isinstance(image, ImagePart):
+        if image.region is None:  # a slide was opened to find the region
+            _open_header(image.source)
+    elif isinstance(image, bytes):
         if image[128:132] != b"DICM":
             Image.open(io.BytesIO(image)).close()
     elif isinstance(image, str | os.PathLike):
