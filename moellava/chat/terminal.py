@@ -1,5 +1,6 @@
 """Lines that a person types → streamed answers: the loop of `moellava chat`."""
 
+import functools
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -19,11 +20,17 @@ HELP = """\
   /window NAME     lung, bone, brain, soft, CENTER,WIDTH, full; for the images that follow
   /frame NUMBER    a frame or slice, grid, or such as grid:9; for the images that follow
   /plane NAME      axial, coronal, sagittal; for the images that follow
+  /slices NUMBER   so many slices of a volume or of a folder's DICOM series, each as an image
+  /frames NUMBER   the same of a file of several frames
+  /channels NAMES  three windows, one for each colour: lung,mediastinum,bone
+                   none, in place of a value, takes a choice back
   /reset           forget the conversation
   /undo            take the last question back
   /save FILE       write the conversation as JSON
   /help            this list
   /quit            leave, as Ctrl-D does; Ctrl-C stops an answer"""
+
+_VIEW_COMMANDS = ("window", "frame", "plane", "slices", "frames", "channels")
 
 
 @dataclass
@@ -52,9 +59,7 @@ class TerminalChat:
         self.waiting: list[dict[str, object]] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "image": self._add_images,
-            "window": lambda text: self._set_view("window", text),
-            "frame": lambda text: self._set_view("frame", text),
-            "plane": lambda text: self._set_view("plane", text),
+            **{name: functools.partial(self._set_view, name) for name in _VIEW_COMMANDS},
             "reset": self._reset,
             "undo": lambda _: self.conversation.undo(),
             "save": self._save,

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.cli.image_options import (
+    Channels,
+    Frame,
+    Frames,
+    Plane,
+    Region,
+    Slices,
+    SlideTiles,
+    Window,
+    part_options,
+)
 from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
@@ -17,7 +27,8 @@ def ask(
         list[str],
         typer.Argument(
             metavar="IMAGE|QUESTION",
-            help="Image files (PNG, JPEG, TIFF, DICOM, NIfTI) and questions.",
+            help="Image files (PNG, JPEG, TIFF, DICOM, NIfTI, slides), folders of DICOM series "
+            "(with a slash in them), and questions.",
         ),
     ],
     question: Annotated[
@@ -34,6 +45,11 @@ def ask(
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
+    slices: Slices = None,
+    frames: Frames = None,
+    channels: Channels = None,
+    slide_tiles: SlideTiles = None,
+    region: Region = None,
     tiles: Annotated[
         int | None,
         typer.Option(
@@ -56,22 +72,22 @@ def ask(
             'moellava ask CHECKPOINT scan.png "What modality is this?"'
         )
     for image in images:
-        if not Path(image).is_file():
+        if not Path(image).exists():
             raise FileNotFoundError(
                 f"The image {image} does not exist. (A question? Write --question {image!r}.)"
             )
 
-    from moellava.images import to_pil
+    from moellava.images import image_parts, opened
 
-    view = view_options(window, frame, plane)
+    options = part_options(window, frame, plane, slices, frames, channels, slide_tiles, region)
     # Read before the model is loaded: an unreadable file should not cost a minute.
-    pictures = [to_pil(image, **view) for image in images]
+    parts = [[opened(part) for part in image_parts(image, **options)] for image in images]
     loaded = open_model(checkpoint, device)
     if tiles is not None:
         loaded.processor.set_tiling({"max_tiles": tiles} if tiles else None)
     rows = []
-    for image, picture in zip(images, pictures, strict=True):
-        answers = loaded.answer(picture, questions, max_new_tokens=max_new_tokens)
+    for image, own in zip(images, parts, strict=True):
+        answers = loaded.answer([own] * len(questions), questions, max_new_tokens=max_new_tokens)
         rows += [
             {"image": image, "question": text, "answer": answer}
             for text, answer in zip(questions, answers, strict=True)
@@ -87,7 +103,7 @@ def ask(
 
 def _is_file_name(item: str) -> bool:
     """Whether an argument is an image: it exists, or it has no spaces and looks like a path."""
-    if Path(item).is_file():
+    if Path(item).is_file() or (os.sep in item and Path(item).is_dir()):
         return True
     return not any(letter.isspace() for letter in item) and bool(
         Path(item).suffix or os.sep in item

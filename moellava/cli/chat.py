@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.cli.image_options import (
+    Channels,
+    Frame,
+    Frames,
+    Plane,
+    Region,
+    Slices,
+    SlideTiles,
+    Window,
+    part_options,
+)
 from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
@@ -24,14 +34,19 @@ def chat(
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
+    slices: Slices = None,
+    frames: Frames = None,
+    channels: Channels = None,
+    slide_tiles: SlideTiles = None,
+    region: Region = None,
 ) -> None:
     """Talk with a saved model about images.
 
     Answers appear as they are written; Ctrl-C stops one. /help lists the commands.
     """
-    view = view_options(window, frame, plane)
+    view = part_options(window, frame, plane, slices, frames, channels, slide_tiles, region)
     for image in images or ():
-        if not Path(image).is_file():
+        if not Path(image).exists():
             raise FileNotFoundError(f"The image {image} does not exist.")
 
     from moellava.chat.terminal import TerminalChat
@@ -52,6 +67,11 @@ def chat(
 
 
 def _parse_view(name: str, text: str) -> object:
-    texts: dict[str, str | None] = dict.fromkeys(("window", "frame", "plane")) | {name: text}
-    view: dict[str, object] = {**view_options(**texts)}
+    if text == "none":
+        return None
+    names = ("window", "frame", "plane", "slices", "frames", "channels")
+    window, frame, plane, slices, frames, channels = (
+        text if known == name else None for known in names
+    )
+    view: dict[str, object] = {**part_options(window, frame, plane, slices, frames, channels)}
     return view[name]

@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from moellava.cli.image_options import Frame, Plane, Window, view_options
+from moellava.cli.image_options import (
+    Channels,
+    Frame,
+    Frames,
+    Plane,
+    Region,
+    Slices,
+    SlideTiles,
+    Window,
+    part_options,
+)
 from moellava.cli.model_options import Checkpoint, Device, open_model
 
 
@@ -57,22 +67,28 @@ def answer(
     window: Window = None,
     frame: Frame = None,
     plane: Plane = None,
+    slices: Slices = None,
+    frames: Frames = None,
+    channels: Channels = None,
+    slide_tiles: SlideTiles = None,
+    region: Region = None,
 ) -> None:
     """Answer a question about an image and draw what happened inside.
 
     The folder receives one PNG per picture and index.html, which holds all of them.
     """
-    if not image.is_file():
+    if not image.exists():
         raise FileNotFoundError(f"The image {image} does not exist.")
     from moellava.explain import explain, write_page
-    from moellava.images import to_pil
+    from moellava.images import image_parts, opened
 
     # Read before the model is loaded: an unreadable file should not cost a minute.
-    picture = to_pil(image, **view_options(window, frame, plane))
+    options = part_options(window, frame, plane, slices, frames, channels, slide_tiles, region)
+    parts = [opened(part) for part in image_parts(image, **options)]
     loaded = open_model(checkpoint, device)
     explanation = explain(
         loaded,
-        picture,
+        parts,
         question,
         answer=answer,
         gradient=True,

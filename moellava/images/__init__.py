@@ -5,7 +5,7 @@ from moellava.images.identity import exact_hash, image_key
 from moellava.images.image_like import ImageLike, ImagePart, Images
 from moellava.images.info import ImageInfo, describe_image
 from moellava.images.kinds import ImageKind, image_suffixes, register_image_kind
-from moellava.images.parts import PART_OPTIONS, PartOptions, image_parts, with_words
+from moellava.images.parts import PART_OPTIONS, PartOptions, image_parts, opened, with_words
 from moellava.images.reading import ViewOptions, is_image_file, load_image, to_pil
 from moellava.images.series import sort_series
 from moellava.images.threads import as_image_list, map_in_threads
@@ -34,6 +34,7 @@ __all__ = [
     "is_image_file",
     "load_image",
     "map_in_threads",
+    "opened",
     "register_image_kind",
     "sort_series",
     "to_eight_bit",

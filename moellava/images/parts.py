@@ -29,7 +29,7 @@ from moellava.images.kinds import (
 )
 from moellava.images.nifti import plane_sizes
 from moellava.images.picture import count_frames
-from moellava.images.reading import ViewOptions, naming_errors
+from moellava.images.reading import ViewOptions, naming_errors, to_pil
 from moellava.images.series import read_series
 from moellava.images.slide import check_region, tissue_tiles
 from moellava.images.view import PLANES, View
@@ -48,7 +48,8 @@ class PartOptions(ViewOptions, total=False):
         slices: of a NIfTI volume or of a folder with one DICOM series: how many, or `{"num": 8,
             "plane": "axial", "first": 0, "last": -1}`. The range from `first` to `last` (from left,
             back or feet) is cut into `num` equal parts, and the slice in the middle of each taken.
-            `plane` is axial for a volume; a series has the plane that it was taken in.
+            `plane`, which may stand beside `slices`, is axial for a volume; a series has the plane
+            that it was taken in.
         frames: the same of a multi-frame DICOM file or an animation, without `plane`.
         slide: of a whole-slide image: `{"region": [x, y, width, height], "level": 0}`, with x and y
             in pixels of level 0 and the size in pixels of the level; or `{"max_tiles": 6,
@@ -88,8 +89,9 @@ def image_parts(image: ImageLike, **options: Unpack[PartOptions]) -> list[ImageP
     if len(chosen) > 1:
         raise ValueError(f"{' and '.join(chosen)} are both given. Leave all but one of them out.")
     name = chosen[0]
-    if other := [key for key in ("frame", "plane") if key in view]:
-        raise ValueError(f"{other[0]} and {name} are both given. Leave {other[0]} out.")
+    if "frame" in view or ("plane" in view and name != "slices"):
+        other = "frame" if "frame" in view else "plane"
+        raise ValueError(f"{other} and {name} are both given. Leave {other} out.")
     if isinstance(image, Mapping) and "bytes" in image and "path" in image:  # of the hub
         image = cast(ImageLike, image["path"] if image["bytes"] is None else image["bytes"])
     if isinstance(image, str | os.PathLike):
@@ -97,6 +99,11 @@ def image_parts(image: ImageLike, **options: Unpack[PartOptions]) -> list[ImageP
         if not image.exists():
             raise FileNotFoundError(f"The image {image} does not exist.")
     return {"slices": _slices, "frames": _frames, "slide": _slide}[name](image, given[name], seen)
+
+
+def opened(part: ImagePart) -> ImagePart:
+    """The part with its picture in memory."""
+    return replace(part, source=to_pil(part), view=View(), region=None)
 
 
 def with_words(parts: Iterable[ImagePart]) -> list[str | ImagePart]:
@@ -126,7 +133,8 @@ def spaced(num: int, count: int, first: int, last: int, name: str) -> list[int]:
 
 
 def _slices(image: ImageLike, value: object, view: View) -> list[ImagePart]:
-    num, first, last, plane = _numbers("slices", value, has_plane=True)
+    num, first, last, plane = _numbers("slices", value, has_plane=True, plane=view.plane)
+    view = replace(view, plane=None)
     name = _name_of(image)
     if isinstance(image, Path) and image.is_dir():
         return _slices_of_series(image, num, first, last, plane, view)
@@ -222,18 +230,21 @@ def _slide(image: ImageLike, value: object, view: View) -> list[ImagePart]:
     ]
 
 
-def _numbers(option: str, value: object, *, has_plane: bool) -> tuple[int, int, int, str | None]:
+def _numbers(
+    option: str, value: object, *, has_plane: bool, plane: str | None = None
+) -> tuple[int, int, int, str | None]:
     """`num`, `first`, `last` and `plane` of what was given for slices or frames."""
     given = value if isinstance(value, Mapping) else {"num": value}
     known = ("num", "first", "last", *(("plane",) if has_plane else ()))
     _require_keys(option, given, known)
     num = _whole(given, option, "num", None, least=1)
     require_within("pictures", num, option)
-    plane = given.get("plane")
-    if plane is not None and plane not in PLANES:
-        raise unknown_name("plane", str(plane), PLANES)
+    if (own := given.get("plane")) is not None:
+        if own not in PLANES:
+            raise unknown_name("plane", str(own), PLANES)
+        plane = str(own)
     first, last = (_whole(given, option, key, end) for key, end in (("first", 0), ("last", -1)))
-    return num, first, last, None if plane is None else str(plane)
+    return num, first, last, plane
 
 
 def _require_keys(option: str, given: Mapping[str, object], known: Sequence[str]) -> None:
