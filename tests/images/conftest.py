@@ -87,3 +87,33 @@ def save_dicom(tmp_path):
         return path
 
     return save
+
+
+def write_ct(
+    folder: Path, volume: np.ndarray, *, orientation=(1, 0, 0, 0, 1, 0), spacing=2.5, **elements
+) -> list[Path]:
+    """A CT series (S, H, W) int16, one file per slice along the normal; names in another order."""
+    normal = np.cross(orientation[:3], orientation[3:])
+    series, study = generate_uid(), generate_uid()
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for place, pixels in enumerate(volume):
+        dataset = dicom_dataset(pixels, sop_class=CT_IMAGE, Modality="CT")
+        dataset.SeriesInstanceUID, dataset.StudyInstanceUID = series, study
+        dataset.FrameOfReferenceUID = study
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
+        dataset.ImageOrientationPatient, dataset.PixelSpacing = list(orientation), [1, 1]
+        dataset.ImagePositionPatient = [float(x) for x in place * spacing * normal]
+        for name, value in elements.items():
+            setattr(dataset, name, value)
+        # 7 and the number of slices have no common divisor: each name comes once.
+        path = folder / f"{place * 7 % 101:03d}.dcm"
+        dataset.save_as(path, enforce_file_format=True)
+        paths.append(path)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def volume() -> np.ndarray:
+    """(S, H, W) int16; no two slices are alike."""
+    return np.random.default_rng(0).integers(0, 3000, (12, 9, 11)).astype(np.int16)
