@@ -84,21 +84,20 @@ def test_a_series_and_a_cine_in_one_message(loaded, tmp_path):
     ]
 
 
-def test_slices_compose_with_tiles(parts):
+def test_frames_compose_with_tiles(parts):
     description = {**parts, "projector_type": "pixel_shuffle", "tiling": {"max_tiles": 4}}
     tiled = load_pretrained_model(description, dtype="float32")
-    expected = tiled.answer(None, told_by_hand(), max_new_tokens=4)
-    assert tiled.answer(VOLUME, QUESTION, **OPTIONS, max_new_tokens=4) == expected
-    content = [{"type": "image", "image": VOLUME, **OPTIONS}, QUESTION_ITEM]
-    turn = read_message(tiled.processor, {"role": "user", "content": content})
-    alone = [
-        read_message(tiled.processor, {"role": "user", "content": [item]}).pictures[0]
-        for item in told_by_hand()[0]["content"]
-        if item["type"] == "image"
-    ]
-    assert [len(picture.pixel_values) > 1 for picture in turn.pictures] == [True] * 3
-    for one, other in zip(turn.pictures, alone, strict=True):
-        assert torch.equal(one.pixel_values, other.pixel_values)
+    message = {
+        "role": "user",
+        "content": [{"type": "image", "image": CINE, "frames": 2}, QUESTION_ITEM],
+    }
+    pictures = read_message(tiled.processor, message).pictures
+    for picture, frame in zip(pictures, (7, 22), strict=True):
+        alone = tiled.processor.pixel_values([to_pil(CINE, frame=frame)])
+        assert len(alone) > 1
+        assert torch.equal(picture.pixel_values, alone)
+    expected = Conversation(tiled).ask(QUESTION, {"image": CINE, "frames": 2}, max_new_tokens=4)
+    assert tiled.answer(CINE, QUESTION, frames=2, max_new_tokens=4) == [expected]
 
 
 def test_an_explanation_has_a_picture_for_each_slice(loaded):
