@@ -127,7 +127,8 @@ def _of_part(part: ImagePart, view: View) -> Image.Image:
 def _from_file(path: Path, view: View) -> Image.Image:
     try:
         if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is not a regular file, and cannot be read as an image.")
+            hint = " A folder with a DICOM series takes slices=." if path.is_dir() else ""
+            raise ValueError(f"{path} is not a regular file, and cannot be read as an image.{hint}")
         with path.open("rb") as file:
             start = file.read(HEADER_BYTES)
     except FileNotFoundError as error:

@@ -7,6 +7,7 @@
 """
 
 import functools
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,7 +46,7 @@ _SPACING_TOLERANCE = 0.05
 class _Slice:
     """What slices of one stack share, and what orders them; nothing here may be printed."""
 
-    patient: str
+    patient: str  # a hash
     series: str
     form: tuple[object, ...]  # rows, columns, orientation
     place: tuple[float, int]  # millimetres along the normal, then Instance Number
@@ -235,13 +236,14 @@ def _slice_of(header: DicomDataset) -> _Slice | None:
         return None
     if not series or position.shape != (3,) or axes.shape != (6,) or num_frames != 1:
         return None
+    patient = str(header.get("PatientID") or header.get("PatientName") or "")
     normal = np.cross(axes[:3], axes[3:])
     along = float(position @ normal)
     if not np.isfinite(along):
         return None
     right, anterior, superior = (float(part) for part in normal * _TO_RAS)
     return _Slice(
-        patient=str(header.get("PatientID") or header.get("PatientName") or ""),
+        patient=hashlib.sha256(patient.encode(errors="replace")).hexdigest(),
         series=str(series),
         form=(header.get("Rows"), header.get("Columns"), *axes.round(3).tolist()),
         place=(along, number),

@@ -1,7 +1,7 @@
 """Data: DICOM against pydicom's decoding, the loader against the tower, JSON against reading it
 whole.
 
-    python -m tests.benchmarks.data [dicom loader json]
+    python -m tests.benchmarks.data [dicom loader json series]
 
 Every number is a ratio to a rival measured in the same run, in turns with it.
 """
@@ -26,9 +26,11 @@ from torch.utils.data import DataLoader
 
 from moellava.data import read_rows
 from moellava.encoders import create_encoder
-from moellava.images import load_image, to_pil
+from moellava.images import image_parts, load_image, to_pil
+from moellava.images.series import _read_series
 from moellava.testing import write_biomedclip
 from moellava.testing.datasets import picture
+from tests.images.memory import forget_peak, memory_mib
 
 
 def in_turns(
@@ -173,6 +175,53 @@ def loader(folder: Path) -> None:
     )
 
 
+def series(folder: Path) -> None:
+    """8 slices of a CT of 600 x 512 x 512, against the least that a series costs: its headers."""
+    rng = np.random.default_rng(0)
+    dataset = pydicom.dcmread(get_testdata_file("CT_small.dcm", download=False))
+    dataset.Rows = dataset.Columns = 512
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    (folder / "ct").mkdir()
+    for place in range(600):
+        dataset.ImagePositionPatient = [0, 0, place * 0.625]
+        dataset.PixelData = rng.integers(0, 3000, (512, 512), dtype=np.int16).tobytes()
+        dataset.save_as(folder / "ct" / f"{place * 7 % 601:03d}.dcm")
+    paths = sorted((folder / "ct").iterdir())
+    chosen = [f"{(2 * place + 1) * 600 // 16 * 7 % 601:03d}.dcm" for place in range(8)]
+
+    def ours() -> None:
+        _read_series.cache_clear()
+        for part in image_parts(folder / "ct", slices=8, window="lung"):
+            to_pil(part)
+
+    def least() -> None:
+        for path in paths:
+            pydicom.dcmread(
+                path, stop_before_pixels=True, specific_tags=["ImagePositionPatient", "PatientID"]
+            )
+        for name in chosen:
+            decode_with_pydicom(str(folder / "ct" / name))
+
+    def all_slices() -> None:
+        for path in paths:
+            decode_with_pydicom(str(path))
+
+    print("| 8 of 600 slices, ms | moellava: median (range) | rival | ratio |\n|---|---|---|---|")
+    row("against all headers and 8 slices, by pydicom", *in_turns(ours, least, 5))
+    forget_peak()
+    before, read = memory_mib("VmRSS"), bytes_read()
+    ours()
+    read = (bytes_read() - read) / 2**20
+    print(f"read: {read:.1f} MiB of {600 * len(dataset.PixelData) / 2**20:.0f} MiB of pixels; ")
+    print(f"peak memory above the start: {memory_mib('VmHWM') - before} MiB")
+    row("against all 600 slices, by pydicom", *in_turns(ours, all_slices, 2))
+
+
+def bytes_read() -> int:
+    """Of files, by this process, from the disk or its cache."""
+    return int(Path("/proc/self/io").read_text().partition("rchar: ")[2].split()[0])
+
+
 def json_rows(folder: Path) -> None:
     turns = [
         {"from": "human", "value": "<image>\n" + "word " * 60},
@@ -190,7 +239,7 @@ def json_rows(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parts = {"dicom": dicom, "loader": loader, "json": json_rows}
+    parts = {"dicom": dicom, "loader": loader, "json": json_rows, "series": series}
     parser = argparse.ArgumentParser()
     parser.add_argument("parts", nargs="*", default=list(parts))
     for part in parser.parse_args().parts:

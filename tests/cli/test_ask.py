@@ -1,12 +1,14 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from moellava.cli import app, main
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
 from moellava.testing import TINYLLAMA
+from tests.images.conftest import write_ct
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +128,18 @@ def test_version_and_help():
     assert CliRunner().invoke(app, ["--version"]).stdout == f"moellava {__version__}\n"
     help_text = CliRunner().invoke(app, ["--help"]).stdout
     assert all(command in help_text for command in ("ask", "demo"))
+
+
+def test_a_series_is_seen_as_slices(checkpoint, tmp_path):
+    volume = np.random.default_rng(0).integers(0, 3000, (12, 9, 11)).astype(np.int16)
+    write_ct(tmp_path / "ct", volume)
+    options = ("--slices", "2,3,-1", "--channels", "lung,mediastinum,bone")
+    result = ask(checkpoint, str(tmp_path / "ct"), "Why?", *options)
+    slices, channels = {"num": 2, "first": 3, "last": -1}, ("lung", "mediastinum", "bone")
+    expected = load_pretrained_model(checkpoint).answer(
+        tmp_path / "ct", "Why?", slices=slices, channels=channels, max_new_tokens=4
+    )
+    assert (result.exit_code, result.stdout) == (0, f"{expected[0]}\n")
+    without = ask(checkpoint, str(tmp_path / "ct"), "Why?")
+    assert "is not a regular file" in without.stderr
+    assert "slices=" in without.stderr

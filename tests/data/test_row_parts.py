@@ -9,10 +9,13 @@ from PIL import Image
 
 from moellava.data import RowError, check_rows, read_rows
 from moellava.data.convert import convert_rows
+from moellava.encoders import create_encoder
+from moellava.encoders.batches import encode_images
 from moellava.eval.evaluation_data import read_evaluation_data
 from moellava.images import image_key, load_image, to_pil
 from moellava.model.turns import with_images
 from moellava.train.batches import row_lengths
+from moellava.train.features import encode_rows
 from moellava.train.usable_rows import usable_rows
 from tests.images.conftest import write_ct
 
@@ -100,3 +103,14 @@ def test_they_are_checked_and_converted(folder):
 def test_what_a_row_asks_for_in_vain_names_the_row(folder, image, message):
     with pytest.raises(RowError, match=message):
         written(folder, image)
+
+
+def test_kept_features_hold_each_part_once(folder, small_biomedclip, tmp_path):
+    (row,) = written(folder, {"path": "ct", "slices": 2, "window": "lung"})
+    tower = create_encoder("biomedclip", str(small_biomedclip))
+    path = tmp_path / "features.safetensors"
+    kept = encode_rows(tower, [row, row], path, dtype=torch.float32, autocast=False, progress=False)
+    assert kept.file.names == [image_key(part) for part in row.images]
+    for part in row.images:
+        alone = encode_images(tower, [load_image(part.source, window="lung")])[0]
+        assert torch.allclose(kept(part), alone.float(), atol=1e-5)
