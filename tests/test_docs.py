@@ -1,13 +1,19 @@
 """The snippets of the guides run, in order, on stand-ins under the real ids."""
 
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from nibabel.testing import data_path
+from pydicom.data import get_testdata_file
 
 from moellava.testing import BIOMEDCLIP, TINYLLAMA
+from tests.images.conftest import write_ct
+from tests.images.test_slide import write_slide
 
 ROOT = Path(__file__).parent.parent
 GUIDES = (
@@ -17,6 +23,7 @@ GUIDES = (
     "data.md",
     "explain.md",
     "from_llava.md",
+    "resolution.md",
     "saving.md",
 )
 
@@ -36,6 +43,8 @@ def test_the_snippets_of_a_guide_run(
     write_mm_projector(tmp_path / "checkpoints" / "llava-pretrain")
     if guide == "explain.md":
         write_checkpoint(tmp_path / "moellava-demo" / "checkpoint", small_biomedclip)
+    if guide == "resolution.md":
+        write_volumes(tmp_path)
     snippets = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "docs" / guide).read_text(), re.MULTILINE | re.DOTALL
     )
@@ -56,6 +65,15 @@ def write_mm_projector(folder):
     folder.mkdir(parents=True)
     state = {f"model.mm_projector.{name}": value for name, value in layers.state_dict().items()}
     torch.save(state, folder / "mm_projector.bin")
+
+
+def write_volumes(folder):
+    """A CT series, an MR volume, a clip of ultrasound and a slide."""
+    volume = np.random.default_rng(0).integers(0, 3000, (12, 40, 40)).astype(np.int16)
+    write_ct(folder / "ct", volume)
+    shutil.copy(Path(data_path) / "anatomical.nii", folder / "mr.nii")
+    shutil.copy(get_testdata_file("examples_ybr_color.dcm", download=False), folder / "cine.dcm")
+    write_slide(folder / "slide.tif")
 
 
 def write_checkpoint(folder, tower):

@@ -58,7 +58,7 @@ def chat(
         loaded,
         read=input,
         write=lambda text: typer.echo(text, nl=False),
-        parse_view=_parse_view,
+        parse_view=parse_view,
         model_name=checkpoint,
         system=system,
         generation={"max_new_tokens": max_new_tokens},
@@ -66,7 +66,8 @@ def chat(
     ).run(images or ())
 
 
-def _parse_view(name: str, text: str) -> object:
+def parse_view(name: str, text: str) -> object:
+    """The value of an option of the images that was typed; None takes it back."""
     if text == "none":
         return None
     names = ("window", "frame", "plane", "slices", "frames", "channels")

@@ -3,14 +3,17 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from nibabel.testing import data_path
 from pydicom.data import get_testdata_file
 
 from moellava.chat.terminal import TerminalChat
-from moellava.cli.image_options import view_options
+from moellava.cli.chat import parse_view
 from moellava.model.conversation import Conversation
 
+VOLUME = str(Path(data_path) / "anatomical.nii")
 CT = str(get_testdata_file("CT_small.dcm", download=False))
 
 
@@ -32,10 +35,6 @@ class Person:
     @property
     def text(self):
         return "".join(self.printed)
-
-
-def parse_view(name, text):
-    return view_options(**{"window": None, "frame": None, "plane": None, name: text})[name]
 
 
 def run(loaded, *lines, images=(), **options):
@@ -81,6 +80,25 @@ def test_a_window_is_for_the_images_that_follow_or_wait(loaded):
     chat, _ = run(loaded, f"/image {CT}", "/window lung", "What?", f"/image {CT}", "And this?")
     views = [p.view for turn in chat.conversation.turns for p in turn.pictures]
     assert views == [{"window": "lung"}, {"window": "lung"}]
+
+
+def test_slices_are_shown_until_they_are_taken_back(loaded):
+    chat, person = run(
+        loaded,
+        "/slices 3",
+        f"/image {VOLUME}",
+        "What?",
+        f"/image {CT}",
+        "/slices none",
+        f"/image {CT}",
+        "And this?",
+        view={"window": (4000, 8000)},
+    )
+    asked = [turn for turn in chat.conversation.turns if turn.role == "user"]
+    assert asked[0].text.startswith("slice 1 of 3, axial: slice 2 of 3, axial: ")
+    assert [len(turn.pictures) for turn in asked] == [3, 1]
+    assert "error: " in person.text
+    assert "is not a volume; slices= is for NIfTI" in person.text
 
 
 def test_mistakes_are_said_and_the_chat_goes_on(loaded, scan, tmp_path):

@@ -1,5 +1,7 @@
 """Regions and tissue of a whole-slide image, against OpenSlide's own reading."""
 
+import sys
+
 import numpy as np
 import openslide
 import pytest
@@ -133,6 +135,12 @@ def test_a_slide_without_levels_has_no_overview_but_regions(tmp_path, monkeypatc
     monkeypatch.setitem(LIMITS, "frame", 1_000_000)
     with pytest.raises(ValueError, match="no level small enough"):
         image_parts(path, slide={"max_tiles": 4})
+
+
+def test_the_missing_extra_is_named(slide, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openslide", None)
+    with pytest.raises(ImportError, match=r"slide\.tif is a whole-slide .*'moellava\[wsi\]'"):
+        image_parts(slide, slide={"max_tiles": 5})
 
 
 def test_what_is_no_slide_is_named(tmp_path):
