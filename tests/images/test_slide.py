@@ -66,6 +66,7 @@ def test_the_tiles_with_the_most_tissue_are_taken(slide):
     (best,) = image_parts(slide, slide={"max_tiles": 1, **options})
     assert shares[best.region] == pytest.approx(max(shares.values()), abs=0.02)
     assert all(share > 0.05 for share in shares.values())
+    assert [*shares] == sorted(shares, key=lambda region: (region.y, region.x))
     assert len(tiles) < 12  # most of the slide is glass
 
 
