@@ -63,7 +63,7 @@ def test_a_broken_image_is_one_line_and_exit_status_1(small_biomedclip, tmp_path
 @pytest.mark.parametrize(
     ("window", "message"),
     [
-        ("lnug", "Did you mean 'lung'? Known: bone, brain, full, lung, soft."),
+        ("lnug", "Did you mean 'lung'? Known: bone, brain, full, lung, mediastinum, soft."),
         ("lung", "a.png: the window 'lung' is in Hounsfield units"),
     ],
 )
