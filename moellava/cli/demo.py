@@ -21,6 +21,10 @@ def demo(
         int, typer.Option(min=1, help="Training steps of 8 images, 24 questions.")
     ] = 400,
     seed: Annotated[int, typer.Option(help="Of weights, crops, questions and data order.")] = 0,
+    tiles: Annotated[
+        int | None,
+        typer.Option(min=2, help="Build the toy with at most so many tiles for large images."),
+    ] = None,
 ) -> None:
     """Train a toy model on real medical images and ask it about others (about two minutes).
 
@@ -34,7 +38,7 @@ def demo(
     from moellava.demo.run import ANSWERS_FILE, run_demo
 
     typer.echo(f"Training an untrained toy for {steps} steps in {out} ...")
-    result = run_demo(out, num_steps=steps, seed=seed)
+    result = run_demo(out, num_steps=steps, seed=seed, tiles=tiles)
     picture = out / "answers.png"
     save_picture(result.answers, picture)
     _print_summary(result)

@@ -75,6 +75,7 @@ def run_demo(
     seed: int,
     show_progress: bool = True,
     shuffle_images: bool = False,
+    tiles: int | None = None,
 ) -> DemoResult:
     """Train a toy on real images and answer questions about crops that it has not seen.
 
@@ -86,6 +87,7 @@ def run_demo(
         show_progress: a progress bar while training.
         shuffle_images: train on questions whose images were exchanged at random. A model that
             still beats the baselines then does not do so by looking.
+        tiles: see crops larger than the toy's 160 pixels as at most so many tiles, too.
     """
     require_packages()
     files = write_dataset(
@@ -97,7 +99,9 @@ def run_demo(
     if shuffle_images:
         rows = json.loads(files["conversations"].read_text(encoding="utf-8"))
         write_json(files["conversations"], exchange_images(rows, seed))
-    recipe = demo_recipe(folder, files["conversations"], num_steps=num_steps, seed=seed)
+    recipe = demo_recipe(
+        folder, files["conversations"], num_steps=num_steps, seed=seed, tiles=tiles
+    )
     shutil.rmtree(folder / "training", ignore_errors=True)  # an earlier demo's
     trained = train(recipe, show_progress=show_progress).model_folder
     checkpoint = folder / "checkpoint"
@@ -118,7 +122,9 @@ def run_demo(
     )
 
 
-def demo_recipe(folder: Path, rows: Path, *, num_steps: int, seed: int) -> Recipe:
+def demo_recipe(
+    folder: Path, rows: Path, *, num_steps: int, seed: int, tiles: int | None = None
+) -> Recipe:
     """Untrained parts in the files of the real ones, joined to a mixture that learns as a whole."""
     tower = write_biomedclip(
         folder / "parts" / "biomedclip_toy", vision="test_vit", image_size=160, seed=seed
@@ -136,7 +142,11 @@ def demo_recipe(folder: Path, rows: Path, *, num_steps: int, seed: int) -> Recip
             "stage": "experts",
             "after": "any",
             "output_dir": str(folder / "training"),
-            "model": {"model_name_or_path": str(language_model), "mm_vision_tower": str(tower)},
+            "model": {
+                "model_name_or_path": str(language_model),
+                "mm_vision_tower": str(tower),
+                **({} if tiles is None else {"tiling": {"max_tiles": tiles}}),
+            },
             "trainable": ["vision_tower", "projector", "language_model"],
             "data": {
                 "train": str(rows),
