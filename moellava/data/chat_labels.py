@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from moellava.images import to_pil
 from moellava.model.chat_templates import has_beginning
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tiling import Layout
 
 Messages = Sequence[Mapping[str, Any]]
 # Texts, and for each the (start, end) of the assistant's turns, in characters.
@@ -31,7 +32,7 @@ def tokenize_chat(
     messages: Messages,
     processor: MoeLlavaProcessor,
     chat_template: str,
-    layouts: Sequence[str] | None = None,
+    layouts: Sequence[Layout] | None = None,
 ) -> ChatTokens:
     """Token ids as the model is asked with, and which of them it has to learn: the assistant's.
 
@@ -55,7 +56,9 @@ def tokenize_chat(
     is_answer: list[bool] = []
     starts = [start for start, _ in spans]
     num_images = len(image_items(messages))
-    places = [processor.layout_ids(one) for one in layouts or [processor.image_token] * num_images]
+    if layouts is None:
+        layouts = [processor.layout((1, 1))] * num_images
+    places = [processor.layout_ids(layout) for layout in layouts]
     num_found = 0
     for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
         span = bisect_left(starts, end) - 1  # the last span that begins before the token's end
@@ -100,8 +103,9 @@ def num_chat_tokens(
             num_placed = num_marks * processor.num_image_tokens
             if processor.tiling is not None:
                 images = [load_image(item["image"]) for item in image_items(messages)]
-                layouts = [processor.layout(image.size) for image in images]
-                num_placed = sum(len(processor.layout_ids(layout)) for layout in layouts)
+                num_placed = sum(
+                    len(processor.layout_ids(processor.layout(image.size))) for image in images
+                )
             lengths.append(len(ids) - num_marks + num_placed)
     return lengths
 

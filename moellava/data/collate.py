@@ -1,7 +1,7 @@
 """Chat rows → one training batch whose labels are the assistant's turns."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from PIL import Image
@@ -13,10 +13,23 @@ from moellava.images import PART_OPTIONS, ImageLike, to_pil
 from moellava.messages import unknown_name
 from moellava.model.chat_templates import TEMPLATES
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tiling import Layout
 from moellava.model.turns import expand_images
 
 IGNORE_INDEX = -100  # what the loss leaves out
 LONG_ROWS = ("error", "truncate")
+
+
+class KeptViews(NamedTuple):
+    """What a frozen tower made of an image.
+
+    Args:
+        tokens: (V, N, D), the patch tokens of each view.
+        size: width and height of the image, in pixels; used with tiling alone.
+    """
+
+    tokens: Tensor
+    size: tuple[int, int]
 
 
 class ChatRow(Protocol):
@@ -49,8 +62,8 @@ class ChatCollator:
             is an error only where that would cut an image's placeholders or leave nothing to learn.
         packing: lay the rows of a batch one behind the other, without padding. Positions begin anew
             at each, from which transformers' attention knows that no row may look at another.
-        patch_tokens: gives an image's patch tokens (N, D), in place of opening it and encoding its
-            pixels.
+        patch_tokens: gives the patch tokens of an image's views, in place of opening it and
+            encoding its pixels.
         load_image: opens what an image item holds.
         return_row_ids: also give `row_ids`, a list that no model takes.
     """
@@ -63,17 +76,12 @@ class ChatCollator:
         max_length: int | None = None,
         long_rows: str = "error",
         packing: bool = False,
-        patch_tokens: Callable[[ImageLike], Tensor] | None = None,
+        patch_tokens: Callable[[ImageLike], KeptViews] | None = None,
         load_image: Callable[[ImageLike], Image.Image] = to_pil,
         return_row_ids: bool = False,
     ) -> None:
         if long_rows not in LONG_ROWS:
             raise unknown_name("long_rows", long_rows, LONG_ROWS)
-        if processor.tiling is not None and patch_tokens is not None:
-            raise ValueError(
-                "Kept features (data.features) hold one view of each image, but the model has "
-                "tiling, which makes several. Leave data.features out."
-            )
         self.processor = processor
         self.chat_template = resolve_chat_template(processor, chat_template)
         self.max_length = max_length
@@ -90,14 +98,15 @@ class ChatCollator:
             `input_ids` and `labels` (B, T), labels -100 outside the assistant's turns;
             `attention_mask` (B, T), with padding on the right, or with packing `position_ids` (1,
             T) and `use_cache=False` instead; where there are images, `pixel_values` (V, 3, H, W) of
-            all their views, or `patch_tokens` (I, N, D).
+            all their views, or `patch_tokens` (V, N, D), and `image_sizes` (I, 2) for a model that
+            merges views.
 
         Raises:
             ValueError: if a row has no supervised token, is too long, or has an image that cannot
                 be opened; its `id`, or its place in the batch, is named.
         """
         features: list[dict[str, list[int]]] = []
-        images: list[ImageLike] = []
+        images: list[Image.Image | KeptViews] = []
         ids: list[object] = []
         for index, row in enumerate(rows):
             messages, row_id = messages_of(row), id_of(row, index)
@@ -113,15 +122,17 @@ class ChatCollator:
             ids.append(row_id)
         batch: dict[str, Any] = self._pack(features) if self.packing else self._pad(features)
         if images and self.patch_tokens is not None:
-            batch["patch_tokens"] = torch.stack(images)  # type: ignore[arg-type]  # all are tensors
+            kept = cast(list[KeptViews], images)
+            batch["patch_tokens"] = torch.cat([views.tokens for views in kept])
+            batch |= self.processor.merge_inputs([views.size for views in kept])
         elif images:
-            batch["pixel_values"] = self.processor.pixel_values(images)
+            batch |= self.processor.image_inputs(images)
         return {**batch, "row_ids": ids} if self.return_row_ids else batch
 
-    def _open(self, image: ImageLike) -> Image.Image | Tensor:
+    def _open(self, image: ImageLike) -> Image.Image | KeptViews:
         return self.load_image(image) if self.patch_tokens is None else self.patch_tokens(image)
 
-    def _layouts(self, opened: Sequence[Any]) -> list[str] | None:
+    def _layouts(self, opened: Sequence[Image.Image | KeptViews]) -> list[Layout] | None:
         if self.processor.tiling is None:
             return None
         return [self.processor.layout(image.size) for image in opened]

@@ -5,7 +5,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import torch
 from PIL import Image
@@ -16,6 +17,8 @@ from moellava.encoders.outputs import VisionEncoderOutput
 from moellava.images import ImageLike, Images, to_eight_bit, to_pil
 from moellava.images.threads import as_image_list, map_in_threads
 from moellava.storage.weights import require_finite
+
+T = TypeVar("T")
 
 
 class PatchEncoder(Protocol):
@@ -46,15 +49,19 @@ def encode_images(
 
 def encode_batches(
     encoder: PatchEncoder,
-    images: Sequence[ImageLike],
+    images: Sequence[T],
     *,
     batch_size: int,
     progress: bool = False,
-    load_image: Callable[[ImageLike], Image.Image] = to_pil,
+    to_pixels: Callable[[Sequence[T]], Tensor] | None = None,
 ) -> Iterator[Tensor]:
-    """Patch tokens (B, N, D) by batch; the next is preprocessed while this one is in the model."""
+    """Patch tokens (B, N, D) by batch; the next is preprocessed while this one is in the model.
+
+    Args:
+        to_pixels: pixel values (B, 3, H, W) of a batch of `images`; by default `pixels_of`.
+    """
     batches: Iterable[Tensor] = pixel_batches(
-        encoder, images, batch_size=batch_size, load_image=load_image
+        encoder, images, batch_size=batch_size, to_pixels=to_pixels
     )
     if progress:
         from tqdm.auto import tqdm
@@ -68,30 +75,36 @@ def encode_batches(
         yield tokens
 
 
-def pixel_batches(
+def pixels_of(
     encoder: PatchEncoder,
     images: Sequence[ImageLike],
     *,
-    batch_size: int,
     load_image: Callable[[ImageLike], Image.Image] = to_pil,
+) -> Tensor:
+    """Pixel values (B, 3, H, W) of images, by the encoder's own image processor."""
+    # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL here.
+    ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), images)
+    pixel_values: Tensor = encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
+    return pixel_values
+
+
+def pixel_batches(
+    encoder: PatchEncoder,
+    images: Sequence[T],
+    *,
+    batch_size: int,
+    to_pixels: Callable[[Sequence[T]], Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Pixel values (B, 3, H, W), on the encoder's device and in its dtype, a batch ahead."""
+    to_pixels = to_pixels or partial(pixels_of, encoder)
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; expected at least 1.")
-
-    def pixels(batch: Sequence[ImageLike]) -> Tensor:
-        # transformers' own processors clamp 16-bit images and know no paths: all become 8-bit PIL
-        # here.
-        ready = map_in_threads(lambda image: to_eight_bit(load_image(image)), batch)
-        pixel_values: Tensor = encoder.image_processor(ready, return_tensors="pt")["pixel_values"]
-        return pixel_values
-
     with ThreadPoolExecutor(1) as worker:
         starts = range(0, len(images), batch_size)
         upcoming = None
         for start in starts:
-            current = upcoming or worker.submit(pixels, images[start : start + batch_size])
+            current = upcoming or worker.submit(to_pixels, images[start : start + batch_size])
             after = images[start + batch_size : start + 2 * batch_size]
             pixel_values = current.result()
-            upcoming = worker.submit(pixels, after) if after else None
+            upcoming = worker.submit(to_pixels, after) if after else None
             yield pixel_values.to(encoder.device, encoder.dtype)

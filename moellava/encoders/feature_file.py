@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moellava.encoders.base import VisionEncoder
-from moellava.encoders.batches import encode_batches
+from moellava.encoders.batches import encode_batches, pixels_of
 from moellava.encoders.precision import in_precision
 from moellava.images import ImageLike, to_pil
 from moellava.storage.errors import reading
@@ -120,6 +120,7 @@ def encode_files(
     dtype: torch.dtype | None = None,
     load_image: Callable[..., Image.Image] = to_pil,
     view: Mapping[str, object] | None = None,
+    to_pixels: Callable[[Sequence[tuple[ImageLike, int]]], Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> int:
     """Write `patch_tokens` (images, N, D) of image files, and their names, to a safetensors file.
@@ -129,10 +130,12 @@ def encode_files(
     they are many, a tensor `names` has them, as JSON), the tower's settings and the view.
 
     Args:
-        paths: whatever `load_image` takes.
+        paths: whatever `load_image` takes; several times if its views have names of their own.
         precision: what the tower runs in, as in `VisionEncoder.encode`; the file remembers it.
         dtype: what is stored; the precision if not given.
         view: options of `moellava.images.View`, such as `window`.
+        to_pixels: pixel values (B, 3, H, W) of a batch of images, each with its place in `paths`;
+            in place of `load_image` and the encoder's image processor.
         metadata: kept in the file as it is.
 
     Returns:
@@ -155,12 +158,14 @@ def encode_files(
         partial = out.with_name(f"{out.name}.partial")
         done = _prepare(partial, header, _bytes_per_image(encoder, dtype), len(paths))
         if done < len(paths):
+            load = functools.partial(load_image, **(view or {}))
             batches = encode_batches(
                 encoder,
-                paths[done:],
+                list(zip(paths, range(len(paths)), strict=True))[done:],
                 batch_size=batch_size,
                 progress=progress,
-                load_image=functools.partial(load_image, **(view or {})),
+                to_pixels=to_pixels
+                or (lambda own: pixels_of(encoder, [path for path, _ in own], load_image=load)),
             )
             with partial.open("ab") as file:
                 for tokens in batches:

@@ -20,6 +20,7 @@ from moellava.model.chat_templates import has_beginning
 from moellava.model.conversation import generation_options
 from moellava.model.generation import generate_texts
 from moellava.model.loaded_model import LoadedModel
+from moellava.model.tiling import Layout
 
 # Questions whose images are kept at a time, in batches: long enough to find others of one length.
 _BATCHES_IN_WINDOW = 16
@@ -79,8 +80,8 @@ class Asker:
         self.loaded, self.load_image = loaded, load_image
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self._option_tokens = OptionTokens(loaded)
-        self._features: dict[str, list[Tensor]] = {}  # the embeddings of each view
-        self._layouts: dict[str, str] = {}
+        self._features: dict[str, list[Tensor]] = {}  # the embeddings of each mark
+        self._layouts: dict[str, Layout] = {}
 
     def check(self, asked: Sequence[Asked]) -> None:
         """Raise `ValueError` if a prompt and its answer do not fit into the context."""
@@ -126,15 +127,16 @@ class Asker:
         for start in range(0, len(missing), self.batch_size):
             part = missing[start : start + self.batch_size]
             pictures = [self.load_image(name) for name in part]
+            inputs = self.loaded.processor.image_inputs(pictures)
             outputs = self.loaded.model.get_image_features(
-                self.loaded.processor.pixel_values(pictures).to(self.loaded.model.device),
+                **{key: value.to(self.loaded.model.device) for key, value in inputs.items()},
                 return_dict=True,
             )
             embeds: Any = outputs.pooler_output  # a list, which transformers declares a tensor
-            of_view = iter(embeds)
-            for name in part:
-                num_views = self._layout(name).count(self.loaded.processor.image_token)
-                self._features[name] = [next(of_view) for _ in range(num_views)]
+            of_marks = iter(embeds)
+            for name, picture in zip(part, pictures, strict=True):
+                num_marks = self.loaded.processor.layout(picture.size).num_marks
+                self._features[name] = [next(of_marks) for _ in range(num_marks)]
 
     def _ask_batch(
         self, batch: Sequence[tuple[list[int], Asked]], encoding: float
@@ -196,10 +198,10 @@ class Asker:
         encoded = tokenizer(text, add_special_tokens=not is_begun, verbose=False)
         return list(encoded["input_ids"])
 
-    def _layout(self, name: str) -> str:
+    def _layout(self, name: str) -> Layout:
         """What stands for an image; with tiling, it is opened once to know its size."""
         if self.loaded.processor.tiling is None:
-            return self.loaded.processor.image_token
+            return self.loaded.processor.layout((1, 1))
         if name not in self._layouts:
             self._layouts[name] = self.loaded.processor.layout(self.load_image(name).size)
         return self._layouts[name]

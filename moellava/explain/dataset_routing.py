@@ -12,6 +12,7 @@ Letters: R rows, S sparse layers, E experts, G groups.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ import torch
 from torch import Tensor
 
 from moellava.data import Row
-from moellava.data.collate import ChatCollator
+from moellava.data.chat_labels import image_items
+from moellava.data.collate import ChatCollator, messages_of
 from moellava.explain.drawing.routes import draw_coactivation, draw_group_load
 from moellava.explain.group_statistics import (
     Information,
@@ -226,8 +228,7 @@ def _route_rows(
     for start in starts:
         batch_rows = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
         batch = {name: value.to(loaded.model.device) for name, value in collate(batch_rows).items()}
-        is_image = batch["input_ids"] == loaded.model.config.image_token_id
-        num_views = (is_image.sum(1) // loaded.processor.num_image_tokens).tolist()
+        num_views = _num_views(loaded, batch, batch_rows)
         keys += _image_keys(batch_rows, batch.get("pixel_values"), num_views)
         experts = _experts(loaded, batch, routers)  # (S, B, T, k)
         phases = _phases(loaded, batch)  # (3, B, T)
@@ -272,6 +273,21 @@ def _phases(loaded: LoadedModel, batch: dict[str, Tensor]) -> npt.NDArray[np.boo
     stacked = torch.stack([is_image, ~is_image & ~is_answer, is_answer]) & is_token
     phases: npt.NDArray[np.bool_] = stacked.cpu().numpy()
     return phases
+
+
+def _num_views(loaded: LoadedModel, batch: dict[str, Tensor], rows: Sequence[Row]) -> Sequence[int]:
+    """How many views the images of each row have."""
+    processor = loaded.processor
+    if "image_sizes" not in batch:
+        is_image = batch["input_ids"] == processor.image_token_id
+        views: list[int] = (is_image.sum(1) // processor.num_image_tokens).tolist()
+        return views
+    sizes = iter(batch["image_sizes"].tolist())
+    counts = [len(image_items(messages_of(row))) for row in rows]
+    return [
+        sum(processor.layout((width, height)).num_views for height, width in islice(sizes, count))
+        for count in counts
+    ]
 
 
 def _image_keys(

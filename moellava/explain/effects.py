@@ -26,20 +26,26 @@ class AnswerScorer:
     Args:
         input_ids: (1, T), the prompt and then the answer.
         num_prompt_tokens: how many of them are the prompt.
+        image_sizes: as the processor returns them, for a model that needs them.
     """
 
     def __init__(
-        self, model: MoeLlavaForConditionalGeneration, input_ids: Tensor, num_prompt_tokens: int
+        self,
+        model: MoeLlavaForConditionalGeneration,
+        input_ids: Tensor,
+        num_prompt_tokens: int,
+        image_sizes: Tensor | None = None,
     ) -> None:
-        self.model, self.input_ids = model, input_ids
+        self.model, self.input_ids, self.image_sizes = model, input_ids, image_sizes
         self.answer_ids = input_ids[0, num_prompt_tokens:]
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """(B, I, 3, H, W) → (B, A), in nats."""
-        num_variants = len(pixel_values)
+        num_variants, sizes = len(pixel_values), self.image_sizes
         logits: Tensor = self.model(
             input_ids=self.input_ids.expand(num_variants, -1),
             pixel_values=pixel_values.flatten(0, 1),
+            image_sizes=None if sizes is None else sizes.repeat(num_variants, 1),
             use_cache=False,
             logits_to_keep=len(self.answer_ids) + 1,
         ).logits  # (B, A + 1, V)

@@ -92,7 +92,7 @@ def explain(
         num_prompt_tokens = prompt.inputs["input_ids"].shape[1]
     else:
         input_ids, num_prompt_tokens = _given(loaded, prompt, pictures, answer)
-    pixel_values = prompt.inputs["pixel_values"]
+    pixel_values, image_sizes = prompt.inputs["pixel_values"], prompt.inputs.get("image_sizes")
     model, tokenizer = loaded.model, loaded.tokenizer
 
     def recorded(pixels: Tensor) -> Recording:
@@ -101,12 +101,13 @@ def explain(
             input_ids,
             pixels,
             num_prompt_tokens=num_prompt_tokens,
+            image_sizes=image_sizes,
             max_bytes=max_bytes,
         )
 
     seen = seen or recorded(pixel_values)
     unseen = recorded(mean_colour(pixel_values)) if blank else None
-    scorer = AnswerScorer(model, input_ids, num_prompt_tokens)
+    scorer = AnswerScorer(model, input_ids, num_prompt_tokens, image_sizes)
     blocks = blocks or _default_blocks(model.model.vision_tower.grid)
     grid, no_grid = _grid_or_reason(loaded)
     answer_ids: list[int] = input_ids[0, num_prompt_tokens:].tolist()

@@ -91,9 +91,10 @@ class Frame:
 def view_frames(processor: MoeLlavaProcessor, size: tuple[int, int]) -> list[Frame]:
     """What each view of a picture of this (width, height) shows of it, in the views' order."""
     grid, (width, height) = processor.grid(size), size
-    if grid == (1, 1):
+    num_views, num_tiles = processor.layout(size).num_views, grid[0] * grid[1]
+    if num_views == 1:
         return [measure_frame(processor.image_processor, size)]
-    has_overview = processor.layout(size).count(processor.image_token) > grid[0] * grid[1]
+    has_overview = num_views > num_tiles
     tiles = [
         Frame(left=left, top=top, right=right, bottom=bottom, width=width, height=height)
         for left, top, right, bottom in tile_boxes(size, grid, processor.view_size)
@@ -157,5 +158,6 @@ def _processed(processor: ImageProcessor, levels: npt.NDArray[np.uint8]) -> Arra
     """The first channel of what the model would see of a grey picture, (H, W)."""
     picture = Image.fromarray(np.ascontiguousarray(levels)).convert("RGB")
     pixels = processor(images=[picture], return_tensors="pt")["pixel_values"]
-    channel: Array = pixels[0, 0].float().numpy()
+    # LLaVA-NeXT's processor gives an image's tiles behind its overview.
+    channel: Array = pixels.flatten(0, -4)[0, 0].float().numpy()
     return channel

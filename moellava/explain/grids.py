@@ -48,6 +48,13 @@ def find_token_grid(model: MoeLlavaForConditionalGeneration) -> TokenGrid:
             "so attention to them cannot be drawn. Use a tower with real patch tokens, or draw "
             "the 'ablation' or 'gradient' map, which work on pixels."
         )
+    merge = (config.tiling or {}).get("merge", "flat")
+    if merge != "flat":
+        raise ValueError(
+            f"The model merges the tiles of an image (merge={merge!r}), so its "
+            "image tokens are not those of single tiles, and attention to them cannot be drawn. "
+            "Draw the 'ablation' or 'gradient' map, which work on pixels."
+        )
     shape = config.projector_shape
     (rows, columns), num_tokens = shape.grid, config.num_image_tokens
     num_before = shape.num_patches - rows * columns

@@ -65,6 +65,7 @@ def record(
     pixel_values: Tensor,
     *,
     num_prompt_tokens: int,
+    image_sizes: Tensor | None = None,
     max_bytes: int = 2**30,
 ) -> Recording:
     """Run prompt and answer once, keeping what `Recording` holds.
@@ -72,6 +73,7 @@ def record(
     Args:
         input_ids: (1, T), the prompt and then the answer.
         pixel_values: (I, 3, H, W).
+        image_sizes: as the processor returns them, for a model that needs them.
         max_bytes: refuse to start if the pass takes more memory than this beyond an ordinary one.
 
     Raises:
@@ -93,6 +95,7 @@ def record(
         model(
             input_ids=input_ids,
             pixel_values=pixel_values,
+            image_sizes=image_sizes,
             use_cache=False,
             logits_to_keep=num_answer + 1,
         )

@@ -5,6 +5,7 @@ width, V vocabulary.
 """
 
 import os
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ from moellava.model.language_model import has_router_penalty, lm_outputs
 from moellava.model.projector import build_projector
 from moellava.model.publish.model_card import push_to_hub
 from moellava.model.publish.remote_code import carry_remote_code
+from moellava.model.tiling import Tiling, merge_unpadded
+from moellava.settings import from_mapping
 from moellava.storage.weights import require_fit
 
 # Beginnings of the weights' names.
@@ -110,32 +113,79 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             config.projector_type, config.projector_shape, config.projector_options
         )
         self.language_model = AutoModel.from_config(config.text_config, trust_remote_code=False)
+        self.tiling = (
+            None
+            if config.tiling is None
+            else from_mapping(Tiling, config.tiling, kind="key of tiling")
+        )
+        if self.tiling is not None and self.tiling.merge == "spatial_unpad":
+            # Ends each row of patches; no initial value, since only checkpoints have it.
+            self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_vision_tower(self) -> VisionEncoder:
         return self.vision_tower
 
     @can_return_tuple  # type: ignore[untyped-decorator]
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         """Encode and project images.
 
         Args:
-            pixel_values: (I, 3, H, W), as the image processor returns them; any float dtype.
+            pixel_values: (V, 3, H, W), as the processor returns them; any float dtype. V is the
+                number of images, or with tiling that of their views.
+            image_sizes: (I, 2), height and width of the images in pixels; needed by a model that
+                merges the views of an image (`merge` of `moellava.model.tiling.Tiling`).
 
         Returns:
-            `last_hidden_state`: patch tokens (I, N_patches, D_vision); `pooler_output`: a list with
-            the image embeddings (N, D_t) of each image, the form that `generate` and vLLM ask for.
+            `last_hidden_state`: patch tokens (V, N_patches, D_vision); `pooler_output`: a list with
+            the embeddings (N, D_t) of each view, or of each image if views are merged; the form
+            that `generate` and vLLM ask for.
         """
-        return self._project(
-            self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
-        )
+        patch_tokens = self.vision_tower(pixel_values.to(self.vision_tower.dtype)).patch_tokens
+        return self._project(patch_tokens, image_sizes)
 
-    def _project(self, patch_tokens: Tensor) -> BaseModelOutputWithPooling:
+    def _project(
+        self, patch_tokens: Tensor, image_sizes: Tensor | None
+    ) -> BaseModelOutputWithPooling:
         # Contiguous: vLLM's linear layers on a CPU take nothing else.
-        image_embeds: Any = list(self.multi_modal_projector(patch_tokens.contiguous()))  # (N, D_t)
+        patch_tokens = patch_tokens.contiguous()
+        image_embeds: Any  # a list, which transformers declares a tensor
+        if self.tiling is None or self.tiling.merge == "flat":
+            image_embeds = list(self.multi_modal_projector(patch_tokens))  # (N, D_t)
+        else:
+            image_embeds = self._merged(patch_tokens, image_sizes)
         return BaseModelOutputWithPooling(
             last_hidden_state=patch_tokens, pooler_output=image_embeds
         )
+
+    def _merged(self, patch_tokens: Tensor, image_sizes: Tensor | None) -> list[Tensor]:
+        """The embeddings of each image, of the patch tokens of its views."""
+        assert self.tiling is not None
+        if image_sizes is None:
+            raise ValueError(
+                f"The model merges the tiles of an image (merge={self.tiling.merge!r}) and needs "
+                "image_sizes. Pass all that MoeLlavaProcessor returns."
+            )
+        sizes = [(width, height) for height, width in image_sizes.tolist()]
+        tile = self.config.vision_config.image_hw
+        grids = [self.tiling.choose_grid(*size, tile) for size in sizes]
+        counts = [self.tiling.num_views(grid) for grid in grids]
+        if sum(counts) != len(patch_tokens):
+            raise ValueError(
+                f"image_sizes of {len(sizes)} images make {sum(counts)} views, but "
+                f"{len(patch_tokens)} views are given. Pass all that MoeLlavaProcessor returns."
+            )
+        views: tuple[Tensor, ...]
+        if self.tiling.merge == "joint":
+            views = patch_tokens.split(counts)
+            return [self.multi_modal_projector(own.flatten(0, 1)[None])[0] for own in views]
+        views = self.multi_modal_projector(patch_tokens).split(counts)
+        return [
+            merge_unpadded(own, size, grid, self.image_newline)
+            for own, size, grid in zip(views, sizes, grids, strict=True)
+        ]
 
     @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")  # type: ignore[untyped-decorator]
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -149,17 +199,19 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         patch_tokens: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalMoeBaseModelOutputWithPast:
         """Put the images' embeddings into the text's and run the language model.
 
         Args:
             input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
+            pixel_values: (V, 3, H, W), the views of the images in the order of their placeholders.
             inputs_embeds: (B, T, D_t), in place of `input_ids`.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, in place of `pixel_values`.
-            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
+            patch_tokens: (V, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
                 gave them before.
+            image_sizes: (I, 2), see `get_image_features`.
             **kwargs: passed on to the language model.
 
         Returns:
@@ -176,10 +228,10 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
                 "Give one of pixel_values, patch_tokens and mm_encoder_outputs['image']."
             )
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values, return_dict=True)
+            image_outputs = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         if patch_tokens is not None:
             projector_dtype = next(self.multi_modal_projector.parameters(), patch_tokens).dtype
-            image_outputs = self._project(patch_tokens.to(projector_dtype))
+            image_outputs = self._project(patch_tokens.to(projector_dtype), image_sizes)
 
         if input_ids is not None and image_outputs is not None:
             self._check_ids(input_ids)
@@ -232,8 +284,12 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         )
         self.post_init()  # type: ignore[no-untyped-call]
 
-    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        features: BaseModelOutputWithPooling = self.model.get_image_features(pixel_values, **kwargs)
+    def get_image_features(
+        self, pixel_values: Tensor, image_sizes: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        features: BaseModelOutputWithPooling = self.model.get_image_features(
+            pixel_values, image_sizes, **kwargs
+        )
         return features
 
     def get_model(self) -> MoeLlavaModel:
@@ -267,19 +323,21 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
         logits_to_keep: int | Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         patch_tokens: Tensor | None = None,
+        image_sizes: Tensor | None = None,
         **kwargs: Any,
     ) -> MultimodalMoeCausalLMOutputWithPast:
         """Predict the next token at each position.
 
         Args:
             input_ids: (B, T); each image is `config.num_image_tokens` ids `config.image_token_id`.
-            pixel_values: (I, 3, H, W), the images in the order of their placeholders.
+            pixel_values: (V, 3, H, W), the views of the images in the order of their placeholders.
             labels: (B, T); -100 at positions without a loss.
             output_router_logits: also return `router_logits` and `aux_loss`; default: what the text
                 config says. In training with `labels`, the router's losses are part of `loss`
                 either way.
-            patch_tokens: (I, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
+            patch_tokens: (V, N_patches, D_vision), in place of `pixel_values`, as the frozen tower
                 gave them before.
+            image_sizes: (I, 2), see `get_image_features`.
 
         Returns:
             `logits` (B, T, V), `loss`, `aux_loss`, `router_logits` (one (B*T, E) per sparse layer),
@@ -297,6 +355,7 @@ class MoeLlavaForConditionalGeneration(MoeLlavaPreTrainedModel, GenerationMixin)
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             patch_tokens=patch_tokens,
+            image_sizes=image_sizes,
         )
         fields, outputs = lm_outputs(
             self,
@@ -318,8 +377,8 @@ def place_image_embeds(
 
     Args:
         inputs_embeds: (B, T, D_t).
-        image_embeds: one (N, D_t) tensor per image, in the order of the placeholders, row after
-            row; N is the same for all.
+        image_embeds: one (N, D_t) tensor per image or view, in the order of the placeholders, row
+            after row.
         is_image: (B, T) bool.
 
     Returns:
@@ -331,43 +390,46 @@ def place_image_embeds(
             prompt.
     """
     if not torch.compiler.is_compiling():
-        num_features = len(image_embeds[0]) if image_embeds else 0
-        _check_image_runs(is_image, len(image_embeds), num_features)
+        _check_image_runs(is_image, [len(embeds) for embeds in image_embeds])
     flat = torch.cat(image_embeds).to(inputs_embeds.device, inputs_embeds.dtype)  # (I*N, D_t)
     return inputs_embeds.masked_scatter(is_image.unsqueeze(-1), flat)
 
 
-def _check_image_runs(is_image: Tensor, num_images: int, num_features: int) -> None:
-    """Compare each run of adjacent placeholders with the whole images that it has to hold."""
+def _check_image_runs(is_image: Tensor, lengths: Sequence[int]) -> None:
+    """Compare each run of adjacent placeholders with the whole images that it has to hold.
+
+    Args:
+        is_image: (B, T) bool.
+        lengths: the embeddings of each image.
+    """
     image = 0  # images that have their placeholders
     for run in _run_lengths(is_image):
-        whole, rest = divmod(run, num_features or 1)
-        image += whole
-        if rest:
-            # Less than half an image more: the run's last image has tokens too many. Otherwise the
-            # next one has too few.
-            is_too_long = whole > 0 and rest < num_features / 2
-            blamed = image if is_too_long else image + 1
-            if blamed <= num_images:
-                raise ValueError(
-                    f"{_MISMATCH}: {num_features * is_too_long + rest} tokens, {num_features} "
-                    f"features in image {blamed} of the batch. Let MoeLlavaProcessor write the "
-                    "placeholders, and do not cut them."
-                )
-        if rest or image > num_images:
-            raise _wrong_totals(
-                is_image, num_images, num_features, "Pass one image for each placeholder."
+        rest = run
+        while image < len(lengths) and rest >= lengths[image]:
+            rest -= lengths[image]
+            image += 1
+        if rest == 0:
+            continue
+        # Less than half an image more: the run's last image has tokens too many. Otherwise the next
+        # one has too few.
+        is_too_long = rest < run and 0 < rest < lengths[image - 1] / 2
+        blamed = image if is_too_long else image + 1
+        if blamed <= len(lengths):
+            num_features = lengths[blamed - 1]
+            raise ValueError(
+                f"{_MISMATCH}: {num_features * is_too_long + rest} tokens, {num_features} "
+                f"features in image {blamed} of the batch. Let MoeLlavaProcessor write the "
+                "placeholders, and do not cut them."
             )
-    if image < num_images:
-        raise _wrong_totals(
-            is_image, num_images, num_features, "Put one <image> into the prompts for each image."
-        )
+        raise _wrong_totals(is_image, lengths, "Pass one image for each placeholder.")
+    if image < len(lengths):
+        raise _wrong_totals(is_image, lengths, "Put one <image> into the prompts for each image.")
 
 
-def _wrong_totals(is_image: Tensor, num_images: int, num_features: int, remedy: str) -> ValueError:
+def _wrong_totals(is_image: Tensor, lengths: Sequence[int], remedy: str) -> ValueError:
     return ValueError(
-        f"{_MISMATCH}: {int(is_image.sum())} tokens in the prompts, {num_images * num_features} "
-        f"features of {num_images} images. {remedy}"
+        f"{_MISMATCH}: {int(is_image.sum())} tokens in the prompts, {sum(lengths)} features of "
+        f"{len(lengths)} images. {remedy}"
     )
 
 

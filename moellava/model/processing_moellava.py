@@ -1,5 +1,6 @@
 """Images and text → `pixel_values` and `input_ids`; `<image>` becomes an image's placeholders."""
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
@@ -18,7 +19,7 @@ from moellava.images import to_eight_bit, to_pil
 from moellava.model.chat_templates import TEMPLATES, has_beginning
 from moellava.model.publish.remote_code import carry_remote_code
 from moellava.model.template_limits import require_bounded_template
-from moellava.model.tiling import Tiling, cut_tiles
+from moellava.model.tiling import Layout, Tiling, cut_tiles
 from moellava.model.truncation import pad_rows, shorten_text
 from moellava.settings import from_mapping
 
@@ -155,10 +156,8 @@ class MoeLlavaProcessor(ProcessorMixin):
         """The token ids between two rows of tiles; empty without tiling."""
         if self.tiling is None:
             return []
-        mark = self.image_token
-        return [
-            token for token in self.layout_ids(f"{mark}\n{mark}") if token != self.image_token_id
-        ]
+        two_rows = Layout(f"{self.image_token}\n{self.image_token}", 2, 1, 2)
+        return [token for token in self.layout_ids(two_rows) if token != self.image_token_id]
 
     def apply_chat_template(  # type: ignore[override]  # the rest of a long signature goes through
         self, conversation: Any, chat_template: str | None = None, **kwargs: Any
@@ -186,29 +185,53 @@ class MoeLlavaProcessor(ProcessorMixin):
             tiling = asdict(from_mapping(Tiling, tiling, kind="key of tiling"))
         self.tiling = tiling  # a dict, since a saved processor keeps its attributes as JSON
 
-    def pixel_values(self, images: Sequence[Any], **options: Any) -> Tensor:
-        """All views of the images, in the order of their placeholders.
+    def image_inputs(self, images: Sequence[Any], **options: Any) -> dict[str, Tensor]:
+        """What the model needs of images, beside the placeholders.
 
         Args:
             images: as the image processor takes them; with tiling, PIL images of any size.
             **options: of the image processor.
 
         Returns:
-            (V, 3, H, W) float32; without tiling, V is the number of images.
+            `pixel_values` (V, 3, H, W) float32, all views in the order of their placeholders;
+            without tiling, V is the number of images. `image_sizes` (I, 2), height and width of
+            each image, if the model merges the views of an image.
         """
         options |= {"return_tensors": "pt"}
         if self.tiling is None:
-            values: Tensor = self.image_processor(images, **options)["pixel_values"]
-            return values
+            return {"pixel_values": self.image_processor(images, **options)["pixel_values"]}
+        pictures = [_as_rgb(image) for image in images]
+        views = [self._views(picture, options) for picture in pictures]
+        sizes = self.merge_inputs([picture.size for picture in pictures])
+        return {"pixel_values": torch.cat(views), **sizes}
+
+    def merge_inputs(self, sizes: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """`image_sizes` (I, 2) for images of this (width, height), if the model merges views."""
+        if self.tiling is None or self.tiling["merge"] == "flat":
+            return {}
+        return {"image_sizes": torch.tensor([(height, width) for width, height in sizes])}
+
+    def pixel_values(self, images: Sequence[Any], **options: Any) -> Tensor:
+        """`pixel_values` of `image_inputs`."""
+        return self.image_inputs(images, **options)["pixel_values"]
+
+    def _views(self, picture: Image.Image, options: Mapping[str, Any]) -> Tensor:
+        """(V, 3, H, W): the views of one RGB picture, with tiling."""
+        if hasattr(self.image_processor, "image_grid_pinpoints"):  # LLaVA-NeXT's cuts tiles itself
+            own: Tensor = self.image_processor([picture], **options)["pixel_values"][0]
+            return own
+        assert self.tiling is not None
+        tile = self.view_size
+        tiling = Tiling(**self.tiling)
+        grid = tiling.choose_grid(*picture.size, tile)
+        num_views, num_tiles = tiling.num_views(grid), math.prod(grid)
         views: list[Tensor] = []
-        for image in map(_as_rgb, images):
-            grid = self.grid(image.size)
-            if grid == (1, 1) or self.tiling["overview"]:
-                views.append(self.image_processor([image], **options)["pixel_values"])
-            if grid != (1, 1):
-                whole = {"do_resize": False, "do_center_crop": False}  # tiles have the right size
-                tiles = cut_tiles(image, grid, self.view_size)
-                views.append(self.image_processor(tiles, **options, **whole)["pixel_values"])
+        if num_views != num_tiles or num_views == 1:
+            views.append(self.image_processor([picture], **options)["pixel_values"])
+        if num_views > 1:
+            whole = {"do_resize": False, "do_center_crop": False}  # tiles have the right size
+            tiles = cut_tiles(picture, grid, tile)
+            views.append(self.image_processor(tiles, **options, **whole)["pixel_values"])
         return torch.cat(views)
 
     @property
@@ -224,20 +247,21 @@ class MoeLlavaProcessor(ProcessorMixin):
             return 1, 1
         return Tiling(**self.tiling).choose_grid(*size, self.view_size)
 
-    def layout(self, size: tuple[int, int]) -> str:
-        """What stands for an image of this (width, height): `image_token` once for each view."""
+    def layout(self, size: tuple[int, int]) -> Layout:
+        """What stands for an image of this (width, height)."""
         if self.tiling is None:
-            return self.image_token
-        return Tiling(**self.tiling).layout(self.grid(size), self.image_token)
+            return Layout(self.image_token, 1, self.num_image_tokens, 1)
+        grid, tiling = self.grid(size), Tiling(**self.tiling)
+        return tiling.layout(size, grid, self.image_token, self.num_image_tokens)
 
-    def placeholders(self, layout: str) -> str:
-        """A layout with all placeholders of each view."""
-        return layout.replace(self.image_token, self.image_token * self.num_image_tokens)
+    def placeholders(self, layout: Layout) -> str:
+        """The text of a layout with all placeholders of each mark."""
+        return layout.text.replace(self.image_token, self.image_token * layout.tokens_per_mark)
 
-    def layout_ids(self, layout: str) -> list[int]:
+    def layout_ids(self, layout: Layout) -> list[int]:
         """The token ids of `placeholders(layout)`."""
-        ids = self.tokenizer(layout, add_special_tokens=False)["input_ids"]
-        repeats = {self.image_token_id: self.num_image_tokens}
+        ids = self.tokenizer(layout.text, add_special_tokens=False)["input_ids"]
+        repeats = {self.image_token_id: layout.tokens_per_mark}
         return [token for token in ids for _ in range(repeats.get(token, 1))]
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict[str, Any], list[str]]:
@@ -247,12 +271,12 @@ class MoeLlavaProcessor(ProcessorMixin):
         listed: Any = make_flat_list_of_images(images)  # a list, whatever transformers declares
         flat = [_as_rgb(image) for image in listed]
         texts = [self.placeholders(self.layout(image.size)) for image in flat]
-        return {"pixel_values": self.pixel_values(flat, **kwargs)}, texts
+        return dict(self.image_inputs(flat, **kwargs)), texts
 
     def replace_image_token(
         self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any
     ) -> str:
-        return self.placeholders(self.image_token)
+        return self.image_token * self.num_image_tokens
 
     def _get_num_multimodal_tokens(
         self, image_sizes: list[list[int]] | None = None, **kwargs: Any
@@ -262,10 +286,8 @@ class MoeLlavaProcessor(ProcessorMixin):
             return MultiModalData()
         layouts = [self.layout((width, height)) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[
-                self.layout_ids(layout).count(self.image_token_id) for layout in layouts
-            ],
-            num_image_patches=[layout.count(self.image_token) for layout in layouts],
+            num_image_tokens=[layout.num_tokens for layout in layouts],
+            num_image_patches=[layout.num_views for layout in layouts],
         )
 
 

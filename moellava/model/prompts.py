@@ -77,7 +77,7 @@ def _keys(ids: Sequence[int], pictures: Sequence[Picture], image_token_id: int) 
     for token in ids:
         if token == image_token_id and num_left == 0:
             picture = next(rest)
-            num_left = picture.num_tokens
+            num_left = picture.layout.num_tokens
         keys.append(picture if num_left else token)
         num_left -= token == image_token_id
     return keys
@@ -89,11 +89,14 @@ def encode_pictures(model: MoeLlavaForConditionalGeneration, pictures: Sequence[
     new = [picture for picture in dict.fromkeys(pictures) if picture.embeds is None]
     if not new:
         return
-    pixel_values = torch.cat([picture.pixel_values for picture in new]).to(model.device)
-    embeds = model.get_image_features(pixel_values, return_dict=True).pooler_output
-    views = iter(cast(list[Tensor], embeds))
+    inputs = {
+        name: torch.cat([picture.inputs[name] for picture in new]).to(model.device)
+        for name in new[0].inputs
+    }
+    embeds = model.get_image_features(**inputs, return_dict=True).pooler_output
+    of_marks = iter(cast(list[Tensor], embeds))
     for picture in new:
-        picture.embeds = [next(views) for _ in range(len(picture.pixel_values))]
+        picture.embeds = [next(of_marks) for _ in range(picture.layout.num_marks)]
 
 
 def count_tokens(loaded: ChatModel, turns: Sequence[Turn]) -> int:
@@ -109,7 +112,7 @@ def require_question(turns: Sequence[Turn]) -> None:
 
 def require_prompt_room(loaded: ChatModel, prompt: Prompt, max_new_tokens: int, what: str) -> None:
     """`moellava.model.generation.require_room` for a prompt."""
-    num_image_tokens = sum(picture.num_tokens for picture in prompt.pictures)
+    num_image_tokens = sum(picture.layout.num_tokens for picture in prompt.pictures)
     require_room(len(prompt.ids), num_image_tokens, max_new_tokens, loaded.context_len, what)
 
 

@@ -1,14 +1,49 @@
-"""A large image → tiles of the tower's own size: `Tiling`, its grid, and where tiles are cut."""
+"""A large image → tiles of the tower's own size, and what stands for them in a prompt.
 
+| name | what it gives |
+|---|---|
+| `Tiling` | the settings; its `choose_grid` and `layout` |
+| `Layout` | the text of an image, and how many placeholders and views belong to it |
+| `tile_boxes`, `cut_tiles` | where tiles lie, and the tiles |
+| `merge_unpadded` | the tokens of a LLaVA-NeXT's image, of those of its views |
+"""
+
+import math
 from dataclasses import dataclass
 
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
 from moellava.messages import unknown_name
 from moellava.storage.limits import require_within
 
 RULES = ("llava_next", "internvl")
+MERGES = ("flat", "joint", "spatial_unpad")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stands for an image in a prompt.
+
+    Args:
+        text: a mark for each run of placeholders, which stands for as many image embeddings; with
+            tiles whose rows are told apart, a line for each row.
+        num_marks: how many marks that are.
+        tokens_per_mark: placeholders of each.
+        num_views: pictures that the tower sees.
+    """
+
+    text: str
+    num_marks: int
+    tokens_per_mark: int
+    num_views: int
+
+    @property
+    def num_tokens(self) -> int:
+        """All placeholders."""
+        return self.num_marks * self.tokens_per_mark
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,14 +54,23 @@ class Tiling:
         max_tiles: most tiles of an image, without the overview; 2 or more.
         overview: whether the whole image, seen as it is without tiling, comes before the tiles.
         rule: what chooses the grid, see `choose_grid`.
+        merge: how views become tokens. `flat`: each view has its own, and a line break in the text
+            stands between rows of tiles. `joint`: a projector with queries (`perceiver`, `qformer`)
+            sees the patches of all views and gives as many tokens as it gives for one; it is not
+            told which patch is of which view. `spatial_unpad`: LLaVA-NeXT's, see
+            `merge_unpadded`; read from its checkpoints, and not to be asked for.
+        grids: rows and columns of the tiles that may be chosen; None is all of `max_tiles` or less.
+            With `grids`, no image stays one view.
 
     Raises:
-        ValueError: for a number of tiles or a rule that there is not.
+        ValueError: for a number of tiles, a rule or a merge that there is not.
     """
 
     max_tiles: int = 6
     overview: bool = True
     rule: str = "llava_next"
+    merge: str = "flat"
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tiles < 2:
@@ -37,6 +81,19 @@ class Tiling:
         require_within("tiles", self.max_tiles, "max_tiles of tiling")
         if self.rule not in RULES:
             raise unknown_name("rule of tiling", self.rule, RULES)
+        if self.merge not in MERGES:
+            raise unknown_name("merge of tiling", self.merge, MERGES)
+        if self.grids is not None:
+            self._require_grids(self.grids)
+
+    def _require_grids(self, grids: tuple[tuple[int, int], ...]) -> None:
+        if not grids or any(min(grid) < 1 or math.prod(grid) > self.max_tiles for grid in grids):
+            raise ValueError(
+                f"grids of tiling are {[list(grid) for grid in grids]}; expected rows and columns "
+                f"of at most max_tiles={self.max_tiles} tiles, such as [[1, 2], [2, 2]]."
+            )
+        if self.rule != "llava_next":
+            raise ValueError("grids of tiling need the rule llava_next. Leave one of them out.")
 
     def choose_grid(self, width: int, height: int, tile: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the tiles of an image; (1, 1) is an image that stays one view.
@@ -62,29 +119,95 @@ class Tiling:
 
             across, down = get_optimal_tiled_canvas((height, width), tile, 1, self.max_tiles)
             return down, across
-        sizes = sorted(
+        grids = self.grids or sorted(
             (
-                (down * rows, across * columns)
+                (down, across)
                 for down in range(1, self.max_tiles + 1)
                 for across in range(1, self.max_tiles // down + 1)
             ),
-            key=lambda size: size[0] * size[1],
+            key=math.prod,
         )
-        # None for an image so narrow that no canvas keeps a pixel of its width.
-        best = select_best_resolution((height, width), sizes) or tile
+        sizes = [(down * rows, across * columns) for down, across in grids]
+        best: tuple[int, int] = select_best_resolution((height, width), sizes)
         return best[0] // rows, best[1] // columns
+
+    def num_views(self, grid: tuple[int, int]) -> int:
+        """Pictures that the tower sees of an image with this grid of tiles."""
+        is_whole = grid == (1, 1) and self.grids is None
+        return 1 if is_whole else math.prod(grid) + self.overview
 
     def __str__(self) -> str:
         overview = " and an overview" if self.overview else ""
         return f"up to {self.max_tiles} tiles{overview} of each image"
 
-    def layout(self, grid: tuple[int, int], image_token: str) -> str:
-        """The text that stands for an image: a mark for each view, a line for each row of tiles."""
+    def layout(
+        self, size: tuple[int, int], grid: tuple[int, int], image_token: str, num_tokens: int
+    ) -> Layout:
+        """What stands for an image.
+
+        Args:
+            size: width and height of the image, in pixels.
+            grid: rows and columns of its tiles.
+            image_token: the mark.
+            num_tokens: that the projector makes of one view.
+        """
+        num_views = self.num_views(grid)
+        if self.merge == "spatial_unpad":
+            rows, columns = unpadded_grid(size, grid, math.isqrt(num_tokens))
+            return Layout(image_token, 1, num_tokens + rows * (columns + 1), num_views)
+        if self.merge == "joint" or num_views == 1:
+            return Layout(image_token, 1, num_tokens, num_views)
         rows, columns = grid
-        if rows * columns == 1:
-            return image_token
         lines = [image_token] if self.overview else []
-        return "\n".join([*lines, *[image_token * columns] * rows])
+        text = "\n".join([*lines, *[image_token * columns] * rows])
+        return Layout(text, num_views, num_tokens, num_views)
+
+
+def unpadded_grid(size: tuple[int, int], grid: tuple[int, int], side: int) -> tuple[int, int]:
+    """Rows and columns of patches of a grid of tiles that show the image, not the padding.
+
+    Args:
+        size: width and height of the image, in pixels.
+        side: patches along one edge of a tile.
+    """
+    canvas = torch.empty(1, grid[0] * side, grid[1] * side, device="meta")
+    rows, columns = _unpad(canvas, size).shape[1:]
+    return rows, columns
+
+
+def merge_unpadded(
+    views: Tensor, size: tuple[int, int], grid: tuple[int, int], newline: Tensor
+) -> Tensor:
+    """One sequence of an image's views: LLaVA-NeXT's `spatial_unpad`.
+
+    The overview's tokens come first. Those of the tiles are laid side by side, as the tiles lie;
+    rows and columns that show padding alone are left out, and `newline` ends each row.
+
+    Args:
+        views: (1 + rows * columns, side * side, D), the overview and the tiles row by row.
+        size: width and height of the image, in pixels.
+        grid: rows and columns of tiles.
+        newline: (D,), learned.
+
+    Returns:
+        (N, D).
+    """
+    side, width = math.isqrt(views.shape[1]), views.shape[2]
+    tiles = views[1:].reshape(*grid, side, side, width)
+    canvas = tiles.permute(4, 0, 2, 1, 3).reshape(width, grid[0] * side, grid[1] * side)
+    shown = _unpad(canvas, size)  # (D, rows, columns)
+    ends = newline.to(shown)[:, None, None].expand(width, shown.shape[1], 1)
+    lines = torch.cat([shown, ends], dim=-1).flatten(1).T
+    return torch.cat([views[0], lines])
+
+
+def _unpad(canvas: Tensor, size: tuple[int, int]) -> Tensor:
+    # Imported when it is needed: a model's module of transformers.
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    width, height = size
+    shown: Tensor = unpad_image(canvas, (height, width))
+    return shown
 
 
 def tile_boxes(

@@ -32,6 +32,7 @@ from moellava.images import (
 )
 from moellava.messages import unknown_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tiling import Layout
 
 ROLES = ("system", "user", "assistant")
 # {"role": "user", "content": "..."}, or a list of items:
@@ -43,12 +44,11 @@ Message: TypeAlias = Mapping[str, object]
 class Picture:
     """An image as the model takes it; the embeddings are filled in when it is first asked about."""
 
-    pixel_values: Tensor  # (V, 3, H, W), its views
-    layout: str  # `MoeLlavaProcessor.layout`
-    num_tokens: int  # of all placeholders
+    inputs: dict[str, Tensor]  # `MoeLlavaProcessor.image_inputs`
+    layout: Layout
     name: str | None = None
     view: dict[str, object] = field(default_factory=dict)
-    embeds: list[Tensor] | None = None  # (N, D_t) of each view
+    embeds: list[Tensor] | None = None  # (N, D_t) of each mark of the layout
 
 
 @dataclass(frozen=True)
@@ -95,12 +95,10 @@ def read_message(processor: MoeLlavaProcessor, message: Message) -> Turn:
 def read_picture(processor: MoeLlavaProcessor, image: ImageLike) -> Picture:
     """An image of any kind, as the model takes it."""
     pil = to_eight_bit(to_pil(image))
-    layout = processor.layout(pil.size)
-    num_tokens = layout.count(processor.image_token) * processor.num_image_tokens
     view = image.options if isinstance(image, ImagePart) else {}
     source = image.source if isinstance(image, ImagePart) else image
     name = Path(source).name if isinstance(source, str | Path) else None
-    return Picture(processor.pixel_values([pil]), layout, num_tokens, name, view)
+    return Picture(processor.image_inputs([pil]), processor.layout(pil.size), name, view)
 
 
 def read_pictures(

@@ -30,7 +30,7 @@ from moellava.testing.hub import (
     fill_hub_cache,
 )
 from moellava.testing.language_models import write_smollm2, write_tinyllama
-from moellava.testing.llava import write_llava
+from moellava.testing.llava import write_llava, write_llava_next
 from moellava.testing.towers import (
     BIOMEDBERT,
     write_biomedbert,
@@ -57,6 +57,7 @@ __all__ = [
     "write_biomedbert",
     "write_biomedclip",
     "write_llava",
+    "write_llava_next",
     "write_medmnist",
     "write_omnimedvqa",
     "write_openai_clip",

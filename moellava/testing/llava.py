@@ -1,4 +1,4 @@
-"""A stand-in LLaVA: the files of a `LlavaForConditionalGeneration` repo, small random weights."""
+"""Stand-ins of LLaVA and LLaVA-NeXT: the files of transformers' repos, small random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -37,15 +37,55 @@ def write_llava(
     Returns:
         The folder, with `config.json`, `model.safetensors`, the tokenizer and the processor.
     """
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}
+    )
+    return _write(folder, LlavaProcessor, image_processor, dtype, text or {}, options)
+
+
+def write_llava_next(
+    folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    text: dict[str, Any] | None = None,
+    **options: Any,
+) -> Path:
+    """Write a repo laid out like `llava-hf/llava-v1.6-vicuna-7b-hf`, of the size of `write_llava`.
+
+    Args:
+        folder, text: as for `write_llava`; `model_type` of `text` may be another, such as mistral.
+        **options: of `LlavaNextConfig`; `image_grid_pinpoints` are LLaVA-NeXT's, for 56 pixels.
+    """
+    from transformers import LlavaNextImageProcessor, LlavaNextProcessor
+
+    options = {
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+        **options,
+    }
+    image_processor = LlavaNextImageProcessor(
+        size={"shortest_edge": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=options["image_grid_pinpoints"],
+    )
+    return _write(folder, LlavaNextProcessor, image_processor, dtype, text or {}, options)
+
+
+def _write(
+    folder: Path,
+    processor_class: Any,
+    image_processor: Any,
+    dtype: torch.dtype,
+    text: dict[str, Any],
+    options: dict[str, Any],
+) -> Path:
     from transformers import (
         AddedToken,
+        AutoConfig,
+        AutoModelForImageTextToText,
         AutoTokenizer,
-        CLIPImageProcessor,
         CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
     )
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,30 +102,32 @@ def write_llava(
         image_size=56,
         patch_size=14,
     )
-    text_config = LlamaConfig(
-        vocab_size=32064,  # LLaVA-1.5's: padded to a multiple of 64
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        **(text or {}),
-    )
-    config = LlavaConfig(
+    text_config = {
+        "model_type": "llama",
+        "vocab_size": 32064,  # LLaVA-1.5's: padded to a multiple of 64
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        **text,
+    }
+    config: Any = AutoConfig.for_model(
+        "llava_next" if "image_grid_pinpoints" in options else "llava",
         vision_config=vision_config,
-        text_config=text_config,
+        text_config=AutoConfig.for_model(**text_config),
         image_token_index=32000,
         image_seq_length=16,
         **options,
     )
     torch.manual_seed(0)
-    model: Any = LlavaForConditionalGeneration(config)
+    model: Any = AutoModelForImageTextToText.from_config(config)
     for name, weight in model.named_parameters():
-        if "projector" in name or "class_embedding" in name:
+        if "projector" in name or "class_embedding" in name or "newline" in name:
             torch.nn.init.normal_(weight, std=0.3)  # so that images matter to the logits
     model.to(dtype).save_pretrained(folder)
-    LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
+    processor_class(
+        image_processor,
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy=config.vision_feature_select_strategy,

@@ -144,6 +144,7 @@ def _features(
         dtype=torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16,
         autocast=recipe.optim.precision == "bf16",
         progress=not arguments.disable_tqdm,
+        processor=loaded.processor,
         encodes=arguments.process_index == 0,
     )
 

@@ -133,7 +133,7 @@ def test_boxes_say_where_a_tile_lies(size):
 def test_six_tiles_and_an_overview_are_343_tokens_and_line_breaks(tiled, wide):
     processor = tiled.processor
     square = processor.layout((3000, 2000))
-    assert square == "<image>\n<image><image><image>\n<image><image><image>"
+    assert square.text == "<image>\n<image><image><image>\n<image><image><image>"
     ids = processor.layout_ids(square)
     assert ids.count(processor.image_token_id) == 7 * 49
     counts = processor._get_num_multimodal_tokens(image_sizes=[(2000, 3000), (50, 50)])
@@ -194,8 +194,6 @@ def test_training_sees_the_prompt_that_is_asked(tiled, wide):
     assert lengths == [batch["input_ids"].shape[1]]
     with torch.inference_mode():
         assert torch.isfinite(tiled.model(**batch).loss)
-    with pytest.raises(ValueError, match="hold one view of each image"):
-        ChatCollator(processor, patch_tokens=lambda image: torch.zeros(196, 192))
     typed = [{"type": "image"}, {"type": "text", "text": "<image>"}]
     both, template = [{"role": "user", "content": typed}], str(processor.chat_template)
     with pytest.raises(ValueError, match="the text holds 2 <image>"):
@@ -204,7 +202,7 @@ def test_training_sees_the_prompt_that_is_asked(tiled, wide):
 
 def test_a_conversation_takes_the_picture_with_its_line_breaks_as_one(tiled, wide):
     turn_picture = read_picture(tiled.processor, wide)
-    assert turn_picture.num_tokens == 49 * len(turn_picture.pixel_values)
+    assert turn_picture.layout.num_tokens == 49 * len(turn_picture.inputs["pixel_values"])
     prompt = write_prompt(tiled.processor, [ChatTurn("user", (turn_picture, QUESTION))])
     places = [place for place, key in enumerate(prompt.keys) if key is turn_picture]
     assert places == list(range(places[0], places[-1] + 1))
@@ -240,11 +238,22 @@ def test_it_is_saved_and_opens_again(tiled, wide, tmp_path):
     assert len(again.processor.pixel_values([wide])) == 1
 
 
+def test_grids_may_be_chosen(tiled):
+    tiling = Tiling(max_tiles=4, grids=((1, 2), (2, 2)))
+    assert tiling.choose_grid(1200, 600, TILE) == (1, 2)
+    assert tiling.choose_grid(50, 50, TILE) == (1, 2)  # even if a tile holds the image
+    assert tiling.num_views((1, 2)) == 3
+    with pytest.raises(ValueError, match=r"grids of tiling are \[\[3, 2\]\]; expected rows and"):
+        Tiling(max_tiles=4, grids=((3, 2),))
+    with pytest.raises(ValueError, match="need the rule llava_next"):
+        Tiling(max_tiles=4, grids=((1, 2),), rule="internvl")
+
+
 def test_without_tiling_nothing_changes(loaded, wide):
     inputs = loaded.processor(text="<image>", images=wide, return_tensors="pt")
     plain = loaded.image_processor([wide], return_tensors="pt")["pixel_values"]
     assert torch.equal(inputs["pixel_values"], plain)
-    assert loaded.processor.layout(wide.size) == "<image>"
+    assert loaded.processor.layout(wide.size).text == "<image>"
     assert loaded.processor.grid(wide.size) == (1, 1)
 
 
@@ -256,3 +265,66 @@ def test_explain_shows_each_view_at_its_place(tiled, wide):
     first, last = explanation.frames[1], explanation.frames[-1]
     assert (first.left, first.top) == tile_boxes(wide.size, (rows, columns), TILE)[0][:2]
     assert (last.right, last.bottom) == tile_boxes(wide.size, (rows, columns), TILE)[-1][2:]
+
+
+class TestJoint:
+    """A resampler that sees the patches of all views."""
+
+    @pytest.fixture(scope="class")
+    def joint(self, parts):
+        description = {
+            **parts,
+            "projector_type": "perceiver",
+            "projector_options": {"num_latents": 8, "num_layers": 1},
+            "tiling": {"max_tiles": 4, "merge": "joint"},
+        }
+        return load_pretrained_model(description, dtype="float32")
+
+    def test_an_image_has_as_many_tokens_as_one_view(self, joint, wide):
+        small = Image.new("RGB", (50, 60))
+        inputs = joint.processor(
+            text=["<image>", "<image>"], images=[[wide], [small]], padding=True, return_tensors="pt"
+        )
+        is_image = inputs["input_ids"] == joint.processor.image_token_id
+        assert is_image.sum(1).tolist() == [8, 8]
+        assert len(inputs["pixel_values"]) == joint.processor.layout(wide.size).num_views + 1 > 3
+        own = joint.model.get_image_features(
+            inputs["pixel_values"][:-1], inputs["image_sizes"][:1], return_dict=True
+        )
+        model = joint.model.model
+        with torch.inference_mode():
+            patches = model.vision_tower(inputs["pixel_values"][:-1]).patch_tokens
+            expected = model.multi_modal_projector(patches.flatten(0, 1)[None])[0]
+        torch.testing.assert_close(own.pooler_output[0], expected)
+
+    def test_every_way_of_asking_agrees_and_sees_the_tiles(self, joint, wide, tmp_path):
+        new = {"max_new_tokens": 4}
+        small = Image.new("RGB", (50, 60))
+        expected = [joint.answer(image, QUESTION, **new)[0] for image in (wide, small)]
+        assert joint.answer([wide, small], [QUESTION] * 2, **new) == expected
+        assert joint.explain(wide, QUESTION, **new).answer == expected[0]
+        joint.model.save_pretrained(tmp_path)
+        joint.processor.save_pretrained(tmp_path)
+        again = load_pretrained_model(tmp_path)
+        assert again.answer([wide, small], [QUESTION] * 2, **new) == expected
+        inputs = joint.processor(text=f"<image>{QUESTION}", images=wide, return_tensors="pt")
+        seen, blind = inputs["pixel_values"], inputs["pixel_values"].clone()
+        blind[-1] = 0  # the last tile
+        with torch.inference_mode():
+            one, other = (
+                joint.model(**{**inputs, "pixel_values": pixels}).logits for pixels in (seen, blind)
+            )
+        assert (one - other).abs().max() > 1e-5
+
+    @pytest.mark.parametrize(
+        ("projector", "merge", "message"),
+        [
+            ("mlp2x_gelu", "joint", "makes 196 tokens of 196 patches and 392 of 392"),
+            ("perceiver", "spatial_unpad", "comes with a checkpoint of LLaVA-NeXT"),
+            ("perceiver", "flta", "Did you mean 'flat'"),
+        ],
+    )
+    def test_a_projector_that_cannot_merge_is_refused(self, parts, projector, merge, message):
+        tiling = {"max_tiles": 4, "merge": merge}
+        with pytest.raises(ValueError, match=message):
+            load_pretrained_model({**parts, "projector_type": projector, "tiling": tiling})

@@ -151,15 +151,27 @@ def read_uploads(paths: Sequence[Path], max_pixels: int) -> tuple[list[PageImage
 
 
 def as_seen(loaded: ChatModel, picture: Image.Image) -> Image.Image:
-    """The pixels that the model's image tower gets of a picture: cropped, resized and rounded."""
-    pixels = read_picture(loaded.processor, picture).pixel_values[0].float()  # (3, H, W)
+    """The pixels that the model's image tower gets of a picture: cropped, resized and rounded.
+
+    Views of a picture stand next to each other: its overview, and its tiles as they lie.
+    """
+    seen = read_picture(loaded.processor, picture)
     processor = loaded.processor.image_processor
     mean, std = (
         torch.tensor(getattr(processor, name, None) or default).view(-1, 1, 1)
         for name, default in (("image_mean", (0.0,) * 3), ("image_std", (1.0,) * 3))
     )
+    pixels = seen.inputs["pixel_values"].float()  # (V, 3, H, W)
     levels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+    views = [Image.fromarray(view.permute(1, 2, 0).contiguous().numpy()) for view in levels]
+    rows, columns = loaded.processor.grid(picture.size)
+    num_before = len(views) - rows * columns  # 1 with an overview
+    width, height = views[0].size
+    sheet = Image.new("RGB", ((num_before + columns) * width, rows * height))
+    for number, view in enumerate(views):
+        row, column = divmod(number - num_before, columns) if number >= num_before else (0, -1)
+        sheet.paste(view, ((num_before + column) * width, row * height))
+    return sheet
 
 
 def _read(files: list[Path], max_pixels: int) -> PageImage | str:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
-from moellava.model.projector import build_projector, projector_options
+from moellava.model.projector import build_projector, num_projected_tokens, projector_options
 from moellava.storage.sources import HubOptions, origin_of
 from moellava.storage.weights import as_dtype
 
@@ -141,6 +141,7 @@ def _find_parts(
         projector_tower=asdict(tower),
         dtype=language_model.dtype,
     )
+    _require_merge(config)
     processor = MoeLlavaProcessor(
         encoder.image_processor,
         tokenizer,
@@ -149,6 +150,27 @@ def _find_parts(
         tiling=tiling,
     )
     return _Parts(config, processor, language_model, encoder, tower, projector)
+
+
+def _require_merge(config: MoeLlavaConfig) -> None:
+    """Raise `ValueError` if the projector cannot merge the views of an image as tiling asks."""
+    merge = (config.tiling or {}).get("merge", "flat")
+    if merge == "spatial_unpad":
+        raise ValueError(
+            "tiling has merge='spatial_unpad', whose row ends are learned: it comes with a "
+            "checkpoint of LLaVA-NeXT. Take 'flat' or 'joint'."
+        )
+    shape, given = config.projector_shape, (config.projector_type, config.projector_options)
+    rows, columns = shape.grid
+    wider = replace(shape, num_patches=2 * shape.num_patches, grid=(2 * rows, columns))
+    one, two = (num_projected_tokens(given[0], own, given[1]) for own in (shape, wider))
+    if merge == "joint" and one != two:
+        raise ValueError(
+            f"tiling has merge='joint', but the projector {config.projector_type!r} makes "
+            f"{one} tokens of {shape.num_patches} patches and {two} of {wider.num_patches}. Take a "
+            "projector with a fixed number of tokens, such as 'perceiver' or 'qformer', or "
+            "merge='flat'."
+        )
 
 
 def find_language_model(name: str, options: LoadOptions, hub: HubOptions) -> LanguageModel:

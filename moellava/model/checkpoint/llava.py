@@ -1,24 +1,29 @@
-"""A LLaVA of transformers (CLIP and Llama) in, the parts of our model out.
+"""A LLaVA or LLaVA-NeXT of transformers (CLIP and Llama) in, the parts of our model out.
 
 | name | what it does |
 |---|---|
-| `read_llava` | config, weights and processor of a `LlavaForConditionalGeneration` |
+| `read_llava` | config, weights and processor of a checkpoint of transformers' two classes |
 | `read_mm_projector` | the projector's weights of the original code |
 """
 
 import copy
+import math
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForImageTextToText,
     AutoProcessor,
     BaseImageProcessor,
+    CLIPImageProcessor,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -42,6 +47,7 @@ from moellava.model.language_model.upcycling import (
 from moellava.model.load_options import MoeChoice
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.tiling import Tiling
 from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, Origin, origin_of, parse_source
 from moellava.storage.weights import (
@@ -50,6 +56,9 @@ from moellava.storage.weights import (
     require_loaded,
     require_own_files,
 )
+
+MODEL_TYPES = (LlavaConfig.model_type, LlavaNextConfig.model_type)
+AnyLlava: TypeAlias = LlavaForConditionalGeneration | LlavaNextForConditionalGeneration
 
 PROJECTOR_TYPE = "mlp2x_gelu"
 # transformers' names of the projector's layers, and ours, which are the original LLaVA's.
@@ -73,7 +82,9 @@ def read_llava(
     seed: int = 0,
     **hub: Unpack[HubKeywords],
 ) -> LlavaParts:
-    """Read a `LlavaForConditionalGeneration` checkpoint with a CLIP tower and a Llama.
+    """Read a `LlavaForConditionalGeneration` or `LlavaNextForConditionalGeneration` checkpoint.
+
+    Its tower is a CLIP, its language model a Llama; with `moe_config=False` also a Mistral.
 
     Args:
         source: its folder or hub id.
@@ -88,7 +99,7 @@ def read_llava(
     """
     name = str(Path(source).expanduser()) if Path(source).expanduser().is_dir() else str(source)
     llava_config: Any = load_model_config(name, **hub)
-    _require_clip_and_llama(name, llava_config)
+    _require_clip_and_llama(name, llava_config, is_dense=moe_config is False)
     llava = _load_llava(name, llava_config, HubOptions(**hub))
     dtype = dtype or llava.dtype
     own_processor = _load_processor(name, llava_config, HubOptions(**hub))
@@ -111,22 +122,27 @@ def read_llava(
         state_dict[f"{TOWER_PREFIX}{key}"] = value.to(dtype)
     for key, value in _projector_of(llava).items():
         state_dict[f"{PROJECTOR_PREFIX}{key}"] = value.to(dtype)
+    tiling = _tiling(name, llava_config, own_processor.image_processor, encoder)
+    if tiling is not None:
+        state_dict["model.image_newline"] = llava.model.image_newline.detach().to(dtype)
     config = MoeLlavaConfig(
         vision_config=encoder.config,
         text_config=text_config,
         image_token_id=llava_config.image_token_index,
         projector_type=PROJECTOR_TYPE,
+        tiling=tiling,
         language_model=origin.name,
         language_model_revision=origin.revision,
         projector_tower=asdict(tower_identity(encoder.config, tower)),
         dtype=dtype,
     )
     processor = MoeLlavaProcessor(
-        encoder.image_processor,
+        encoder.image_processor if tiling is None else own_processor.image_processor,
         own_processor.tokenizer,
         num_image_tokens=config.num_image_tokens,
         chat_template=own_processor.chat_template
         or multimodal_chat_template(own_processor.tokenizer),
+        tiling=tiling,
     )
     return LlavaParts(config, state_dict, processor, dtype)
 
@@ -193,20 +209,29 @@ def _own_projector_key(key: str) -> str:
     return f"{PROJECTOR_KEYS[layer]}.{kind}" if layer in PROJECTOR_KEYS else key
 
 
-def _projector_of(llava: LlavaForConditionalGeneration) -> dict[str, Tensor]:
+def _projector_of(llava: AnyLlava) -> dict[str, Tensor]:
     weights = llava.model.multi_modal_projector.state_dict()
     return {_own_projector_key(key): value for key, value in weights.items()}
 
 
-def _require_clip_and_llama(name: str, config: Any) -> None:
-    if config.model_type != LlavaConfig.model_type:
+def _require_clip_and_llama(name: str, config: Any, *, is_dense: bool) -> None:
+    if config.model_type not in MODEL_TYPES:
         raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint, not a LLaVA.")
+    text_type = config.text_config.model_type
+    if text_type == "mistral" and not is_dense:
+        raise ValueError(
+            f"The LLaVA checkpoint {name!r} has a Mistral, which can be read as it is, but not "
+            "made a mixture. Give moe_config=False."
+        )
     expected = {
         "vision_config.model_type": (config.vision_config.model_type, "clip_vision_model"),
-        "text_config.model_type": (config.text_config.model_type, "llama"),
+        "text_config.model_type": (text_type, "mistral" if text_type == "mistral" else "llama"),
         "projector_hidden_act": (config.projector_hidden_act, "gelu"),
         "multimodal_projector_bias": (config.multimodal_projector_bias, True),
     }
+    if config.model_type == LlavaNextConfig.model_type:
+        strategy = config.vision_feature_select_strategy
+        expected["vision_feature_select_strategy"] = (strategy, "default")
     for field, (found, wanted) in expected.items():
         if found != wanted:
             raise ValueError(
@@ -216,29 +241,58 @@ def _require_clip_and_llama(name: str, config: Any) -> None:
             )
 
 
-def _load_llava(name: str, config: LlavaConfig, hub: HubOptions) -> LlavaForConditionalGeneration:
+def _tiling(
+    name: str, config: Any, image_processor: Any, encoder: VisionEncoder
+) -> dict[str, Any] | None:
+    """How a LLaVA-NeXT sees a large image, as fields of `Tiling`; None for a LLaVA.
+
+    Raises:
+        ValueError: if its processor cuts images in another way than its model expects, or into
+            tiles of another size than its tower's.
+    """
+    if config.model_type != LlavaNextConfig.model_type:
+        return None
+    pinpoints = [list(size) for size in config.image_grid_pinpoints]
+    cut = [list(size) for size in getattr(image_processor, "image_grid_pinpoints", None) or []]
+    if cut != pinpoints:
+        raise ValueError(
+            f"In {name!r} image_grid_pinpoints are {pinpoints} in the config, but {cut} in the "
+            "processor. The two files are of different models."
+        )
+    height, width = encoder.config.image_hw
+    if any(down % height or across % width for down, across in pinpoints):
+        raise ValueError(
+            f"The LLaVA checkpoint {name!r} has image_grid_pinpoints={pinpoints}, but its tower "
+            f"sees {height}x{width} pixels. Only sides that are multiples of that can be read."
+        )
+    grids = tuple((down // height, across // width) for down, across in pinpoints)
+    most = max(2, *(math.prod(grid) for grid in grids))
+    return asdict(Tiling(max_tiles=most, merge="spatial_unpad", grids=grids))
+
+
+def _load_llava(name: str, config: Any, hub: HubOptions) -> AnyLlava:
     """In the stored dtype, so that its tensors stay mapped to their files until they are used."""
     source = parse_source(name, hub)
     require_own_files(source)
     with reading(name, "a LLaVA"):
         with torch.device("meta"):
-            outline = LlavaForConditionalGeneration(copy.deepcopy(config))
+            outline = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
         require_covered(source, outline.num_parameters())
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             name,
             trust_remote_code=False,
             dtype="auto",
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **hub.keywords,  # type: ignore[arg-type]  # a revision may be None
+            **hub.keywords,
         )
-    llava: LlavaForConditionalGeneration
+    llava: AnyLlava
     llava, info = loaded
     require_loaded(name, info)
     return llava
 
 
-def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
+def _load_processor(name: str, config: Any, hub: HubOptions) -> Any:
     try:
         with reading(name, "a processor"):
             processor = AutoProcessor.from_pretrained(name, trust_remote_code=False, **hub.keywords)
@@ -260,13 +314,17 @@ def _load_processor(name: str, config: LlavaConfig, hub: HubOptions) -> Any:
 
 
 def _clip_encoder(
-    origin: Origin, llava: LlavaForConditionalGeneration, image_processor: BaseImageProcessor
+    origin: Origin, llava: AnyLlava, image_processor: BaseImageProcessor
 ) -> VisionEncoder:
     """The tower as an encoder without weights, with LLaVA's image processor.
+
+    A LLaVA-NeXT's also cuts tiles; a CLIP's with its other settings sees one view of an image.
 
     Its config measures the shapes.
     """
     llava_config = llava.config
+    if llava_config.model_type == LlavaNextConfig.model_type:
+        image_processor = CLIPImageProcessor(**plain_config(image_processor))
     assert isinstance(llava_config.vision_config, PreTrainedConfig)
     config = ClipVisionConfig(
         tower_config=plain_config(llava_config.vision_config),

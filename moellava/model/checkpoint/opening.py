@@ -8,6 +8,7 @@ from moellava.model.checkpoint.configs import (
     open_processor,
 )
 from moellava.model.checkpoint.difference import is_trainable_folder, open_trainable
+from moellava.model.checkpoint.llava import MODEL_TYPES as LLAVA_TYPES
 from moellava.model.checkpoint.llava import read_llava
 from moellava.model.checkpoint.strict import model_from_tensors, read_model
 from moellava.model.configuration_moellava import MoeLlavaConfig
@@ -27,7 +28,7 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
         ValueError: if it is another kind of model, or an option does not apply to it.
     """
     config = load_model_config(name, **hub.keywords)
-    if config.model_type == "llava":
+    if config.model_type in LLAVA_TYPES:
         return _open_llava(name, options, hub)
     if not isinstance(config, MoeLlavaConfig):
         raise ValueError(

@@ -1,14 +1,22 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from PIL import Image
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 
+from moellava.data.collate import ChatCollator
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.llava import read_mm_projector
 from moellava.model.projector import ProjectorShape, build_projector
-from moellava.testing import in_fresh_memory, write_llava
+from moellava.testing import in_fresh_memory, write_llava, write_llava_next
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +24,7 @@ def llava(tmp_path_factory):
     return write_llava(tmp_path_factory.mktemp("llava") / "llava-tiny")
 
 
+ANSWER = {"role": "assistant", "content": [{"type": "text", "text": "A lung."}]}
 PROMPTS = [
     "USER: <image>\nWhat is this? ASSISTANT:",
     "USER: <image>\n<image>\nIs there a fracture in one of them, or in both of them? ASSISTANT:",
@@ -217,6 +226,117 @@ class TestProjectorFiles:
         torch.save({"model.mm_projector.0.weight": shutil.rmtree}, tmp_path / "mm_projector.bin")
         with pytest.raises(ValueError, match="not opened"):
             read_mm_projector(tmp_path)
+
+
+class TestNext:
+    """LLaVA-NeXT: tiles, of which what shows padding is left out, and a learned row end."""
+
+    @pytest.fixture(scope="class")
+    def llava_next(self, tmp_path_factory):
+        return write_llava_next(tmp_path_factory.mktemp("llava") / "next")
+
+    @pytest.fixture(scope="class")
+    def pictures(self):
+        rng = np.random.default_rng(0)
+        sizes = [(100, 300), (300, 120), (90, 91), (40, 30), (3, 900), (1000, 400)]
+        return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
+
+    @staticmethod
+    def batches(llava_next, ours, pictures, padding_side="left"):
+        rows = [pictures[:1], pictures[1:3], pictures[3:]]
+        options = {"padding": True, "padding_side": padding_side, "return_tensors": "pt"}
+        processors = LlavaNextProcessor.from_pretrained(llava_next), ours.processor
+        return [processor(text=PROMPTS, images=rows, **options) for processor in processors]
+
+    @pytest.mark.parametrize("padding_side", ["left", "right"])
+    def test_logits_equal_transformers_for_images_of_several_sizes(
+        self, llava_next, pictures, padding_side
+    ):
+        theirs = LlavaNextForConditionalGeneration.from_pretrained(llava_next).eval()
+        ours = load_pretrained_model(llava_next, moe_config=False)
+        batch, own_batch = self.batches(llava_next, ours, pictures, padding_side)
+        for key in ("input_ids", "attention_mask", "image_sizes"):
+            assert torch.equal(batch[key], own_batch[key]), key
+        is_token = batch["attention_mask"].bool()
+        expected = logits_of(theirs, batch)[is_token]
+        found = logits_of(ours.model, own_batch)[is_token]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        with torch.no_grad():
+            ours.model.model.image_newline.zero_()
+        assert (logits_of(ours.model, own_batch)[is_token] - expected).abs().max() > 1e-3
+
+    def test_answers_equal_what_transformers_generates_with_beams_too(self, llava_next, pictures):
+        theirs = LlavaNextForConditionalGeneration.from_pretrained(llava_next).eval()
+        ours = load_pretrained_model(llava_next, moe_config=False)
+        batch, own_batch = self.batches(llava_next, ours, pictures)
+        for beams in (1, 2):
+            options = {"max_new_tokens": 6, "do_sample": False, "num_beams": beams}
+            expected = theirs.generate(**batch, **options)
+            assert torch.equal(ours.model.generate(**own_batch, **options), expected)
+
+    def test_every_way_of_asking_agrees_and_it_reloads(self, llava_next, pictures, tmp_path):
+        ours = load_pretrained_model(llava_next)
+        assert ours.model.config.text_config.model_type == "llama_moe"
+        question, new = "What is this?", {"max_new_tokens": 6}
+        expected = [ours.answer(picture, question, **new)[0] for picture in pictures]
+        assert ours.answer(pictures, [question] * len(pictures), **new) == expected
+        content = [{"type": "image", "image": pictures[1]}, {"type": "text", "text": question}]
+        assert ours.chat([{"role": "user", "content": content}], **new) == expected[1]
+        batch = ChatCollator(ours.processor)(
+            [
+                {"messages": [{"role": "user", "content": content}, ANSWER]},
+                {"messages": [{"role": "user", "content": [*content[:1], *content]}, ANSWER]},
+            ]
+        )
+        assert batch["image_sizes"].tolist() == [[300, 120]] * 3
+        assert torch.isfinite(ours.model(**batch).loss)
+        ours.model.save_pretrained(tmp_path)
+        ours.processor.save_pretrained(tmp_path)
+        again = load_pretrained_model(tmp_path)
+        assert again.answer(pictures, [question] * len(pictures), **new) == expected
+
+    def test_explain_draws_the_maps_of_pixels_and_says_why_not_the_others(
+        self, llava_next, pictures
+    ):
+        ours = load_pretrained_model(llava_next)
+        found = ours.explain(pictures[0], "What?", max_new_tokens=2, ablation=True, gradient=True)
+        assert found.answer == ours.answer(pictures[0], "What?", max_new_tokens=2)[0]
+        assert len(found.frames) == 4  # 100 x 300: an overview and 1 x 3 tiles
+        assert found.ablation.shape[1] == 4
+        assert "merges the tiles" in found.no_grid
+        overview, *tiles = found.frames
+        assert overview.visible == pytest.approx((0, 0, 300, 100), abs=1)
+        assert [tile.left for tile in tiles] == pytest.approx([0, 100, 200], abs=2)
+
+    def test_a_mistral_is_read_as_it_is(self, tmp_path, pictures):
+        folder = write_llava_next(tmp_path / "mistral", text={"model_type": "mistral"})
+        theirs = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
+        ours = load_pretrained_model(folder, moe_config=False)
+        batch, own_batch = self.batches(folder, ours, pictures)
+        found, expected = logits_of(ours.model, own_batch), logits_of(theirs, batch)
+        is_token = batch["attention_mask"].bool()
+        torch.testing.assert_close(found[is_token], expected[is_token], rtol=0, atol=1e-5)
+        with pytest.raises(ValueError, match="has a Mistral"):
+            load_pretrained_model(folder)
+
+    def test_what_does_not_fit_together_is_refused(self, llava_next, tmp_path, pictures):
+        ours = load_pretrained_model(llava_next, moe_config=False)
+        inputs = ours.processor(text=PROMPTS[0], images=pictures[0], return_tensors="pt")
+        sizes = inputs.pop("image_sizes")
+        with pytest.raises(ValueError, match="needs image_sizes"):
+            ours.model(**inputs)
+        with pytest.raises(ValueError, match="2 images make 8 views, but 4 views are given"):
+            ours.model(**inputs, image_sizes=sizes.repeat(2, 1))
+        change = {"image_grid_pinpoints": [[56, 112]]}
+        with pytest.raises(ValueError, match=r"\[\[56, 112\]\] in the config, but \[\[56, 112\], "):
+            load_pretrained_model(
+                edited(llava_next, tmp_path, lambda config: config.update(change))
+            )
+
+    def test_tiles_that_the_tower_does_not_see_are_refused(self, tmp_path):
+        folder = write_llava_next(tmp_path / "odd", image_grid_pinpoints=[[56, 100]])
+        with pytest.raises(ValueError, match=r"\[\[56, 100\]\], but its tower sees 56x56 pixels"):
+            load_pretrained_model(folder)
 
 
 def edited(llava, tmp_path, change):
