@@ -49,7 +49,7 @@ def write_trained_parts(
         str(write_biomedclip(folder / "untrained", vision="test_vit", image_size=160, seed=seed)),
     )
     captions = read_rows(str(files["captions"]), images=images)
-    _teach_tower(tower, [(row.images[0], row.answer or "") for row in captions], tower_steps, seed)
+    teach_tower(tower, [(row.images[0], row.answer or "") for row in captions], tower_steps, seed)
     tower.save_pretrained(folder / "biomedclip_toy")
     return {
         "model_name_or_path": str(
@@ -59,10 +59,13 @@ def write_trained_parts(
     }
 
 
-def _teach_tower(
+def teach_tower(
     tower: VisionEncoder, captioned: Sequence[tuple[ImageLike, str]], num_steps: int, seed: int
 ) -> None:
-    """Captions as classes: a linear head on the mean patch token, thrown away afterwards."""
+    """Teach a tower to tell captions apart.
+
+    They are classes of a linear head on the mean patch token, which is thrown away afterwards.
+    """
     labels = sorted({caption for _, caption in captioned})
     targets = torch.tensor([labels.index(caption) for _, caption in captioned])
     pictures = [load_image(image) for image, _ in captioned]

@@ -96,7 +96,7 @@ def encode_rows(
     dtype: torch.dtype,
     autocast: bool,
     progress: bool,
-    processor: MoeLlavaProcessor,
+    processor: MoeLlavaProcessor | None = None,
     encodes: bool = True,
 ) -> ImageFeatures:
     """Write the features of all images of `rows`, or check those that are there.
@@ -106,7 +106,7 @@ def encode_rows(
         path: a killed run is continued from `<path>.partial`.
         dtype: what is stored.
         autocast: compute in bfloat16, as training does.
-        processor: of the model; with tiling, each view of an image is kept.
+        processor: of the model; if it has tiling, each view of an image is kept.
         encodes: whether this process writes the file; another looks for it until it is there,
             however long that takes. (Waiting in a process group would end with its timeout.)
             Several machines need a shared folder.
@@ -117,6 +117,7 @@ def encode_rows(
     images = {image_key(image): image for row in rows for image in row.images}
     if not images:
         raise ValueError(f"data.features is {str(path)!r}, but no row has an image.")
+    tiling = None if processor is None else processor.tiling
     while not encodes and not path.exists():
         # encode_files moves the whole file to its place; the launcher ends us if the writer fails.
         time.sleep(0.2)
@@ -129,9 +130,9 @@ def encode_rows(
         context = (
             torch.autocast(encoder.device.type, dtype=torch.bfloat16) if autocast else nullcontext()
         )
-        views = _Views(processor, images) if processor.tiling else None
+        views = _Views(processor, images) if processor is not None and tiling else None
         if views is not None:
-            metadata[TILING] = json.dumps(processor.tiling)
+            metadata[TILING] = json.dumps(tiling)
         with context:
             encode_files(
                 encoder,
@@ -145,7 +146,7 @@ def encode_rows(
                 metadata=metadata,
             )
     features = ImageFeatures(path)
-    features.require(encoder, images, dtype, processor.tiling)
+    features.require(encoder, images, dtype, tiling)
     return features
 
 
