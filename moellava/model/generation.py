@@ -322,7 +322,7 @@ def require_room(
             f"{what} has {num_tokens} tokens ({num_image_tokens} of images, "
             f"{num_tokens - num_image_tokens} of text) and max_new_tokens is {max_new_tokens}, but "
             f"the context holds {context_len}: {excess} tokens would be cut. Shorten the text, "
-            "pass fewer images, or lower max_new_tokens."
+            "pass fewer images or tiles, or lower max_new_tokens."
         )
 
 

@@ -177,7 +177,7 @@ class LoadedModel:
                 f"Prompt {row + 1} has {num_all} tokens ({num_image} of images, "
                 f"{num_all - num_image} of text) and max_new_tokens is {max_new_tokens}, but the "
                 f"context holds {self.context_len}: {excess} tokens would be cut. Shorten the "
-                "question, pass fewer images per prompt, or lower max_new_tokens."
+                "question, pass fewer images or tiles, or lower max_new_tokens."
             )
 
 

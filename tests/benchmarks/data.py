@@ -72,6 +72,15 @@ def large_file(folder: Path, side: int) -> str:
     return str(path)
 
 
+def compressed_file(path: str) -> str:
+    """The same in JPEG 2000 without loss."""
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.JPEG2000Lossless)
+    target = str(Path(path).with_suffix(".j2k.dcm"))
+    dataset.save_as(target)
+    return target
+
+
 def decode_with_pydicom(path: str) -> np.ndarray:
     return pydicom.dcmread(path).pixel_array
 

@@ -238,6 +238,15 @@ def test_it_is_saved_and_opens_again(tiled, wide, tmp_path):
     assert len(again.processor.pixel_values([wide])) == 1
 
 
+def test_more_tiles_than_the_context_holds_are_refused_with_the_numbers(parts, tiled, wide):
+    message = "up to 13 views of an image, 196 tokens each: 2548 tokens, but the context holds 2048"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained_model({**parts, "tiling": {"max_tiles": 12}})
+    count = rf"{49 * tiled.processor.layout(wide.size).num_views * 8} of images"
+    with pytest.raises(ValueError, match=rf"{count}.*pass fewer images or tiles"):
+        tiled.answer([wide] * 8, QUESTION)
+
+
 def test_grids_may_be_chosen(tiled):
     tiling = Tiling(max_tiles=4, grids=((1, 2), (2, 2)))
     assert tiling.choose_grid(1200, 600, TILE) == (1, 2)

@@ -39,6 +39,7 @@ from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, num_projected_tokens, projector_options
+from moellava.model.tiling import Tiling
 from moellava.storage.sources import HubOptions, origin_of
 from moellava.storage.weights import as_dtype
 
@@ -141,7 +142,9 @@ def _find_parts(
         projector_tower=asdict(tower),
         dtype=language_model.dtype,
     )
-    _require_merge(config)
+    if request.tiling is not None:
+        _require_merge(config)
+        _require_context(config, request.tiling)
     processor = MoeLlavaProcessor(
         encoder.image_processor,
         tokenizer,
@@ -170,6 +173,19 @@ def _require_merge(config: MoeLlavaConfig) -> None:
             f"{one} tokens of {shape.num_patches} patches and {two} of {wider.num_patches}. Take a "
             "projector with a fixed number of tokens, such as 'perceiver' or 'qformer', or "
             "merge='flat'."
+        )
+
+
+def _require_context(config: MoeLlavaConfig, tiling: Tiling) -> None:
+    """Raise `ValueError` if an image with all its tiles is longer than the context."""
+    context_len = getattr(config.text_config, "max_position_embeddings", None)
+    most = tiling.max_tiles + tiling.overview if tiling.merge == "flat" else 1
+    num_tokens = most * config.num_image_tokens
+    if context_len is not None and num_tokens >= context_len:
+        raise ValueError(
+            f"tiling makes up to {most} views of an image, {config.num_image_tokens} tokens each: "
+            f"{num_tokens} tokens, but the context holds {context_len}. Lower max_tiles, or take a "
+            "projector with fewer tokens, such as 'pixel_shuffle'."
         )
 
 
