@@ -1,19 +1,24 @@
 """A recipe's words → transformers' `TrainingArguments`: `training_arguments`."""
 
+import json
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import get_int_from_env, is_deepspeed_available, parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 from transformers.integrations.integration_utils import (
     INTEGRATION_TO_CALLBACK,
     get_available_reporting_integrations,
 )
 
 from moellava.messages import unknown_name
+from moellava.storage.errors import reading
 from moellava.train.options import Recipe
 from moellava.train.run_folder import run_folder
 
@@ -140,15 +145,58 @@ def _require_engine(recipe: Recipe) -> None:
             "Adapters under accelerate's FSDP could not be merged whole at the end. Use "
             "parallel=fsdp2 with torchrun, or DDP."
         )
-    if (
-        recipe.lora is not None
-        and wants_deepspeed
-        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
-    ):
+    if wants_deepspeed and _zero_stage(recipe) == 3:
+        _require_whole_weights(recipe)
+
+
+def _require_whole_weights(recipe: Recipe) -> None:
+    """Refuse a ZeRO-3 that would end without a model."""
+    if recipe.lora is not None:
         raise ValueError(
             "Adapters under DeepSpeed's ZeRO-3 could not be merged whole at the end. Use ZeRO-2 or "
             "less, DDP, or parallel=fsdp2."
         )
+    options = _zero_options(recipe)
+    gathers = parse_flag_from_env("ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL")
+    if not (gathers or options.get("stage3_gather_16bit_weights_on_model_save")):
+        raise ValueError(
+            "DeepSpeed's ZeRO-3 would save pieces of the weights and no model. Set "
+            "zero3_save_16bit_model: true in the accelerate config (the packaged "
+            "deepspeed_zero3.yaml has it), or stage3_gather_16bit_weights_on_model_save: true "
+            "under zero_optimization of a DeepSpeed config."
+        )
+
+
+def _zero_stage(recipe: Recipe) -> int:
+    stage = _zero_options(recipe).get("stage")
+    own = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") if stage is None else stage
+    return int(str(own))
+
+
+def _zero_options(recipe: Recipe) -> Mapping[str, object]:
+    """`zero_optimization` of the DeepSpeed config that the recipe or accelerate's names."""
+    config = recipe.trainer.get("deepspeed") or os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if isinstance(config, str):
+        with reading(config, "a DeepSpeed config"):
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+    options = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    return options if isinstance(options, Mapping) else {}
+
+
+@contextmanager
+def read_whole(arguments: TrainingArguments) -> Iterator[None]:
+    """Models are read whole in here, under DeepSpeed's ZeRO-3 too.
+
+    transformers would split the weights among the processes while it reads them, and fails on a
+    model that is put together from several checkpoints. DeepSpeed splits the whole model later.
+    """
+    config = getattr(arguments, "hf_deepspeed_config", None)
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            set_hf_deepspeed_config(config)
 
 
 def _require_reporters(names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.errors import reading
 from moellava.train import sharding
-from moellava.train.arguments import training_arguments
+from moellava.train.arguments import read_whole, training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.checkpoints import (
     clear_staging,
@@ -70,7 +70,8 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
         recipe, show_progress=show_progress, resumes=checkpoint is not None
     )
     data = read_data(recipe, show_progress=show_progress and arguments.process_index == 0)
-    model, loaded = prepare_model(recipe)
+    with read_whole(arguments):
+        model, loaded = prepare_model(recipe)
     if recipe.parallel == "fsdp2":
         if checkpoint is not None:
             sharding.load_checkpoint(model, checkpoint)

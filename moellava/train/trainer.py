@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINING_ARGS_NAME
@@ -106,9 +107,11 @@ class MoeLlavaTrainer(Trainer):
             None if any(weight.requires_grad for weight in tower.parameters()) else tower
         )
         self._lacks_images = False
+        self._image_part: Tensor
         sees = (tower, loaded.model.model.multi_modal_projector)
         if any(weight.requires_grad for module in sees for weight in module.parameters()):
             embedding = loaded.model.get_input_embeddings()
+            embedding.register_forward_pre_hook(self._prepare_image_part)
             embedding.register_forward_hook(self._add_image_part)
         self.step_log = StepLog(loaded.model.config)
         self.sampler = EpochSampler(
@@ -213,22 +216,29 @@ class MoeLlavaTrainer(Trainer):
 
     # Batches without an image
 
+    def _prepare_image_part(self, _module: nn.Module, _ids: object) -> None:
+        """What sees images, run for nothing in a batch that has none.
+
+        It would have no gradient otherwise. Stage 1 would have nothing to learn from such a batch,
+        and processes that wait for the gradients of one another (DDP, FSDP2) would wait for ever.
+        Run inside the model's forward pass, in which FSDP2 has the projector's weights whole; and
+        before the embedding, where images are encoded: DeepSpeed's ZeRO-2 adds up gradients in the
+        order in which they come, which has to be that of processes with images.
+        """
+        if not self._lacks_images:
+            return
+        base, processor = self.loaded.model, self.loaded.processor
+        height, width = base.config.vision_config.image_hw
+        inputs = processor.image_inputs([Image.new("RGB", (width, height))])
+        inputs = {name: value.to(base.device) for name, value in inputs.items()}
+        self._image_part = 0 * base.model.get_image_features(**inputs).pooler_output[0].sum()
+
     def _add_image_part(
         self, _module: nn.Module, _ids: object, embeddings: Tensor
     ) -> Tensor | None:
-        """Give what sees images a gradient of zero in a batch that has none.
-
-        Stage 1 would have nothing to learn from it, and processes that wait for the gradients of
-        one another (DDP, FSDP2) would wait for ever. Added inside the model's forward pass, in
-        which FSDP2 has the projector's weights whole.
-        """
         if not self._lacks_images:
             return None
-        base = self.loaded.model
-        height, width = base.config.vision_config.image_hw
-        pixels = torch.zeros(1, 3, height, width, device=embeddings.device)
-        image: Tensor = base.model.get_image_features(pixels).pooler_output[0]
-        return embeddings + 0 * image.sum().to(embeddings.dtype)
+        return embeddings + self._image_part.to(embeddings.dtype)
 
     # Logs
 

@@ -212,6 +212,12 @@ def test_fsdp2_in_one_process_is_refused(tiny, tmp_path):
             ValueError,
             "ZeRO-3 could not be merged whole",
         ),
+        (
+            {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            [],
+            ValueError,
+            "would save pieces of the weights and no model. Set zero3_save_16bit_model: true",
+        ),
     ],
 )
 def test_engines_that_cannot_keep_the_promise_are_refused(
@@ -242,8 +248,12 @@ def test_the_accelerate_configs_are_read_by_accelerate():
         for path in (FOLDER.parent / "accelerate").glob("*.yaml")
     }
     assert {name: str(config.distributed_type.value) for name, config in kinds.items()} == {
-        "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero2": "DEEPSPEED",
-    }  # fmt: skip
+        "ddp": "MULTI_GPU",
+        "fsdp2": "FSDP",
+        "deepspeed_zero2": "DEEPSPEED",
+        "deepspeed_zero3": "DEEPSPEED",
+    }
+    assert kinds["deepspeed_zero3"].deepspeed_config["zero3_save_16bit_model"] is True
 
 
 @pytest.mark.parametrize("stage", ["tune", "experts"])

@@ -9,7 +9,7 @@ from moellava.data.collate import ChatCollator
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train import train
 from moellava.train.trainer import MoeLlavaTrainer
-from tests.train.tiny import experts_recipe, losses, model_weights, tiny_recipe
+from tests.train.tiny import experts_recipe, losses, model_weights, parts_of, tiny_recipe
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -249,3 +249,37 @@ def test_a_batch_without_an_image_trains_the_projector_by_nothing(packing, tiny,
     (tmp_path / "text.json").write_text(json.dumps([rows[0], rows[4]]))
     settings[0] = f"data.train={tmp_path / 'text.json'}"
     train(tiny_recipe(tiny, "align", tmp_path / "text", *settings), show_progress=False)
+
+
+def test_gradients_come_in_the_same_order_without_an_image(tiny, tmp_path, monkeypatch):
+    """DeepSpeed's ZeRO-2 adds up what the processes have in the order in which it comes."""
+    orders, own = {}, MoeLlavaTrainer.training_step
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        order, has_image = [], "pixel_values" in inputs
+        handles = [
+            weight.register_post_accumulate_grad_hook(lambda _, name=name: order.append(name))
+            for name, weight in self.loaded.model.named_parameters()
+            if weight.requires_grad
+        ]
+        loss = own(self, model, inputs, *args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        orders[has_image] = order
+        return loss
+
+    monkeypatch.setattr(MoeLlavaTrainer, "training_step", training_step)
+    settings = ["optim.batch_size=1", "optim.per_device_batch_size=1", "optim.max_steps=8"]
+    train(tiny_recipe(tiny, "tune", tmp_path / "out", *settings), show_progress=False)
+    assert len(orders[True]) > 10
+    assert orders[True] == orders[False]
+
+
+def test_a_text_batch_of_a_model_that_merges_tiles_trains(tiny, tmp_path):
+    tiling = {"max_tiles": 4, "merge": "joint"}
+    model = {**parts_of(tiny), "projector_type": "perceiver", "tiling": tiling}
+    settings = ["optim.batch_size=1", "optim.per_device_batch_size=1", "optim.max_steps=8"]
+    result = train(
+        tiny_recipe(tiny, "align", tmp_path / "out", *settings, model=model), show_progress=False
+    )
+    assert len(losses(result)) == 8
