@@ -19,7 +19,7 @@ from statistics import mean
 from torch import nn
 
 from moellava.data.chat_labels import image_items
-from moellava.data.collate import messages_of
+from moellava.data.collate import ChatCollator, messages_of
 from moellava.model.loaded_model import LoadedModel
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
@@ -43,15 +43,15 @@ class PlannedRows:
 
     lengths: Sequence[int]  # tokens of each
     num_held_out: int
-    images_per_row: float  # of the first thousand
+    images_per_row: float  # of the first thousand; views, with tiling
 
     @classmethod
     def of(cls, recipe: Recipe, loaded: LoadedModel) -> "PlannedRows":
-        """Read them, without opening an image."""
-        data = read_data(recipe)
-        lengths = row_lengths(data.train, build_collator(recipe, loaded.processor))
+        """Read them, without opening an image, unless the model has tiling."""
+        data, collator = read_data(recipe), build_collator(recipe, loaded.processor)
+        lengths = row_lengths(data.train, collator)
         num_held_out = 0 if data.evaluation is None else len(data.evaluation)
-        images = 0.0 if recipe.data.features else _images_per_row(data)
+        images = 0.0 if recipe.data.features else _images_per_row(data, collator)
         return cls(lengths, num_held_out, images)
 
     def costs(
@@ -139,6 +139,12 @@ def layer_ranges(numbers: Sequence[int]) -> str:
     return f"{first}-{last}" if second == first + 1 else f"{first},{second},...,{last}"
 
 
-def _images_per_row(data: TrainData) -> float:
+def _images_per_row(data: TrainData, collator: ChatCollator) -> float:
     rows = (data.train[index] for index in range(min(len(data.train), 1000)))
-    return mean(len(image_items(messages_of(row))) for row in rows)
+    items = [image_items(messages_of(row)) for row in rows]
+    if collator.processor.tiling is None:
+        return mean(map(len, items))
+    opened = ([collator.load_image(item["image"]) for item in own] for own in items)
+    return mean(
+        sum(collator.processor.layout(image.size).num_views for image in own) for own in opened
+    )

@@ -194,6 +194,11 @@ def test_training_sees_the_prompt_that_is_asked(tiled, wide):
     assert lengths == [batch["input_ids"].shape[1]]
     with torch.inference_mode():
         assert torch.isfinite(tiled.model(**batch).loss)
+    packed = ChatCollator(processor, packing=True)([{"id": "a", "messages": messages}] * 2)
+    assert packed["input_ids"].tolist() == [batch["input_ids"][0].tolist() * 2]
+    assert torch.equal(packed["pixel_values"], batch["pixel_values"].repeat(2, 1, 1, 1))
+    with torch.inference_mode():
+        assert torch.allclose(tiled.model(**packed).loss, tiled.model(**batch).loss, atol=1e-5)
     typed = [{"type": "image"}, {"type": "text", "text": "<image>"}]
     both, template = [{"role": "user", "content": typed}], str(processor.chat_template)
     with pytest.raises(ValueError, match="the text holds 2 <image>"):

@@ -44,11 +44,15 @@ type(processor.image_processor).__module__)
 """
 
 
-@pytest.fixture(scope="module", params=["BiomedCLIP and a mixture", "CLIP and a dense Llama"])
+@pytest.fixture(scope="module", params=["BiomedCLIP and a mixture", "CLIP, tiles and a dense Llama"])
 def joined(request, loaded):
     if request.param.startswith("BiomedCLIP"):
         return loaded
-    description = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": OPENAI_CLIP}
+    description = {
+        "model_name_or_path": TINYLLAMA,
+        "mm_vision_tower": OPENAI_CLIP,
+        "tiling": {"max_tiles": 2},
+    }
     return load_pretrained_model(description, moe_config=False, dtype="float32")
 
 
@@ -66,7 +70,7 @@ def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(
 ):
     import numpy as np
 
-    picture = np.array(images[0].convert("RGB"))
+    picture = np.array(images[0].convert("RGB").resize((900, 450)))
     torch.save({"image": torch.from_numpy(picture)}, tmp_path / "inputs.pt")
     env = os.environ | {
         "HF_HOME": str(tmp_path / "home"),
@@ -88,6 +92,7 @@ def test_a_process_without_moellava_opens_it_and_gets_the_same_logits(
         done.stdout
     )
     batch = joined.processor(text=["<image> What is this?"], images=[picture], return_tensors="pt")
+    assert len(batch["pixel_values"]) == (1 if joined.processor.tiling is None else 3)
     with torch.no_grad():
         logits = joined.model(**batch).logits
     found = torch.load(tmp_path / "out.pt", weights_only=True)
