@@ -244,7 +244,7 @@ def tile_boxes(
 def cut_tiles(
     picture: Image.Image, grid: tuple[int, int], tile: tuple[int, int]
 ) -> list[Image.Image]:
-    """The tiles of an RGB image, row by row.
+    """The tiles of a grey or RGB image, row by row, in RGB.
 
     The image is scaled to the canvas of the grid with its aspect ratio kept (bicubic) and stands in
     its middle; what is left over is black.
@@ -252,7 +252,9 @@ def cut_tiles(
     (rows, columns), (height, width) = grid, tile
     canvas = ImageOps.pad(picture, (columns * width, rows * height), Image.Resampling.BICUBIC)
     return [
-        canvas.crop((column * width, row * height, (column + 1) * width, (row + 1) * height))
+        canvas.crop(
+            (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        ).convert("RGB")
         for row in range(rows)
         for column in range(columns)
     ]

@@ -252,6 +252,12 @@ def test_more_tiles_than_the_context_holds_are_refused_with_the_numbers(parts, t
         tiled.answer([wide] * 8, QUESTION)
 
 
+def test_a_grey_image_has_the_views_of_its_rgb(tiled, wide):
+    grey = wide.convert("L")
+    one, other = (tiled.processor.pixel_values([image]) for image in (grey, grey.convert("RGB")))
+    assert torch.equal(one, other)
+
+
 def test_grids_may_be_chosen(tiled):
     tiling = Tiling(max_tiles=4, grids=((1, 2), (2, 2)))
     assert tiling.choose_grid(1200, 600, TILE) == (1, 2)

@@ -44,7 +44,9 @@ type(processor.image_processor).__module__)
 """
 
 
-@pytest.fixture(scope="module", params=["BiomedCLIP and a mixture", "CLIP, tiles and a dense Llama"])
+@pytest.fixture(
+    scope="module", params=["BiomedCLIP and a mixture", "CLIP, tiles and a dense Llama"]
+)
 def joined(request, loaded):
     if request.param.startswith("BiomedCLIP"):
         return loaded
