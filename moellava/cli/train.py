@@ -56,6 +56,11 @@ def train(
     if result.was_finished:
         typer.echo(f"This run had finished. Its model: {result.model_folder}")
         return
+    for entry in result.log[-1:]:
+        if "moved" in entry:
+            from moellava.train.log.moved import movement_text
+
+            typer.echo(movement_text(entry["moved"]))
     typer.echo(f"Model: {result.model_folder}")
     if result.log:
         typer.echo(f"Log and picture: {result.model_folder.parent}: log.json, training.png")

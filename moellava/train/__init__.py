@@ -1,5 +1,6 @@
 """From downloaded data to a trained model: recipes, stages, the trainer."""
 
+from moellava.train.adapters import lora_config
 from moellava.train.options import Recipe
 from moellava.train.recipe import load_recipe, recipe_names
 from moellava.train.run import train
@@ -11,6 +12,7 @@ __all__ = [
     "Stage",
     "TrainResult",
     "load_recipe",
+    "lora_config",
     "recipe_names",
     "register_stage",
     "train",

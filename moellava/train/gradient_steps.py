@@ -7,6 +7,7 @@
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,9 +16,11 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.errors import reading
 from moellava.train import sharding
+from moellava.train.adapters import merge_adapters
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.checkpoints import (
@@ -29,6 +32,7 @@ from moellava.train.checkpoints import (
 )
 from moellava.train.features import ImageFeatures, encode_rows
 from moellava.train.log.history import write_history
+from moellava.train.log.moved import Moved, movement, num_learning
 from moellava.train.log.picture import save_picture
 from moellava.train.options import Recipe
 from moellava.train.prepare import build_model, prepare_model
@@ -40,9 +44,8 @@ from moellava.train.run_folder import (
     require_log,
     write_log,
 )
-from moellava.train.stage import TrainResult
+from moellava.train.stage import LogEntry, TrainResult
 from moellava.train.start import find_start
-from moellava.train.trainable import merge_adapters
 from moellava.train.trainer import MoeLlavaTrainer
 
 if TYPE_CHECKING:
@@ -118,6 +121,7 @@ def build_trainer(
         num_answers=recipe.evaluation.num_answers if data.evaluation is not None else 0,
         scorers=recipe.evaluation.scorers,
         max_new_tokens=recipe.evaluation.max_new_tokens,
+        rates=recipe.optim.rates,
     )
 
 
@@ -132,13 +136,8 @@ def _features(
 
     The first process encodes, while the others wait for the file.
     """
-    tower = loaded.model.model.vision_tower
-    if any(weight.requires_grad for weight in tower.parameters()):
-        raise ValueError(
-            "data.features keeps what a frozen tower gives, but trainable names 'vision_tower'."
-        )
     return encode_rows(
-        tower.to(arguments.device),  # type: ignore[arg-type]  # a decorator hides `to`'s signature
+        loaded.model.model.vision_tower.to(arguments.device),  # type: ignore[arg-type]  # a decorator hides `to`'s signature
         [*data.train, *(data.evaluation or ())],
         file,
         dtype=torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16,
@@ -198,6 +197,8 @@ def read_state(checkpoint: Path) -> TrainerState:
 
 def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
     """Write the model, last and in one step: a folder `model` means that the stage has finished."""
+    assert trainer.model is not None
+    learning = num_learning(trainer.model)
     with writing(run, MODEL_FOLDER) as folder:
         if recipe.lora is None:
             trainer.save_model(str(folder))
@@ -205,15 +206,19 @@ def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
             _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
         trainer.accelerator.wait_for_everyone()
         if trainer.accelerator.is_main_process:
-            _complete(recipe, trainer, run, folder)
+            moved = _movement(recipe, trainer, folder, learning)
+            _complete(recipe, trainer, run, folder, moved)
     if trainer.accelerator.is_main_process:
         clear_staging(run)
     trainer.accelerator.wait_for_everyone()
 
 
-def _complete(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path) -> None:
+def _complete(
+    recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path, moved: list[Moved]
+) -> None:
     """What stands beside the weights, and the move of the folder to its place."""
-    log = trainer.state.log_history
+    log: list[LogEntry] = trainer.state.log_history
+    log.append({"step": trainer.state.global_step, "moved": moved})
     trainer.loaded.processor.save_pretrained(folder)
     numbers = {
         "steps": trainer.state.global_step,
@@ -226,6 +231,22 @@ def _complete(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path)
     if recipe.lora is not None:
         publish(staging_folder(run) / ADAPTER_FOLDER, run / ADAPTER_FOLDER)
     publish(folder, run / MODEL_FOLDER)
+
+
+def _movement(
+    recipe: Recipe, trainer: MoeLlavaTrainer, folder: Path, learning: Mapping[str, int]
+) -> list[Moved]:
+    """How far each part is from where the stage began, which is built again to be compared.
+
+    Args:
+        folder: the written model, read where no process has the whole of it.
+        learning: of `num_learning`, before adapters were merged.
+    """
+    trained = trainer.loaded.model
+    if trainer.is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        trained = load_pretrained_model(folder).model
+    after = dict(trained.named_parameters())
+    return movement(build_model(recipe).model.named_parameters(), after, learning)
 
 
 def _save_merged(recipe: Recipe, trainer: MoeLlavaTrainer, adapter: Path, folder: Path) -> None:

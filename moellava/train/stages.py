@@ -37,10 +37,12 @@ for row in (
         unused=(
             "lora",
             "trainable",
+            "tower_blocks",
             "trainer",
             "data.packing",
             "data.features",
             "optim.max_steps",
+            "optim.rates",
             "evaluation.scorers",
         ),
         gives_router=True,

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ from moellava.train.log.router_load import load_by_name
 from moellava.train.log.step_log import StepLog
 from moellava.train.nonfinite import first_nonfinite_module, nonfinite_tensors
 from moellava.train.order import EpochSampler
+from moellava.train.rates import split_by_rate
 from moellava.train.stage import LogEntry
 
 logger = logging.getLogger(__name__)
@@ -63,6 +65,7 @@ class MoeLlavaTrainer(Trainer):
         num_answers: held-out rows whose first question is answered into the log.
         scorers: names of `moellava.eval` rules for the answers to all held-out questions.
         max_new_tokens: of an answer.
+        rates: learning rates of parts, in place of the arguments' one.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class MoeLlavaTrainer(Trainer):
         num_answers: int = 0,
         scorers: Sequence[str] = (),
         max_new_tokens: int = 32,
+        rates: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         super().__init__(
             model=model,
@@ -101,6 +105,7 @@ class MoeLlavaTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.num_answers, self.max_new_tokens = num_answers, max_new_tokens
         self.scorers = scorers
+        self.rates = rates
         tower = loaded.model.model.vision_tower
         self.frozen_tower = (
             None if any(weight.requires_grad for weight in tower.parameters()) else tower
@@ -142,6 +147,15 @@ class MoeLlavaTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     # One step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with a rate for each part."""
+        is_new = self.optimizer is None
+        optimizer: torch.optim.Optimizer = super().create_optimizer(model)
+        if is_new and self.rates:
+            learning: Any = self.model if model is None else model
+            split_by_rate(optimizer, learning.named_parameters(), self.rates)
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         self._row_ids = []
