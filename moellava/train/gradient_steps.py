@@ -206,6 +206,7 @@ def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
             _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
         trainer.accelerator.wait_for_everyone()
         if trainer.accelerator.is_main_process:
+            trainer.loaded.processor.save_pretrained(folder)
             moved = _movement(recipe, trainer, folder, learning)
             _complete(recipe, trainer, run, folder, moved)
     if trainer.accelerator.is_main_process:
@@ -219,7 +220,6 @@ def _complete(
     """What stands beside the weights, and the move of the folder to its place."""
     log: list[LogEntry] = trainer.state.log_history
     log.append({"step": trainer.state.global_step, "moved": moved})
-    trainer.loaded.processor.save_pretrained(folder)
     numbers = {
         "steps": trainer.state.global_step,
         "rows": len(trainer.sampler),
