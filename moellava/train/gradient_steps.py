@@ -4,52 +4,31 @@
 |---|---|
 | `train_by_gradient` | runs such a stage in its folder |
 | `build_trainer` | the trainer of a stage, ready to run |
+| `require_resumable`, `read_state`, `train_or_load` | of a checkpoint, go on with it |
 """
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.loaded_model import LoadedModel
 from moellava.storage.errors import reading
 from moellava.train import sharding
-from moellava.train.adapters import merge_adapters
 from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
-from moellava.train.checkpoints import (
-    clear_staging,
-    newest_checkpoint,
-    publish,
-    staging_folder,
-    writing,
-)
+from moellava.train.checkpoints import newest_checkpoint
 from moellava.train.features import ImageFeatures, encode_rows
-from moellava.train.log.history import write_history
-from moellava.train.log.moved import Moved, movement, num_learning
-from moellava.train.log.picture import save_picture
+from moellava.train.finish import finish
 from moellava.train.options import Recipe
-from moellava.train.prepare import build_model, prepare_model
-from moellava.train.run_folder import (
-    ADAPTER_FOLDER,
-    MODEL_FOLDER,
-    PICTURE_FILE,
-    begin_run,
-    require_log,
-    write_log,
-)
-from moellava.train.stage import LogEntry, TrainResult
-from moellava.train.start import find_start
+from moellava.train.prepare import prepare_model
+from moellava.train.run_folder import MODEL_FOLDER, begin_run, require_log
+from moellava.train.stage import TrainResult
+from moellava.train.stage_trainer import StageTrainer
 from moellava.train.trainer import MoeLlavaTrainer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +46,7 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
     """Train a stage's model, from the newest checkpoint if there is one."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
-        _require_resumable(checkpoint)
+        require_resumable(checkpoint)
         logger.info("resuming from %s", checkpoint)
     arguments = training_arguments(
         recipe, show_progress=show_progress, resumes=checkpoint is not None
@@ -83,10 +62,10 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
         begin_run(recipe, run)
     trainer.accelerator.wait_for_everyone()
     try:
-        _train_or_load(trainer, checkpoint)
+        train_or_load(trainer, checkpoint)
     finally:
         trainer.close_progress_bar()  # an error begins on a line of its own
-    _finish(recipe, trainer, run)
+    finish(recipe, trainer, run)
     return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
 
 
@@ -147,7 +126,7 @@ def _features(
     )
 
 
-def _require_resumable(checkpoint: Path) -> None:
+def require_resumable(checkpoint: Path) -> None:
     """transformers would go on with an optimizer and random numbers that began anew."""
     # One file, or DeepSpeed's and accelerate's folders.
     states = {
@@ -163,7 +142,7 @@ def _require_resumable(checkpoint: Path) -> None:
             )
 
 
-def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:
+def train_or_load(trainer: StageTrainer, checkpoint: Path | None) -> None:
     """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -193,70 +172,3 @@ def read_state(checkpoint: Path) -> TrainerState:
         if not all(isinstance(entry.get("step"), int) for entry in state.log_history):
             raise TypeError("an entry of its log_history has no step")
     return state
-
-
-def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
-    """Write the model, last and in one step: a folder `model` means that the stage has finished."""
-    assert trainer.model is not None
-    learning = num_learning(trainer.model)
-    with writing(run, MODEL_FOLDER) as folder:
-        if recipe.lora is None:
-            trainer.save_model(str(folder))
-        else:
-            _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            trainer.loaded.processor.save_pretrained(folder)
-            moved = _movement(recipe, trainer, folder, learning)
-            _complete(recipe, trainer, run, folder, moved)
-    if trainer.accelerator.is_main_process:
-        clear_staging(run)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _complete(
-    recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path, moved: list[Moved]
-) -> None:
-    """What stands beside the weights, and the move of the folder to its place."""
-    log: list[LogEntry] = trainer.state.log_history
-    log.append({"step": trainer.state.global_step, "moved": moved})
-    numbers = {
-        "steps": trainer.state.global_step,
-        "rows": len(trainer.sampler),
-        "seed": recipe.seed,
-    }
-    write_history(folder, find_start(recipe), stage=recipe.stage, **numbers)
-    write_log(log, run)
-    save_picture(log, run / PICTURE_FILE, title=f"stage {recipe.stage}")
-    if recipe.lora is not None:
-        publish(staging_folder(run) / ADAPTER_FOLDER, run / ADAPTER_FOLDER)
-    publish(folder, run / MODEL_FOLDER)
-
-
-def _movement(
-    recipe: Recipe, trainer: MoeLlavaTrainer, folder: Path, learning: Mapping[str, int]
-) -> list[Moved]:
-    """How far each part is from where the stage began, which is built again to be compared.
-
-    Args:
-        folder: the written model, read where no process has the whole of it.
-        learning: of `num_learning`, before adapters were merged.
-    """
-    trained = trainer.loaded.model
-    if trainer.is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trained = load_pretrained_model(folder).model
-    after = dict(trained.named_parameters())
-    return movement(build_model(recipe).model.named_parameters(), after, learning)
-
-
-def _save_merged(recipe: Recipe, trainer: MoeLlavaTrainer, adapter: Path, folder: Path) -> None:
-    """The adapters as PEFT saves them, and the ordinary model that they make of the start."""
-    trainer.save_model(str(adapter))
-    if not trainer.accelerator.is_main_process:
-        return
-    if trainer.is_sharded:  # no process has the whole model, so it is built again
-        merged = merge_adapters(build_model(recipe).model, adapter)
-    else:
-        adapted = cast("PeftModel", trainer.model)
-        merged = adapted.merge_and_unload()
-    merged.save_pretrained(folder)

@@ -94,6 +94,23 @@ class Moe:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reward:
+    """How answers are drawn and rewarded in stage `reward`.
+
+    `optim.batch_size` counts answers there: each question of a step has `num_answers` of them.
+    """
+
+    # Rules of `moellava eval`, each a reward; their sum is what an answer earns.
+    scorers: tuple[str, ...] = ("strict",)
+    # Also 1 for `<think>...</think><answer>...</answer>`.
+    format: bool = False
+    num_answers: Annotated[int, Field(ge=2)] = 8  # to each question; compared with one another
+    max_new_tokens: Positive[int] = 64
+    temperature: Positive[float] = 1.0
+    kl: NotNegative[float] = 0.04  # weight of the divergence from the start
+
+
+@dataclass(frozen=True, kw_only=True)
 class Logging:
     """How often a step is logged, and where to beside `log.json`."""
 
@@ -143,6 +160,7 @@ class Recipe:
     optim: Optim = field(default_factory=Optim)
     lora: Lora | None = None
     moe: Moe = field(default_factory=Moe)
+    reward: Reward = field(default_factory=Reward)
     logging: Logging = field(default_factory=Logging)
     saving: Saving = field(default_factory=Saving)
     evaluation: Evaluation = field(default_factory=Evaluation)

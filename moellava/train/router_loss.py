@@ -12,7 +12,8 @@ from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 class TrainerOfModel(Protocol):
     """A trainer of TRL, as far as it is looked at."""
 
-    model: nn.Module
+    @property
+    def model(self) -> nn.Module | None: ...
 
 
 def use_router_loss(trainer: TrainerOfModel) -> None:
@@ -30,14 +31,9 @@ def use_router_loss(trainer: TrainerOfModel) -> None:
         ValueError: if the trainer has no model of ours that TRL has prepared, or the model's
             `router_aux_loss_coef` is 0, with which TRL adds nothing.
     """
-    model = next(
-        (
-            one
-            for one in trainer.model.modules()
-            if isinstance(one, MoeLlavaForConditionalGeneration)
-        ),
-        None,
-    )
+    kind, trained = MoeLlavaForConditionalGeneration, trainer.model
+    modules = () if trained is None else trained.modules()
+    model = next((one for one in modules if isinstance(one, kind)), None)
     if model is None or "forward" not in vars(model):
         raise ValueError(
             "use_router_loss takes a trainer of TRL that was made for a moellava model, but "
