@@ -71,7 +71,9 @@ def _print_list() -> None:
 
     typer.echo("recipes")
     for name in recipe_names():
-        first = (FOLDER / f"{name}.yaml").read_text().splitlines()[0].removeprefix("# ")
+        first = (
+            (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        )
         typer.echo(f"  {name:<20} {first}")
     typer.echo("configs for accelerate launch --config_file")
     for path in sorted((Path(FOLDER).parent / "accelerate").glob("*.yaml")):

@@ -24,7 +24,7 @@ def reward_after(folder: Path, *, seed: int, steps: int, rate: float) -> dict[st
     recipe = load_recipe(
         "stage4_reward",
         [
-            *COMMON,
+            *(word for word in COMMON if "group_by_length" not in word),
             f"seed={seed}",
             f"start_from={folder / 'stage3_experts'}",
             f"output_dir={folder / f'reward-{steps}-{rate}'}",
