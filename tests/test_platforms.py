@@ -108,7 +108,7 @@ def main():
         try:
             importlib.import_module(module.name)
         except ModuleNotFoundError as error:  # lmms-eval, vLLM
-            if error.name.split(".")[0] not in ("lmms_eval", "vllm"):
+            if error.name.split(".")[0] not in ("lmms_eval", "vllm", "swift", "llamafactory"):
                 raise
     from moellava.train import train
     folder = Path(sys.argv[1])
