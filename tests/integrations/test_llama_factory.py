@@ -1,4 +1,4 @@
-"""The file for LLaMA-Factory, in an environment that has it; docs/training.md has the versions."""
+"""The file for LLaMA-Factory, in an environment that has it; docs/other_trainers.md has the versions."""
 
 import json
 import os
