@@ -1,7 +1,7 @@
 """moellava's models in LLaMA-Factory, which has no hook for plug-ins: this file runs it.
 
     moellava integrations llama-factory > moellava_factory.py
-    python moellava_factory.py train model_name_or_path=runs/2/model template=moellava stage=sft ...
+    python moellava_factory.py train --model_name_or_path runs/2/model --template moellava ...
 
 Prompts and labels are those of the chat template that was saved with the model.
 """

@@ -31,7 +31,7 @@ def test_one_step_of_lora_an_answer_and_our_collators_labels(tmp_path, monkeypat
         "disable_gradient_checkpointing": "true",
     }  # fmt: skip
     file = str(integration_file("llama-factory"))
-    words = [f"{key}={value}" for key, value in settings.items()]
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     environment = {**os.environ, "DISABLE_VERSION_CHECK": "1"}
     subprocess.run([sys.executable, file, "train", *words], check=True, env=environment)
 
