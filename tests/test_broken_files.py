@@ -149,7 +149,7 @@ def run(tmp_path_factory) -> tuple[Path, Recipe]:
     folder = tiny.parent / "broken-run"
     settings = ("optim.max_steps=2", "saving.every=1", "optim.batch_size=2")
     recipe = tiny_recipe(tiny, "tune", folder, *settings, "optim.per_device_batch_size=2")
-    with mock.patch("moellava.train.gradient_steps.save_picture"):
+    with mock.patch("moellava.train.finish.save_picture"):
         train(recipe, show_progress=False)
     return folder, recipe
 

@@ -250,7 +250,7 @@ def test_a_chat_template_runs_in_a_sandbox(armed, marker, name):
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_the_state_of_a_run(sound, tmp_path, marker, name):
     recipe = tiny_recipe(sound, "tune", tmp_path / "run", "optim.max_steps=4")
-    stop = mock.patch("moellava.train.gradient_steps._finish", side_effect=KeyboardInterrupt)
+    stop = mock.patch("moellava.train.gradient_steps.finish", side_effect=KeyboardInterrupt)
     with stop, pytest.raises(KeyboardInterrupt):
         train(recipe, show_progress=False)
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")

@@ -14,6 +14,7 @@ from moellava.cli.ask import ask
 from moellava.cli.chat import chat
 from moellava.cli.demo import demo
 from moellava.cli.experiment import experiment
+from moellava.cli.integrations import integrations
 from moellava.cli.serve import serve
 from moellava.cli.train import train
 from moellava.cli.verify import verify
@@ -71,6 +72,9 @@ app.command(short_help="Talk with a saved model in the browser.")(web)
 app.command(short_help="Answer OpenAI's chat completions over HTTP.")(serve)
 app.command(short_help="Train one stage by a recipe.")(train)
 app.command(short_help="Train variants over seeds, evaluate and compare them.")(experiment)
+app.command(short_help="Print what registers our models with ms-swift or LLaMA-Factory.")(
+    integrations
+)
 app.command(short_help="Check that a tower and a language model are here and work.")(verify)
 app.command()(encoders.encode)
 app.command()(encoders.classify)

@@ -1,6 +1,7 @@
 """`moellava chat`: a conversation with a saved model, in a terminal."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -52,7 +53,8 @@ def chat(
     from moellava.chat.terminal import TerminalChat
 
     if sys.stdin.isatty():
-        import readline  # noqa: F401  # gives input() its arrow keys and history
+        with suppress(ImportError):  # Windows, whose console has them itself
+            import readline  # noqa: F401  # gives input() its arrow keys and history
     loaded = open_model(checkpoint, device)
     TerminalChat(
         loaded,

@@ -151,7 +151,8 @@ def routing(
         progress=sys.stderr.isatty(),
     )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "routing.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    text = json.dumps(result.to_dict(), indent=1) + "\n"
+    (out / "routing.json").write_text(text, encoding="utf-8")
     result.draw(out / "routing.png")
     result.draw_coactivation(out / "coactivation.png")
     counts = ", ".join(f"{group} {count}" for group, count in result.num_rows.items())

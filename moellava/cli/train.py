@@ -56,6 +56,11 @@ def train(
     if result.was_finished:
         typer.echo(f"This run had finished. Its model: {result.model_folder}")
         return
+    for entry in result.log[-1:]:
+        if "moved" in entry:
+            from moellava.train.log.moved import movement_text
+
+            typer.echo(movement_text(entry["moved"]))
     typer.echo(f"Model: {result.model_folder}")
     if result.log:
         typer.echo(f"Log and picture: {result.model_folder.parent}: log.json, training.png")
@@ -66,7 +71,9 @@ def _print_list() -> None:
 
     typer.echo("recipes")
     for name in recipe_names():
-        first = (FOLDER / f"{name}.yaml").read_text().splitlines()[0].removeprefix("# ")
+        first = (
+            (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        )
         typer.echo(f"  {name:<20} {first}")
     typer.echo("configs for accelerate launch --config_file")
     for path in sorted((Path(FOLDER).parent / "accelerate").glob("*.yaml")):

@@ -43,11 +43,12 @@ class Rows(Sequence[Row]):
         self, records: Records, form: Format, context: Context, source: str, skip_bad: bool
     ) -> None:
         self.format, self.source, self.image_root = form.name, source, context.image_root
-        self._records, self._form, self._context = records, form, context
+        # Not the form, whose lambdas do not go to spawned workers.
+        self._records, self._to_row, self._context = records, form.to_row, context
         self.bad: list[BadRow] = []
         self.num_not_asked = 0
         self.has_ids = False
-        self._kept = array("q", self._check(skip_bad))
+        self._kept = array("q", self._check(form, skip_bad))
         if self.bad:
             kinds = Counter(bad.kind for bad in self.bad)
             first = self.bad[0]
@@ -82,14 +83,14 @@ class Rows(Sequence[Row]):
         """The number in the file, from 0, of the row at `index`."""
         return self._kept[index]
 
-    def _check(self, skip_bad: bool) -> Iterator[int]:
+    def _check(self, form: Format, skip_bad: bool) -> Iterator[int]:
         for index, record in enumerate(self._records.scan()):
             try:
                 if isinstance(record, RowError):
                     raise record
                 row = self._convert(record, index)
             except RowError as problem:
-                row_id = _id_of(record, self._form)
+                row_id = _id_of(record, form)
                 if not skip_bad:
                     raise problem.at(self.source, index, row_id) from None
                 self.bad.append(BadRow(index, row_id, problem.kind, problem.reason))
@@ -104,7 +105,7 @@ class Rows(Sequence[Row]):
         if not isinstance(record, dict):
             raise RowError(f"it is a {type(record).__name__}; expected an object")
         try:
-            row = self._form.to_row(record, index, self._context)
+            row = self._to_row(record, index, self._context)
         except KeyError as error:
             raise RowError(f"it has no {error}; it has {sorted(record)}") from error
         if row is None:

@@ -25,10 +25,9 @@ from moellava.train.arguments import training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
 from moellava.train.checkpoints import newest_checkpoint
 from moellava.train.plan import count_steps
-from moellava.train.prepare import outline_model, outline_stage
+from moellava.train.prepare import choose_learning, outline_model, outline_stage
 from moellava.train.router_fit import expert_labels
 from moellava.train.run_folder import MODEL_FOLDER, require_same_recipe
-from moellava.train.trainable import set_trainable, with_adapters
 from moellava.train.usable_rows import usable_rows
 
 
@@ -146,11 +145,8 @@ def _facts(stage: StageRun, outlined: LoadedModel, data: TrainData) -> StageFact
     row_lengths(data.train, build_collator(recipe, outlined.processor))
     trained = 0
     if not stage.stage.gives_router:
-        parts = recipe.trainable or stage.stage.trainable
-        trained = set_trainable(model, parts)
-        if recipe.lora is not None:
-            adapted = with_adapters(model, parts, recipe.lora, seed=recipe.seed)
-            trained = sum(one.numel() for one in adapted.parameters() if one.requires_grad)
+        learning = choose_learning(model, recipe)
+        trained = sum(one.numel() for one in learning.parameters() if one.requires_grad)
     return StageFacts(
         num_rows=len(data.train),
         num_steps=count_steps(recipe.optim, len(data.train)),

@@ -227,7 +227,8 @@ class MoeLlavaModel(MoeLlavaPreTrainedModel):
             raise ValueError(
                 "Give one of pixel_values, patch_tokens and mm_encoder_outputs['image']."
             )
-        if pixel_values is not None:
+        # TRL cuts none out of a batch's for some of its rows.
+        if pixel_values is not None and len(pixel_values):
             image_outputs = self.get_image_features(pixel_values, image_sizes, return_dict=True)
         if patch_tokens is not None:
             projector_dtype = next(self.multi_modal_projector.parameters(), patch_tokens).dtype

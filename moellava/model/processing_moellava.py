@@ -301,7 +301,8 @@ def without(settings: Mapping[str, Any], names: Collection[str]) -> dict[str, An
 def _readable(images: Any) -> Any:
     """Files, encoded bytes and PIL images as 8-bit PIL images, in their nesting; arrays stay."""
     if isinstance(images, list | tuple):
-        return [_readable(image) for image in images]
+        # TRL has None for a prompt without images among others.
+        return [[] if image is None else _readable(image) for image in images]
     if isinstance(images, str) and images.startswith(_REMOTE):
         return images
     if isinstance(images, str | Path | bytes | Image.Image):

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+_IS_WINDOWS = sys.platform == "win32"
 FOLDER_LOCK = ".moellava.lock"
 _HELD: set[int] = set()  # descriptors of this process's locks
 
@@ -48,8 +50,16 @@ def locked(path: str | os.PathLike[str]) -> Iterator[None]:
     finally:
         if descriptor in _HELD:  # not in a fork of the holder
             _HELD.discard(descriptor)
-            lock.unlink(missing_ok=True)  # before the lock is dropped: nobody else's is removed
-            os.close(descriptor)
+            _release(descriptor, lock)
+
+
+def _release(descriptor: int, lock: Path) -> None:
+    if _IS_WINDOWS:  # which deletes no open file
+        os.close(descriptor)
+        lock.unlink(missing_ok=True)
+    else:
+        lock.unlink(missing_ok=True)  # before the lock is dropped: nobody else's is removed
+        os.close(descriptor)
 
 
 def _acquire(path: Path, lock: Path) -> int:
@@ -113,6 +123,8 @@ def _runs_here(holder: dict[str, object]) -> bool:
         return False
     if holder.get("host") != socket.gethostname():
         return True
+    if _IS_WINDOWS:
+        return _runs_on_windows(pid)
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -120,6 +132,15 @@ def _runs_here(holder: dict[str, object]) -> bool:
     except OSError:
         pass  # it runs under another user
     return True
+
+
+def _runs_on_windows(pid: int) -> bool:
+    # os.kill(pid, 0) would send Ctrl-C there.
+    try:
+        import psutil  # comes with accelerate
+    except ImportError:
+        return True
+    return bool(psutil.pid_exists(pid))
 
 
 def _now() -> str:

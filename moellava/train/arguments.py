@@ -1,4 +1,4 @@
-"""A recipe's words → transformers' `TrainingArguments`: `training_arguments`."""
+"""A recipe's words → transformers' `TrainingArguments`: `training_arguments`, `arguments_of`."""
 
 import json
 import os
@@ -6,7 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import get_int_from_env, is_deepspeed_available, parse_flag_from_env
@@ -21,6 +22,8 @@ from moellava.messages import unknown_name
 from moellava.storage.errors import reading
 from moellava.train.options import Recipe
 from moellava.train.run_folder import run_folder
+
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 # With these, whole checkpoints and exact resuming would be lost without a word.
 _REFUSED = (
@@ -38,9 +41,23 @@ _REFUSED = (
 def training_arguments(
     recipe: Recipe, *, show_progress: bool = True, resumes: bool = False
 ) -> TrainingArguments:
-    """transformers' arguments.
+    """transformers' arguments: `arguments_of` its own class."""
+    return arguments_of(TrainingArguments, recipe, show_progress=show_progress, resumes=resumes)
+
+
+def arguments_of(
+    make: type[Arguments],
+    recipe: Recipe,
+    *,
+    show_progress: bool = True,
+    resumes: bool = False,
+    more: Mapping[str, object] = MappingProxyType({}),
+) -> Arguments:
+    """The arguments of a trainer.
 
     Args:
+        make: `TrainingArguments`, or a subclass such as TRL's.
+        more: what the subclass takes beside.
         resumes: whether the run resumes from a checkpoint, whose evaluation is in its log.
 
     Raises:
@@ -88,6 +105,7 @@ def training_arguments(
         "remove_unused_columns": False,
         "disable_tqdm": not show_progress,
         "seed": recipe.seed,
+        **more,
     }
     defaults: dict[str, object] = {
         "use_cpu": torch.accelerator.current_accelerator(check_available=True) is None,
@@ -95,16 +113,18 @@ def training_arguments(
         "dataloader_pin_memory": torch.cuda.is_available(),
         "ddp_find_unused_parameters": True,  # a batch without an image leaves the projector out
     }
-    _require_allowed(trainer, settings)
+    _require_allowed(trainer, settings, make)
     _require_engine(recipe)
     _require_reporters(recipe.logging.report_to)
     arguments: dict[str, Any] = {**defaults, **settings, **trainer}
-    return TrainingArguments(**arguments)
+    return make(**arguments)
 
 
-def _require_allowed(trainer: Collection[str], settings: Collection[str]) -> None:
-    """Refuse what `TrainingArguments` does not know, or what a recipe says in another place."""
-    known = [f"trainer.{item.name}" for item in fields(TrainingArguments)]
+def _require_allowed(
+    trainer: Collection[str], settings: Collection[str], make: type[TrainingArguments]
+) -> None:
+    """Refuse what the arguments do not know, or what a recipe says in another place."""
+    known = [f"trainer.{item.name}" for item in fields(make)]
     for name in trainer:
         if f"trainer.{name}" not in known:
             raise unknown_name("recipe key", f"trainer.{name}", known)

@@ -4,11 +4,11 @@
 |---|---|
 | `train_by_gradient` | runs such a stage in its folder |
 | `build_trainer` | the trainer of a stage, ready to run |
+| `require_resumable`, `read_state`, `train_or_load` | of a checkpoint, go on with it |
 """
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -20,33 +20,15 @@ from moellava.storage.errors import reading
 from moellava.train import sharding
 from moellava.train.arguments import read_whole, training_arguments
 from moellava.train.batches import TrainData, build_collator, read_data, row_lengths
-from moellava.train.checkpoints import (
-    clear_staging,
-    newest_checkpoint,
-    publish,
-    staging_folder,
-    writing,
-)
+from moellava.train.checkpoints import newest_checkpoint
 from moellava.train.features import ImageFeatures, encode_rows
-from moellava.train.log.history import write_history
-from moellava.train.log.picture import save_picture
+from moellava.train.finish import finish
 from moellava.train.options import Recipe
-from moellava.train.prepare import build_model, prepare_model
-from moellava.train.run_folder import (
-    ADAPTER_FOLDER,
-    MODEL_FOLDER,
-    PICTURE_FILE,
-    begin_run,
-    require_log,
-    write_log,
-)
+from moellava.train.prepare import prepare_model
+from moellava.train.run_folder import MODEL_FOLDER, begin_run, require_log
 from moellava.train.stage import TrainResult
-from moellava.train.start import find_start
-from moellava.train.trainable import merge_adapters
+from moellava.train.stage_trainer import StageTrainer
 from moellava.train.trainer import MoeLlavaTrainer
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +46,7 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
     """Train a stage's model, from the newest checkpoint if there is one."""
     checkpoint = newest_checkpoint(run)
     if checkpoint is not None:
-        _require_resumable(checkpoint)
+        require_resumable(checkpoint)
         logger.info("resuming from %s", checkpoint)
     arguments = training_arguments(
         recipe, show_progress=show_progress, resumes=checkpoint is not None
@@ -81,10 +63,10 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
         begin_run(recipe, run)
     trainer.accelerator.wait_for_everyone()
     try:
-        _train_or_load(trainer, checkpoint)
+        train_or_load(trainer, checkpoint)
     finally:
         trainer.close_progress_bar()  # an error begins on a line of its own
-    _finish(recipe, trainer, run)
+    finish(recipe, trainer, run)
     return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
 
 
@@ -119,6 +101,7 @@ def build_trainer(
         num_answers=recipe.evaluation.num_answers if data.evaluation is not None else 0,
         scorers=recipe.evaluation.scorers,
         max_new_tokens=recipe.evaluation.max_new_tokens,
+        rates=recipe.optim.rates,
     )
 
 
@@ -133,13 +116,8 @@ def _features(
 
     The first process encodes, while the others wait for the file.
     """
-    tower = loaded.model.model.vision_tower
-    if any(weight.requires_grad for weight in tower.parameters()):
-        raise ValueError(
-            "data.features keeps what a frozen tower gives, but trainable names 'vision_tower'."
-        )
     return encode_rows(
-        tower.to(arguments.device),  # type: ignore[arg-type]  # a decorator hides `to`'s signature
+        loaded.model.model.vision_tower.to(arguments.device),  # type: ignore[arg-type]  # a decorator hides `to`'s signature
         [*data.train, *(data.evaluation or ())],
         file,
         dtype=torch.float32 if recipe.optim.precision == "fp32" else torch.bfloat16,
@@ -150,7 +128,7 @@ def _features(
     )
 
 
-def _require_resumable(checkpoint: Path) -> None:
+def require_resumable(checkpoint: Path) -> None:
     """transformers would go on with an optimizer and random numbers that began anew."""
     # One file, or DeepSpeed's and accelerate's folders.
     states = {
@@ -166,7 +144,7 @@ def _require_resumable(checkpoint: Path) -> None:
             )
 
 
-def _train_or_load(trainer: MoeLlavaTrainer, checkpoint: Path | None) -> None:
+def train_or_load(trainer: StageTrainer, checkpoint: Path | None) -> None:
     """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
     if checkpoint is not None:
         state = read_state(checkpoint)
@@ -196,48 +174,3 @@ def read_state(checkpoint: Path) -> TrainerState:
         if not all(isinstance(entry.get("step"), int) for entry in state.log_history):
             raise TypeError("an entry of its log_history has no step")
     return state
-
-
-def _finish(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path) -> None:
-    """Write the model, last and in one step: a folder `model` means that the stage has finished."""
-    with writing(run, MODEL_FOLDER) as folder:
-        if recipe.lora is None:
-            trainer.save_model(str(folder))
-        else:
-            _save_merged(recipe, trainer, staging_folder(run) / ADAPTER_FOLDER, folder)
-        trainer.accelerator.wait_for_everyone()
-        if trainer.accelerator.is_main_process:
-            _complete(recipe, trainer, run, folder)
-    if trainer.accelerator.is_main_process:
-        clear_staging(run)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _complete(recipe: Recipe, trainer: MoeLlavaTrainer, run: Path, folder: Path) -> None:
-    """What stands beside the weights, and the move of the folder to its place."""
-    log = trainer.state.log_history
-    trainer.loaded.processor.save_pretrained(folder)
-    numbers = {
-        "steps": trainer.state.global_step,
-        "rows": len(trainer.sampler),
-        "seed": recipe.seed,
-    }
-    write_history(folder, find_start(recipe), stage=recipe.stage, **numbers)
-    write_log(log, run)
-    save_picture(log, run / PICTURE_FILE, title=f"stage {recipe.stage}")
-    if recipe.lora is not None:
-        publish(staging_folder(run) / ADAPTER_FOLDER, run / ADAPTER_FOLDER)
-    publish(folder, run / MODEL_FOLDER)
-
-
-def _save_merged(recipe: Recipe, trainer: MoeLlavaTrainer, adapter: Path, folder: Path) -> None:
-    """The adapters as PEFT saves them, and the ordinary model that they make of the start."""
-    trainer.save_model(str(adapter))
-    if not trainer.accelerator.is_main_process:
-        return
-    if trainer.is_sharded:  # no process has the whole model, so it is built again
-        merged = merge_adapters(build_model(recipe).model, adapter)
-    else:
-        adapted = cast("PeftModel", trainer.model)
-        merged = adapted.merge_and_unload()
-    merged.save_pretrained(folder)

@@ -49,6 +49,9 @@ class Optim:
     """Batches, schedule, optimizer and precision."""
 
     learning_rate: NotNegative[float] = 2e-5
+    # Of parts that learn at another rate, by their names in `moellava.train.parts.PARTS`; the
+    # schedule is the same for all.
+    rates: Mapping[str, NotNegative[float]] = field(default_factory=dict)
     # Rows per optimizer step, over all devices; what does not fit at once is accumulated.
     batch_size: Positive[int] = 128
     per_device_batch_size: Positive[int] = 8
@@ -68,8 +71,13 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters by PEFT, in place of what `trainable` would train in the language model."""
+    """Low-rank adapters by PEFT, in place of what `trainable` would train in the language model.
 
+    `parts` names the parts of `trainable` that get them, if not those of the language model; the
+    others are trained whole.
+    """
+
+    parts: tuple[str, ...] = ()
     rank: Positive[int] = 64
     alpha: Positive[int] = 128
     dropout: NotNegative[float] = 0.0
@@ -83,6 +91,23 @@ class Moe:
     noise: NotNegative[float] = 0.0  # standard deviation, added to the experts' copies
     keep_function: bool = True
     router: str | None = None  # run folder of a `router` stage, or a file with a router's weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reward:
+    """How answers are drawn and rewarded in stage `reward`.
+
+    `optim.batch_size` counts answers there: each question of a step has `num_answers` of them.
+    """
+
+    # Rules of `moellava eval`, each a reward; their sum is what an answer earns.
+    scorers: tuple[str, ...] = ("strict",)
+    # Also 1 for `<think>...</think><answer>...</answer>`.
+    format: bool = False
+    num_answers: Annotated[int, Field(ge=2)] = 8  # to each question; compared with one another
+    max_new_tokens: Positive[int] = 64
+    temperature: Positive[float] = 1.0
+    kl: NotNegative[float] = 0.04  # weight of the divergence from the start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +144,8 @@ class Recipe:
 
     `start_from` is the folder of the stage before, or any saved model; without it, `model` names
     the parts, with the keys of `load_pretrained_model`. `after` is the stage that the start has to
-    come from (`any` takes every model); `trainable` are names of `moellava.train.trainable.PARTS`;
-    left out, both are the stage's usual ones. `trainer` goes to transformers' `TrainingArguments`
+    come from (`any` takes every model); `trainable` are names of `moellava.train.parts.PARTS`; left
+    out, both are the stage's usual ones. `trainer` goes to transformers' `TrainingArguments`
     as it is. Which stages there are, and which keys do nothing in one: `moellava.train.stages`.
     """
 
@@ -130,10 +155,12 @@ class Recipe:
     after: str | None = None
     model: Mapping[str, object] = field(default_factory=dict)
     trainable: tuple[str, ...] = ()
+    tower_blocks: Positive[int] | None = None  # train only the last so many blocks of the tower
     data: DataOptions = field(default_factory=DataOptions)
     optim: Optim = field(default_factory=Optim)
     lora: Lora | None = None
     moe: Moe = field(default_factory=Moe)
+    reward: Reward = field(default_factory=Reward)
     logging: Logging = field(default_factory=Logging)
     saving: Saving = field(default_factory=Saving)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -3,6 +3,7 @@
 | name | what it gives |
 |---|---|
 | `prepare_model` | the model with `requires_grad` set, adapters included |
+| `choose_learning` | the same of a model that is there |
 | `build_model`, `outline_model` | the same before that, with weights or on the meta device |
 | `outline_stage` | what a stage makes of a model that may not be trained yet, on the meta device |
 """
@@ -23,11 +24,13 @@ from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.storage.sources import HubOptions
+from moellava.train.adapters import with_adapters
 from moellava.train.options import Recipe
+from moellava.train.rates import require_rates
 from moellava.train.router_file import router_for
 from moellava.train.stage import stage_of
 from moellava.train.start import find_start
-from moellava.train.trainable import set_trainable, with_adapters
+from moellava.train.trainable import set_trainable
 
 
 def prepare_model(recipe: Recipe, *, on_meta: bool = False) -> tuple[nn.Module, LoadedModel]:
@@ -44,11 +47,26 @@ def prepare_model(recipe: Recipe, *, on_meta: bool = False) -> tuple[nn.Module, 
         ValueError: if the start is not what the stage needs; the message says what is missing.
     """
     loaded = outline_model(recipe) if on_meta else build_model(recipe)
+    return choose_learning(loaded.model, recipe), loaded
+
+
+def choose_learning(model: MoeLlavaForConditionalGeneration, recipe: Recipe) -> nn.Module:
+    """Let learn what the recipe says, and freeze all else.
+
+    Returns:
+        The model, or a PEFT model around it if the recipe has `lora`.
+
+    Raises:
+        ValueError: for parts, blocks, adapters or rates that the model cannot have.
+    """
     parts = recipe.trainable or stage_of(recipe).trainable
-    set_trainable(loaded.model, parts)
-    if recipe.lora is None:
-        return loaded.model, loaded
-    return with_adapters(loaded.model, parts, recipe.lora, seed=recipe.seed), loaded
+    blocks = recipe.tower_blocks
+    set_trainable(model, parts, tower_blocks=blocks)
+    learning: nn.Module = model
+    if recipe.lora is not None:
+        learning = with_adapters(model, parts, recipe.lora, seed=recipe.seed, tower_blocks=blocks)
+    require_rates(learning, recipe.optim.rates)
+    return learning
 
 
 def build_model(recipe: Recipe) -> LoadedModel:

@@ -67,6 +67,7 @@ def load_recipe(source: str | Path | Mapping[str, object], overrides: Iterable[s
     recipe = from_mapping(Recipe, settings, kind=_KIND, meanings=MEANINGS)
     _require_used(recipe)
     _require_questions(recipe)
+    _require_frozen_features(recipe)
     return replace(recipe, moe=replace(recipe.moe, config=_moe_config(recipe.moe.config)))
 
 
@@ -93,6 +94,17 @@ def _require_questions(recipe: Recipe) -> None:
         raise ValueError(
             f"evaluation.scorers is {', '.join(scorers)}, but there are no held-out rows. "
             "Set data.evaluation=FILE, or leave evaluation.scorers out."
+        )
+
+
+def _require_frozen_features(recipe: Recipe) -> None:
+    """Kept features are those of a tower that stays as it is."""
+    parts = recipe.trainable or stage_of(recipe).trainable
+    if recipe.data.features is not None and "vision_tower" in parts:
+        raise ValueError(
+            f"data.features is {recipe.data.features!r}, which keeps what a frozen tower gives, "
+            "but trainable names 'vision_tower', which would not be run. Leave data.features out "
+            "to train the tower, or 'vision_tower' to keep its features."
         )
 
 

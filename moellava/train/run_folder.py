@@ -28,8 +28,9 @@ ADAPTER_FOLDER = "adapter"
 RECIPE_FILE = "recipe.yaml"
 LOG_FILE = "log.json"
 PICTURE_FILE = "training.png"
-# Entries of the log that are not numbers: the load of each expert, answers to held-out questions.
-_NESTED_IN_LOG = ("load", "answers")
+# Entries of the log that are not numbers: the load of each expert, answers to held-out questions,
+# how far each part moved.
+_NESTED_IN_LOG = ("load", "answers", "moved")
 # Keys that may change when a run resumes: they do not change the weights.
 _FREE_KEYS = ("output_dir", "logging", "saving", "evaluation")
 

@@ -16,7 +16,7 @@ from moellava.messages import unknown_name
 from moellava.plugins import load_plugins
 from moellava.train.options import Recipe
 
-LogEntry = dict[str, Any]  # numbers by name; of ours also `load` and `answers`
+LogEntry = dict[str, Any]  # numbers by name; of ours also `load`, `answers`, `moved`
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ A new stage is a row here, and its test; `docs/add_a_training_stage.md` has an e
 
 from moellava.train.gradient_steps import train_by_gradient
 from moellava.train.plan import plan_gradient_steps
+from moellava.train.reward_stage import plan_reward, train_reward
 from moellava.train.router_stage import plan_router, train_router
 from moellava.train.stage import STAGES, Stage, register_stage
 
@@ -16,7 +17,7 @@ for row in (
         recipe="stage1_align",
         after=None,
         trainable=("projector",),
-        unused=("moe",),
+        unused=("moe", "reward"),
         run=train_by_gradient,
         plan=plan_gradient_steps,
     ),
@@ -25,7 +26,7 @@ for row in (
         recipe="stage2_tune",
         after="align",
         trainable=("language_model", "projector"),
-        unused=("moe",),
+        unused=("moe", "reward"),
         run=train_by_gradient,
         plan=plan_gradient_steps,
     ),
@@ -36,11 +37,14 @@ for row in (
         trainable=(),
         unused=(
             "lora",
+            "reward",
             "trainable",
+            "tower_blocks",
             "trainer",
             "data.packing",
             "data.features",
             "optim.max_steps",
+            "optim.rates",
             "evaluation.scorers",
         ),
         gives_router=True,
@@ -52,11 +56,28 @@ for row in (
         recipe="stage3_experts",
         after="tune",
         trainable=("experts", "router"),
-        unused=(),
+        unused=("reward",),
         makes_mixture=True,
         dense_stage="tune",
         run=train_by_gradient,
         plan=plan_gradient_steps,
+    ),
+    Stage(
+        name="reward",
+        recipe="stage4_reward",
+        after="experts",
+        trainable=("experts", "router"),
+        unused=(
+            "moe",
+            "parallel",
+            "data.packing",
+            "data.features",
+            "data.max_length",
+            "data.long_rows",
+            "data.group_by_length",
+        ),
+        run=train_reward,
+        plan=plan_reward,
     ),
 ):
     register_stage(row)

@@ -1,142 +1,139 @@
-"""Which weights of a model learn: `PARTS`, `set_trainable`, `with_adapters`, `merge_adapters`."""
+"""Which weights of a model learn: `set_trainable`, `tower_weights`."""
 
-import re
-from collections.abc import Collection, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Collection
 
 import torch
 from torch import nn
 
 from moellava.messages import unknown_name
-from moellava.model.checkpoint.adapter import read_adapter
-from moellava.model.language_model.configuration_llama_moe import is_mixture_config
-from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.train.options import Lora
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
-
-# What `trainable` may name, as patterns of parameter names.
-PARTS = {
-    "vision_tower": r"^model\.vision_tower\.",
-    "projector": r"^model\.multi_modal_projector\.",
-    "language_model": r"^(model\.language_model|lm_head)\.",
-    "mlp": r"^model\.language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)\.",
-    "experts": r"\.mlp\.experts\.",
-    "meta_expert": r"\.mlp\.meta_expert\.",
-    "router": r"\.mlp\.gate\.",
-}
-# With adapters: the parts whose linear layers or experts get one, and the modules of others that
-# are trained whole.
-_ADAPTED_LINEARS = (
-    r".*language_model\..*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-)
-_ADAPTED_MLPS = r".*language_model\..*\.mlp\.(gate_proj|up_proj|down_proj)"
-_ADAPTED_META_EXPERTS = r".*\.meta_expert\.(gate_proj|up_proj|down_proj)"
-_EXPERT_WEIGHTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-_WHOLE = {"projector": "multi_modal_projector", "router": "gate", "vision_tower": "vision_tower"}
+from moellava.model.modeling_moellava import TOWER_PREFIX, MoeLlavaForConditionalGeneration
+from moellava.train.parts import PARTS, is_of
 
 
-def set_trainable(model: MoeLlavaForConditionalGeneration, parts: Collection[str]) -> int:
+def set_trainable(
+    model: MoeLlavaForConditionalGeneration,
+    parts: Collection[str],
+    *,
+    tower_blocks: int | None = None,
+) -> int:
     """Let the named parts learn and freeze all else.
+
+    Args:
+        parts: of `moellava.train.parts.PARTS`.
+        tower_blocks: of the vision tower, only the last so many blocks among those that run.
 
     Returns:
         How many parameters learn.
 
     Raises:
-        ValueError: for a part that is unknown, missing in the model, or frozen by its config.
+        ValueError: for a part that is unknown, missing in the model, or frozen by its config; for
+            `tower_blocks` that the tower does not have.
     """
-    for part in parts:
-        if part not in PARTS:
-            raise unknown_name("part in trainable:", part, PARTS)
-    model.requires_grad_(False)
-    found = dict.fromkeys(parts, 0)
-    frozen_router = getattr(model.config.text_config, "router_frozen", False)
+    require_parts(model, parts, "trainable")
+    if tower_blocks is not None and "vision_tower" not in parts:
+        raise ValueError(
+            f"tower_blocks is {tower_blocks}, but trainable does not name 'vision_tower': it is "
+            f"{list(parts)}. Add it, or leave tower_blocks out."
+        )
+    tower = tower_weights(model, tower_blocks) if "vision_tower" in parts else set()
+    frozen_router = has_frozen_router(model)
     for name, parameter in model.named_parameters():
-        for part in parts:
-            if re.search(PARTS[part], name):
-                if part == "router" and frozen_router:
-                    raise ValueError(
-                        "trainable names 'router', but moe.config.router_frozen is true. "
-                        "Drop one of them."
-                    )
-                found[part] += parameter.numel()
-                parameter.requires_grad_(not (frozen_router and re.search(PARTS["router"], name)))
-    for part, count in found.items():
-        if count == 0:
-            raise ValueError(
-                f"trainable names {part!r}, but the model has no such weights. It has: "
-                f"{', '.join(name for name, pattern in PARTS.items() if _has(model, pattern))}."
-            )
-    if "vision_tower" in parts:
-        _freeze_unused_blocks(model)
+        learns = any(is_of(name, part) for part in parts)
+        if is_of(name, "vision_tower"):
+            learns = name in tower
+        parameter.requires_grad_(learns and not (frozen_router and is_of(name, "router")))
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _has(model: nn.Module, pattern: str) -> bool:
-    return any(re.search(pattern, name) for name, _ in model.named_parameters())
-
-
-def _freeze_unused_blocks(model: MoeLlavaForConditionalGeneration) -> None:
-    """Blocks after the selected layer do not run; DDP would wait for their gradients."""
-    tower = model.model.vision_tower
-    height, width = model.config.vision_config.image_hw
-    pixels = torch.zeros(1, 3, height, width, dtype=tower.dtype, device=tower.device)
-    torch.autograd.backward(tower(pixels).patch_tokens.float().sum())
-    for parameter in tower.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-    tower.zero_grad(set_to_none=True)
-
-
-def with_adapters(
-    model: MoeLlavaForConditionalGeneration, parts: Sequence[str], lora: Lora, *, seed: int
-) -> "PeftModel":
-    """A PEFT model around `model`.
-
-    What `parts` name of the language model gets adapters, the other parts are trained whole.
+def require_parts(
+    model: MoeLlavaForConditionalGeneration, parts: Collection[str], where: str
+) -> None:
+    """Raise `ValueError` for a part that is unknown, missing in the model, or a frozen router.
 
     Args:
-        seed: of the adapters' first values, the same on every process.
+        where: the setting that names the parts, for the message.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    present = [part for part in PARTS if any(is_of(name, part) for name in names)]
+    for part in parts:
+        if part not in PARTS:
+            raise unknown_name(f"part in {where}:", part, PARTS)
+        if part not in present:
+            raise ValueError(
+                f"{where} names {part!r}, but the model has no such weights. It has: "
+                f"{', '.join(present)}."
+            )
+    if "router" in parts and has_frozen_router(model):
+        raise ValueError(
+            f"{where} names 'router', but moe.config.router_frozen is true. Drop one of them."
+        )
+
+
+def has_frozen_router(model: MoeLlavaForConditionalGeneration) -> bool:
+    """Whether the config keeps the routers as they are."""
+    return bool(getattr(model.config.text_config, "router_frozen", False))
+
+
+def tower_weights(
+    model: MoeLlavaForConditionalGeneration, last_blocks: int | None = None
+) -> set[str]:
+    """Names of the tower's weights that can learn: those that patch tokens depend on.
+
+    Blocks after the selected layer do not run, and DDP would wait for their gradients.
+
+    Args:
+        last_blocks: only those of the last so many blocks that run; what stands before and after
+            the blocks is left out.
 
     Raises:
-        ValueError: if no part could have an adapter, or for dropout on experts.
+        ValueError: if the tower has fewer, or is not made of blocks.
     """
-    from peft import LoraConfig, get_peft_model
+    tower = model.model.vision_tower
+    running = _with_gradient(tower, model.config.vision_config.image_hw)
+    if last_blocks is not None:
+        blocks = _running_blocks(tower, running)
+        if last_blocks > len(blocks):
+            raise ValueError(
+                f"tower_blocks is {last_blocks}, but {len(blocks)} blocks of the tower run up to "
+                f"the selected layer. Choose 1 to {len(blocks)}, or leave tower_blocks out to "
+                "train the whole tower."
+            )
+        chosen = tuple(f"{block}." for block in blocks[-last_blocks:])
+        running = {name for name in running if name.startswith(chosen)}
+    return {f"{TOWER_PREFIX}{name}" for name in running}
 
-    linears = None
-    if "language_model" in parts:
-        linears = _ADAPTED_LINEARS
-    elif "mlp" in parts:
-        linears = _ADAPTED_MLPS
-    elif "meta_expert" in parts:
-        linears = _ADAPTED_META_EXPERTS
-    is_mixture = is_mixture_config(model.config.text_config)
-    experts = _EXPERT_WEIGHTS if is_mixture and {"language_model", "experts"} & set(parts) else None
-    if linears is None and experts is None:
+
+def _with_gradient(tower: nn.Module, image_hw: tuple[int, int]) -> set[str]:
+    learned = [parameter.requires_grad for parameter in tower.parameters()]
+    first = next(tower.parameters())
+    tower.requires_grad_(True)
+    with torch.enable_grad():
+        pixels = torch.zeros(1, 3, *image_hw, dtype=first.dtype, device=first.device)
+        torch.autograd.backward(tower(pixels).patch_tokens.float().sum())
+    found = {name for name, parameter in tower.named_parameters() if parameter.grad is not None}
+    tower.zero_grad(set_to_none=True)
+    for parameter, learns in zip(tower.parameters(), learned, strict=True):
+        parameter.requires_grad_(learns)
+    return found
+
+
+def _running_blocks(tower: nn.Module, running: Collection[str]) -> list[str]:
+    """Names of the blocks with running weights, in the list that has most of those weights."""
+    sizes = {name: parameter.numel() for name, parameter in tower.named_parameters()}
+
+    def num_running(prefix: str) -> int:
+        return sum(sizes[name] for name in running if name.startswith(f"{prefix}."))
+
+    lists = [
+        name
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1
+    ]
+    longest = max(lists, key=num_running, default=None)
+    if longest is None or 2 * num_running(longest) < sum(sizes[name] for name in running):
         raise ValueError(
-            f"lora adapts the language model or its experts, but trainable is {list(parts)}."
+            f"tower_blocks counts the blocks of a tower, but {type(tower).__name__} here has no "
+            "list of blocks with most of its weights. Leave tower_blocks out to train it whole."
         )
-    if experts and lora.dropout:
-        raise ValueError(
-            f"lora.dropout is {lora.dropout}, but PEFT has no dropout for fused experts. Set "
-            "lora.dropout=0."
-        )
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=linears,
-        target_parameters=experts,
-        modules_to_save=[_WHOLE[part] for part in parts if part in _WHOLE] or None,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
-
-
-def merge_adapters(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder."""
-    merged: PreTrainedModel = read_adapter(base, adapter).merge_and_unload()
-    return merged
+    names = [f"{longest}.{name}" for name, _ in tower.get_submodule(longest).named_children()]
+    return [name for name in names if num_running(name)]

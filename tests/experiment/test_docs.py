@@ -28,7 +28,7 @@ def test_the_first_use_runs(tmp_path, monkeypatch, no_network):
         assert theirs in snippet
         snippet = snippet.replace(theirs, ours)
     one_step = [f"variants.{name}.optim.max_steps=1" for name in ("dense", "mixture")]
-    with mock.patch("moellava.train.gradient_steps.save_picture"):
+    with mock.patch("moellava.train.finish.save_picture"):
         exec(snippet, {})
         sizes = ["num_resamples=10", "scorers=[strict]", "limit=8"]
         small = ["seeds=[0]", *(f"evaluation.{size}" for size in sizes)]

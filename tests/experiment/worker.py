@@ -20,7 +20,7 @@ import torch
 from moellava.eval.answer_file import AnswerFile
 from moellava.experiment import load_experiment, run_experiment
 from moellava.experiment import run as experiment_run
-from moellava.train import checkpoints, gradient_steps
+from moellava.train import checkpoints, finish
 from moellava.train.trainer import MoeLlavaTrainer
 from tests.experiment.tiny import experiment_settings, med_moe
 from tests.train.tiny import write_tiny
@@ -64,7 +64,7 @@ def launch(tiny, out, *overrides, moment=None, **more):
     status = 1
     try:
         with (
-            mock.patch.object(gradient_steps, "save_picture"),  # half of a tiny run's time
+            mock.patch.object(finish, "save_picture"),  # half of a tiny run's time
             mock.patch.object(checkpoints.os, "fsync"),
             MOMENTS[moment]() if moment else nullcontext(),
         ):

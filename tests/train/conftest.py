@@ -19,7 +19,7 @@ def tiny(made_once):
 @contextmanager
 def _quick() -> Iterator[None]:
     with (
-        mock.patch("moellava.train.gradient_steps.save_picture"),
+        mock.patch("moellava.train.finish.save_picture"),
         mock.patch("moellava.train.checkpoints.os.fsync"),
     ):
         yield

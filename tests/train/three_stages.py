@@ -50,7 +50,12 @@ class Seen:
 
 
 def run_three_stages(
-    folder: Path, *, seed: int = 0, num_held_out_crops: int = 24, share: float = 1.0
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_held_out_crops: int = 24,
+    share: float = 1.0,
+    num_stages: int = 3,
 ) -> Seen:
     """Stage 1 on captions, 2 on conversations about a quarter of the images, 3 on all of them.
 
@@ -74,7 +79,10 @@ def run_three_stages(
     )
     accuracies, losses, seconds = [], [], [0.0]
     for (name, steps, rate), start, data in zip(
-        STAGES, starts, (files["captions"], quarter, files["conversations"]), strict=False
+        STAGES[:num_stages],
+        starts,
+        (files["captions"], quarter, files["conversations"]),
+        strict=False,
     ):
         began = time.perf_counter()
         recipe = load_recipe(

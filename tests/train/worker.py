@@ -21,7 +21,7 @@ from unittest import mock
 import peft  # noqa: F401  what every child would import
 import torch
 
-from moellava.train import checkpoints, gradient_steps, train
+from moellava.train import checkpoints, finish, train
 from moellava.train.trainer import MoeLlavaTrainer
 from tests.train.tiny import tiny_recipe, write_tiny
 
@@ -83,8 +83,8 @@ MOMENTS = {
     "before a checkpoint is moved": lambda: at_call(checkpoints.os, "rename", 2),
     "after a checkpoint is moved": lambda: at_call(checkpoints.os, "rename", 2, after=True),
     "while an old checkpoint is deleted": half_deleted,
-    "while the model is written": lambda: at_call(gradient_steps, "write_history", 1),
-    "before the model is moved": lambda: at_call(gradient_steps, "save_picture", 1, after=True),
+    "while the model is written": lambda: at_call(finish, "write_history", 1),
+    "before the model is moved": lambda: at_call(finish, "save_picture", 1, after=True),
 }
 
 
@@ -156,7 +156,7 @@ def child(recipe, rank, num_processes, port, moment):
         with ExitStack() as stack:
             stack.enter_context(record_rows(Path(f"{out}.{rank}.rows")))
             stack.enter_context(
-                mock.patch.object(gradient_steps, "save_picture")
+                mock.patch.object(finish, "save_picture")
             )  # half of a tiny run's time
             stack.enter_context(
                 mock.patch.object(checkpoints.os, "fsync")
