@@ -205,10 +205,22 @@ def upcycled_state_dict(
             another Llama, or the options cannot keep the function.
     """
     upcycling = Upcycling(seed=seed, noise=noise, keep_function=keep_function, router=router)
+    return dict(upcycled_source(source, config, upcycling, dtype=dtype, **hub))
+
+
+def upcycled_source(
+    source: str | os.PathLike[str],
+    config: LlamaMoeConfig,
+    upcycling: Upcycling,
+    *,
+    dtype: torch.dtype | None = None,
+    **hub: Unpack[HubKeywords],
+) -> Iterator[tuple[str, Tensor]]:
+    """As `upcycled_state_dict`, one tensor at a time."""
     reader = CheckpointReader(source, HubOptions(**hub))
     require_dense_llama(reader)
     _require_same_llama(reader, config)
-    return dict(upcycled_tensors(reader, config, upcycling, dtype=dtype))
+    return upcycled_tensors(reader, config, upcycling, dtype=dtype)
 
 
 def layers_with_differing_experts(model: LlamaMoeForCausalLM) -> list[int]:

@@ -7,7 +7,12 @@ modules     linear layers and experts
 quantizer   `from_pretrained` and `save_pretrained`
 """
 
-from moellava.model.quantization.modules import num_weights, quantized_weights, weight_bytes
+from moellava.model.quantization.modules import (
+    num_weights,
+    quantized_weights,
+    weight_bytes,
+    weight_dtypes,
+)
 from moellava.model.quantization.quantizer import MoellavaQuantizationConfig, quantized_tensors
 
 __all__ = [
@@ -16,4 +21,5 @@ __all__ = [
     "quantized_tensors",
     "quantized_weights",
     "weight_bytes",
+    "weight_dtypes",
 ]

@@ -96,6 +96,12 @@ def num_weights(module: nn.Module) -> int:
     return rounded + sum(parameter.numel() for parameter in module.parameters())
 
 
+def weight_dtypes(module: nn.Module) -> set[str]:
+    """What the weights are stored in: names of dtypes, and `int8` or `int4` for rounded ones."""
+    plain = {str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters()}
+    return plain | {f"int{weight.scheme.bits}" for _, weight in quantized_weights(module)}
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights as they are held, scales included; tied weights count once."""
     held = list(module.parameters())

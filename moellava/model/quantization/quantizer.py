@@ -24,7 +24,7 @@ from moellava.model.quantization.modules import (
     QuantizedLinear,
     quantized_weights,
 )
-from moellava.model.quantization.rounding import DEFAULT_GROUP_SIZE, Scheme, round_weight
+from moellava.model.quantization.rounding import GROUP_SIZES, Scheme, round_weight
 from moellava.model.quantization.weight import QuantizedWeight
 
 METHOD = "moellava"
@@ -46,7 +46,8 @@ class MoellavaQuantizationConfig(QuantizationConfigMixin):
 
     Args:
         bits: 8, with a scale per row; or 4, with a scale and a zero point per group.
-        group_size: 32, 64 or 128 neighbours in a row, for 4 bits.
+        group_size: 32, 64 or 128 neighbours in a row, for 4 bits; None takes the largest that
+            divides every width, and the model's config remembers it.
         head: round `lm_head` as well, unless the model ties it to the embeddings.
 
     Raises:
@@ -56,11 +57,11 @@ class MoellavaQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         bits: int = 8,
-        group_size: int = DEFAULT_GROUP_SIZE,
+        group_size: int | None = None,
         head: bool = False,
         quant_method: str = METHOD,
     ) -> None:
-        Scheme(bits=bits, group_size=group_size)  # raises
+        Scheme(bits=bits, group_size=group_size or GROUP_SIZES[-1])  # raises
         if quant_method != METHOD:
             raise ValueError(f"quant_method is {quant_method!r}, but this is {METHOD!r}.")
         self.quant_method = quant_method  # type: ignore[assignment]  # transformers lists its own
@@ -68,7 +69,32 @@ class MoellavaQuantizationConfig(QuantizationConfigMixin):
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(bits=self.bits, group_size=self.group_size)
+        return Scheme(bits=self.bits, group_size=self.group_size or GROUP_SIZES[-1])
+
+    def fit(self, model: PreTrainedModel) -> None:
+        """Choose the group size for a model, if it is open.
+
+        Raises:
+            ValueError: for a model whose weights cannot be rounded so.
+        """
+        widths = {
+            name: value.shape[-1] for name, value in model.named_parameters() if self.rounds(name)
+        }
+        if not widths:
+            raise ValueError(
+                f"{type(model).__name__} has no weights that {METHOD!r} rounds: it is for the Llama "
+                "and LlamaMoe of moellava's models."
+            )
+        if self.head and any("lm_head" in name for name in model.all_tied_weights_keys):
+            raise ValueError(
+                "head=True would round lm_head, but this model ties it to the embeddings. Leave "
+                "head out."
+            )
+        if self.group_size is None and self.bits == 4:
+            fitting = [s for s in GROUP_SIZES if not any(w % s for w in widths.values())]
+            self.group_size = max(fitting, default=GROUP_SIZES[0])
+        for name, width in widths.items():
+            self.scheme.require_width(name, width)
 
     def rounds(self, name: str) -> bool:
         """Whether the weight of this name in a model is rounded."""
@@ -101,22 +127,11 @@ class MoellavaQuantizer(HfQuantizer):
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
-        named = [(name, value) for name, value in model.named_parameters() if config.rounds(name)]
-        if not named:
-            raise ValueError(
-                f"{type(model).__name__} has no weights that {METHOD!r} rounds: it is for the Llama "
-                "and LlamaMoe of moellava's models."
-            )
-        tied = model.all_tied_weights_keys
-        if config.head and any("lm_head" in name for name in tied):
-            raise ValueError(
-                "head=True would round lm_head, but this model ties it to the embeddings. Leave "
-                "head out."
-            )
-        for name, value in named:
-            config.scheme.require_width(name, value.shape[-1])
+        config.fit(model)
         if self.pre_quantized:
-            for name, value in named:
+            for name, value in list(model.named_parameters()):
+                if not config.rounds(name):
+                    continue
                 held = QuantizedWeight(
                     tuple(value.shape), config.scheme, dtype=dtype or value.dtype, device="meta"
                 )

@@ -17,7 +17,6 @@ from moellava.model.quantization.packed import join_columns, split_columns
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)  # those of torch's product
-DEFAULT_GROUP_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +33,7 @@ class Scheme:
     """
 
     bits: int = 8
-    group_size: int = DEFAULT_GROUP_SIZE
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
