@@ -31,7 +31,7 @@ class PackedForm:
     def pack(self, values: Tensor) -> Tensor:
         """(N, K / 2) uint8, two columns in a byte, the first in the lower half, to the same shape
         in this form."""
-        packed = torch.empty_like(values)
+        packed = torch.empty(values.shape, dtype=torch.uint8)
         for start in range(0, len(values), CHUNK):
             rows = slice(start, start + CHUNK)
             packed[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(
@@ -41,7 +41,7 @@ class PackedForm:
 
     def unpack(self, packed: Tensor) -> Tensor:
         """The inverse of `pack`."""
-        return join_columns(self.columns(packed, torch.uint8).t())
+        return join_columns(self.columns(packed, torch.uint8).t()).contiguous()
 
     def columns(self, packed: Tensor, dtype: torch.dtype) -> Tensor:
         """(K, N) numbers 0 to 15, each column of the weight in one row."""

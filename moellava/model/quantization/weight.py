@@ -158,13 +158,13 @@ class QuantizedWeight(nn.Module):
     def _has_product(self, inputs: Tensor) -> bool:
         """Whether torch can multiply these, with a warning if it cannot."""
         if inputs.device.type != "cpu" or inputs.dtype != torch.bfloat16:
-            _warn_unpacked(f"{inputs.dtype} on {inputs.device.type}".removeprefix("torch."))
+            warn_unpacked(f"{inputs.dtype} on {inputs.device.type}".removeprefix("torch."))
         elif self.scheme.bits == 8 and not has_int8_product():
-            _warn_unpacked("8 bits in this torch (torch._weight_int8pack_mm)")
+            warn_unpacked("8 bits in this torch (torch._weight_int8pack_mm)")
         elif self.scheme.bits == 4 and packed_form() is None:
-            _warn_unpacked("4 bits in this torch (torch.ops.aten._weight_int4pack_mm_for_cpu)")
+            warn_unpacked("4 bits in this torch (torch.ops.aten._weight_int4pack_mm_for_cpu)")
         elif self.scheme.bits == 4 and not self.is_packed or self.shape[-1] % 32:
-            _warn_unpacked(f"weights of {self.shape[-2]} rows and {self.shape[-1]} columns")
+            warn_unpacked(f"weights of {self.shape[-2]} rows and {self.shape[-1]} columns")
         else:
             return True
         return False
@@ -231,7 +231,7 @@ class _Product(torch.autograd.Function):
 
 
 @lru_cache(maxsize=None)
-def _warn_unpacked(what: str) -> None:
+def warn_unpacked(what: str) -> None:
     logger.warning(
         "torch has no packed product for %s: each weight is unpacked for each product, which is "
         "slow. On a CPU, load the model with dtype='bfloat16'.",
