@@ -8,6 +8,7 @@ restored            and back
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from moellava.model.quantization.packed import join_columns, split_columns
 
 BITS = (8, 4)
 GROUP_SIZES = (32, 64, 128)  # those of torch's product
+CHUNK = 512  # rows that are rounded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +78,40 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Rounded:
     """Round to nearest; scales and zeros have the weight's dtype.
 
     Args:
-        weight: (..., N, K). Its matrices are rounded one at a time, in float32.
+        weight: (..., N, K). Some rows at a time are rounded, in float32, so that little memory is
+            taken besides the result's.
     """
-    if weight.dim() > 2:
-        parts = [round_weight(part, scheme) for part in weight]
-        values, scales = (torch.stack([part[i] for part in parts]) for i in (0, 1))
-        zeros = [part.zeros for part in parts if part.zeros is not None]
-        return Rounded(values, scales, torch.stack(zeros) if zeros else None)
-    exact = weight.float()
-    if scheme.bits == 8:
-        scales = _nonzero(exact.abs().amax(-1) / 127).to(weight.dtype)
-        numbers = (exact / scales.float()[:, None]).round_().clamp_(-127, 127)
-        return Rounded(numbers.to(torch.int8), scales)
-    groups = exact.unflatten(-1, (-1, scheme.group_size))
+    rows = weight.reshape(-1, weight.shape[-1])
+    values, scales = scheme.shapes(tuple(weight.shape))
+    kind = torch.int8 if scheme.bits == 8 else torch.uint8
+    whole = Rounded(
+        rows.new_empty(values, dtype=kind),
+        rows.new_empty(scales),
+        None if scheme.bits == 8 else rows.new_empty(scales),
+    )
+    round_rows = _in_8_bits if scheme.bits == 8 else partial(_in_4_bits, scheme.group_size)
+    for start in range(0, len(rows), CHUNK):
+        for target, part in zip(whole, round_rows(rows[start : start + CHUNK]), strict=False):
+            assert target is not None
+            target.view(len(rows), *part.shape[1:])[start : start + CHUNK] = part
+    return whole
+
+
+def _in_8_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
+    exact = rows.float()
+    scales = _nonzero(exact.abs().amax(-1).div_(127)).to(rows.dtype)
+    numbers = exact.div_(scales.float()[:, None]).round_().clamp_(-127, 127)
+    return numbers.to(torch.int8), scales
+
+
+def _in_4_bits(group_size: int, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups = rows.float().unflatten(-1, (-1, group_size))
     lowest, highest = groups.aminmax(dim=-1)
-    scales = _nonzero((highest - lowest) / 15).to(weight.dtype)
-    zeros = (lowest + 8 * scales.float()).to(weight.dtype)
-    numbers = (groups - zeros.float()[..., None]) / scales.float()[..., None]
+    scales = _nonzero((highest - lowest).div_(15)).to(rows.dtype)
+    zeros = (lowest + 8 * scales.float()).to(rows.dtype)
+    numbers = (groups - zeros.float()[..., None]).div_(scales.float()[..., None])
     numbers = numbers.add_(8).round_().clamp_(0, 15).to(torch.uint8)
-    return Rounded(join_columns(numbers.flatten(-2)), scales, zeros)
+    return join_columns(numbers.flatten(-2)), scales, zeros
 
 
 def restored(rounded: Rounded, dtype: torch.dtype) -> Tensor:
