@@ -12,6 +12,7 @@ from moellava.messages import unknown_name
 from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.quantization import accept_rounded, quantized_weights
 from moellava.train.options import Lora
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def with_adapters(
         seed: of the adapters' first values, the same on every process.
 
     Raises:
-        ValueError: if no part could have an adapter, or for dropout on experts.
+        ValueError: if no part could have an adapter, or for dropout on experts; or for adapters of
+            experts in 8 or 4 bits.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -133,10 +135,16 @@ def with_adapters(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        return get_peft_model(model, accept_rounded(config, model))
 
 
 def merge_adapters(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder."""
+    """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder.
+
+    Args:
+        base: is changed. Weights of 8 or 4 bits are brought to its dtype first.
+    """
+    if next(quantized_weights(base), None) is not None:
+        base.dequantize()
     merged: PreTrainedModel = read_adapter(base, adapter).merge_and_unload()
     return merged

@@ -190,7 +190,9 @@ def quality(folder: str) -> None:
             )[:, prompts.input_ids.shape[1] :]  # fmt: skip
             exact = exact or (tops, answers)
             found = torch.stack(losses).mean().exp().item()
-            same = [(a == b).float().mean().item() for a, b in zip((tops, answers), exact, strict=True)]
+            same = [
+                (a == b).float().mean().item() for a, b in zip((tops, answers), exact, strict=True)
+            ]
             print(
                 f"| {name} | {found:.3f} | {same[0]:.3f} | {same[1]:.3f} |",
                 flush=True,

@@ -269,9 +269,7 @@ def require_tensors(
     )
 
 
-def _read_all(
-    reader: CheckpointReader, dtype: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
+def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     require_float(dtype)
     shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))

@@ -5,8 +5,10 @@ packed      torch's products of such weights
 weight      one weight, its memory and its product
 modules     linear layers and experts
 quantizer   `from_pretrained` and `save_pretrained`
+adapters    PEFT's adapters on such weights
 """
 
+from moellava.model.quantization.adapters import accept_rounded
 from moellava.model.quantization.modules import (
     num_weights,
     quantized_weights,
@@ -17,6 +19,7 @@ from moellava.model.quantization.quantizer import MoellavaQuantizationConfig, qu
 
 __all__ = [
     "MoellavaQuantizationConfig",
+    "accept_rounded",
     "num_weights",
     "quantized_tensors",
     "quantized_weights",

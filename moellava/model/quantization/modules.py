@@ -68,9 +68,9 @@ class QuantizedExperts(nn.Module):
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             if token.numel():
-                weighted = self._expert(hidden_states[token], expert) * top_k_weights[
-                    token, slot, None
-                ]
+                weighted = (
+                    self._expert(hidden_states[token], expert) * top_k_weights[token, slot, None]
+                )
                 output = output.index_add(0, token, weighted.to(output.dtype))
         return output.to(hidden_states.dtype)
 

@@ -30,9 +30,7 @@ from moellava.model.quantization.weight import QuantizedWeight
 METHOD = "moellava"
 # Of the language model alone, alone or in a multimodal model: towers and projectors stay.
 _LAYER = r"(model\.)?(language_model\.)?layers\.\d+\."
-LINEARS = (
-    _LAYER + r"(self_attn\.[qkvo]_proj|mlp\.(meta_expert\.)?(gate|up|down)_proj)\.weight"
-)
+LINEARS = _LAYER + r"(self_attn\.[qkvo]_proj|mlp\.(meta_expert\.)?(gate|up|down)_proj)\.weight"
 EXPERTS = _LAYER + r"mlp\.experts\.(gate_up|down)_proj"
 HEAD = r"lm_head\.weight"
 

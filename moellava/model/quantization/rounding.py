@@ -100,7 +100,7 @@ def round_weight(weight: Tensor, scheme: Scheme) -> Rounded:
 def _in_8_bits(rows: Tensor) -> tuple[Tensor, Tensor]:
     exact = rows.float()
     scales = _nonzero(exact.abs().amax(-1).div_(127)).to(rows.dtype)
-    numbers = exact.div_(scales.float()[:, None]).round_().clamp_(-127, 127)
+    numbers = exact.div(scales.float()[:, None]).round_().clamp_(-127, 127)
     return numbers.to(torch.int8), scales
 
 
