@@ -127,7 +127,7 @@ def speeds(models: dict[str, LlamaMoeForCausalLM]) -> None:
         ("one token, batch 1", (1, 1), 9), ("one token, batch 4", (4, 1), 5), ("215 tokens", (1, 215), 2),
     ):  # fmt: skip
         ids = torch.randint(0, 32000, shape)
-        found = medians({name: lambda m=m: m(ids) for name, m in models.items()}, rounds)
+        found = medians({name: lambda m=m, ids=ids: m(ids) for name, m in models.items()}, rounds)
         for name, seconds in found.items():
             rate = ids.numel() / seconds
             print(

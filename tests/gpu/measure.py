@@ -28,8 +28,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moellava.model.describe import count_active_parameters
 from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM
-from moellava.model.quantization import MoellavaQuantizationConfig
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
+from moellava.model.quantization import MoellavaQuantizationConfig
 
 MOST_SECONDS = 480  # sections that would start later are left out, and named
 

@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moellava.model.describe import count_active_parameters
-from moellava.model.quantization import num_weights
 from moellava.model.publish.remote_code import write_remote_code
+from moellava.model.quantization import num_weights
 from moellava.model.tiling import Tiling
 from moellava.storage.sources import Origin
 

@@ -38,7 +38,7 @@ def accept_rounded(config: "PeftConfig", model: nn.Module) -> "PeftConfig":
             "model without load_in_8bit and load_in_4bit."
         )
 
-    class RoundedLora(Linear):  # type: ignore[misc]  # PEFT is imported here only
+    class RoundedLora(Linear):
         """PEFT's LoRA, which would merge into a weight that it cannot write to."""
 
         def merge(self, *args: Any, **kwargs: Any) -> None:

@@ -61,9 +61,10 @@ class QuantizedExperts(nn.Module):
         """(N, H) tokens, (N, k) expert indices, (N, k) weights to (N, H)."""
         output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         if len(hidden_states) == 1:
-            for slot, expert in enumerate(top_k_index[0].tolist()):
+            for column, expert in enumerate(top_k_index[0].tolist()):
                 if expert < self.num_experts:  # otherwise on another rank
-                    output = output + self._expert(hidden_states, expert) * top_k_weights[:, slot]
+                    weight = top_k_weights[:, column]
+                    output = output + self._expert(hidden_states, expert) * weight
             return output.to(hidden_states.dtype)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
@@ -104,7 +105,7 @@ def weight_dtypes(module: nn.Module) -> set[str]:
 
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of all weights as they are held, scales included; tied weights count once."""
-    held = list(module.parameters())
+    held: list[Tensor] = list(module.parameters())
     for _, weight in quantized_weights(module):
         held += weight.buffers()
     return sum(part.numel() * part.element_size() for part in held)

@@ -71,17 +71,17 @@ def packed_form() -> PackedForm | None:
     """How this CPU's 4-bit product wants its weights; None if torch lacks it or orders them in a
     way that is not known here."""
     values = torch.randint(256, (2 * ROWS, 32), dtype=torch.uint8, generator=torch.Generator())
-    for form in (PackedForm(block, halved) for block in (64, 32, 16) for halved in (True, False)):
-        try:
-            if torch.equal(form.unpack(form.pack(values)), values) and _is_exact(form, values):
-                return form
-        except (AttributeError, RuntimeError):  # no such product
-            return None
-    return None
+    forms = [PackedForm(block, halved) for block in (64, 32, 16) for halved in (True, False)]
+    try:
+        return next((form for form in forms if _is_exact(form, values)), None)
+    except (AttributeError, RuntimeError):  # no such product
+        return None
 
 
 def _is_exact(form: PackedForm, values: Tensor) -> bool:
-    """Whether the product of the unit vectors gives the weights back."""
+    """Whether this is the order that torch packs in, and its product gives the weights back."""
+    if not torch.equal(form.unpack(form.pack(values)), values):
+        return False
     width = 2 * values.shape[1]
     scales = torch.tensor([1.0, 0.0], dtype=torch.bfloat16).repeat(width // 32, len(values), 1)
     unit = torch.eye(width, dtype=torch.bfloat16)

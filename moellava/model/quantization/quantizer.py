@@ -80,8 +80,8 @@ class MoellavaQuantizationConfig(QuantizationConfigMixin):
         }
         if not widths:
             raise ValueError(
-                f"{type(model).__name__} has no weights that {METHOD!r} rounds: it is for the Llama "
-                "and LlamaMoe of moellava's models."
+                f"{type(model).__name__} has no weights that {METHOD!r} rounds: it is for the "
+                "Llama and LlamaMoe of moellava's models."
             )
         if self.head and any("lm_head" in name for name in model.all_tied_weights_keys):
             raise ValueError(
@@ -106,7 +106,7 @@ class MoellavaQuantizer(HfQuantizer):
     quantization_config: MoellavaQuantizationConfig
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)  # type: ignore[no-untyped-call]
+        super().__init__(quantization_config, **kwargs)
         self._misshapen: set[str] = set()
 
     @property
@@ -167,7 +167,7 @@ class _Round(ConversionOps):
     def __init__(self, scheme: Scheme, misshapen: set[str]) -> None:
         self._scheme, self._misshapen = scheme, misshapen
 
-    def convert(
+    def convert(  # type: ignore[override]  # called with names, and one tensor may stand for a list
         self,
         input_dict: dict[str, Tensor],
         *,

@@ -119,7 +119,7 @@ def restored(rounded: Rounded, dtype: torch.dtype) -> Tensor:
     values, scales, zeros = rounded
     if zeros is None:
         return values.to(dtype).mul_(scales.to(dtype)[..., None])
-    groups = split_columns(values).unflatten(-1, (scales.shape[-1], -1)).to(dtype)
+    groups: Tensor = split_columns(values).unflatten(-1, (scales.shape[-1], -1)).to(dtype)
     groups.sub_(8).mul_(scales.to(dtype)[..., None]).add_(zeros.to(dtype)[..., None])
     return groups.flatten(-2)
 

@@ -5,7 +5,7 @@ E experts, N rows, K width, G a group's width, T tokens.
 
 import logging
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ class QuantizedWeight(nn.Module):
             warn_unpacked("8 bits in this torch (torch._weight_int8pack_mm)")
         elif self.scheme.bits == 4 and packed_form() is None:
             warn_unpacked("4 bits in this torch (torch.ops.aten._weight_int4pack_mm_for_cpu)")
-        elif self.scheme.bits == 4 and not self.is_packed or self.shape[-1] % 32:
+        elif (self.scheme.bits == 4 and not self.is_packed) or self.shape[-1] % 32:
             warn_unpacked(f"weights of {self.shape[-2]} rows and {self.shape[-1]} columns")
         else:
             return True
@@ -210,7 +210,7 @@ class QuantizedWeight(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedWeight":
         if self.is_packed and fn(self.scales) is not self.scales:  # the order is this device's
             self.unpack()
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
@@ -230,7 +230,7 @@ class _Product(torch.autograd.Function):
         return (gradient.to(dtype) @ weight).to(gradient.dtype), None, None
 
 
-@lru_cache(maxsize=None)
+@cache
 def warn_unpacked(what: str) -> None:
     logger.warning(
         "torch has no packed product for %s: each weight is unpacked for each product, which is "

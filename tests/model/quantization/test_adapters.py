@@ -77,6 +77,6 @@ def test_adapters_of_experts_are_refused(load):
 
 def test_other_adapters_are_refused_on_rounded_weights_only(load, parts):
     config = IA3Config(target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="are LoRA, not.*IA3"):
+    with pytest.raises(ValueError, match=r"are LoRA, not.*IA3"):
         accept_rounded(config, load())
     assert accept_rounded(config, torch.nn.Linear(2, 2)) is config

@@ -125,7 +125,7 @@ def test_what_cannot_be_rounded_is_refused(mixture_folder, tmp_path):
     with pytest.raises(ValueError, match=r"down_proj is 192 wide.*Use group_size=32 or 64"):
         load(tmp_path / "narrow", bits=4, group_size=128)
     LlamaMoeForCausalLM(small_config(tie_word_embeddings=True)).save_pretrained(tmp_path / "tied")
-    with pytest.raises(ValueError, match="ties it to the embeddings. Leave head out"):
+    with pytest.raises(ValueError, match=r"ties it to the embeddings. Leave head out"):
         load(tmp_path / "tied", head=True)
 
 
@@ -174,7 +174,7 @@ def test_damaged_files_of_a_rounded_model_are_errors(quantized, tmp_path):
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["quantization_config"]["bits"] = 5
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="bits is 5. Use 8 or 4"):
+    with pytest.raises(ValueError, match=r"bits is 5\. Use 8 or 4"):
         LlamaMoeForCausalLM.from_pretrained(tmp_path)
 
 

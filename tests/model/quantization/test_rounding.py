@@ -82,7 +82,7 @@ def test_a_width_that_groups_do_not_divide_names_those_that_do():
     scheme = Scheme(bits=4, group_size=128)
     with pytest.raises(ValueError, match=r"q is 576 wide.*128.*Use group_size=32 or 64"):
         scheme.require_width("q", 576)
-    with pytest.raises(ValueError, match="q is 48 wide.*Use 8 bits"):
+    with pytest.raises(ValueError, match=r"q is 48 wide.*Use 8 bits"):
         scheme.require_width("q", 48)
     scheme.require_width("q", 2048)
     Scheme(bits=8).require_width("q", 33)
