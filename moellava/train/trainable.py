@@ -12,7 +12,8 @@ from moellava.messages import unknown_name
 from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.quantization import accept_rounded, quantized_weights
+from moellava.model.quantization import quantized_weights
+from moellava.model.quantization.adapters import accept_rounded
 from moellava.train.options import Lora
 
 if TYPE_CHECKING:

@@ -11,23 +11,13 @@ from moellava.model.quantization import (
     quantized_weights,
     weight_bytes,
 )
-from moellava.testing import write_tinyllama
 
 OPTIONS = {8: {"load_in_8bit": True}, 4: {"load_in_4bit": True}}
 
 
 @pytest.fixture(scope="module")
-def parts(small_biomedclip, tmp_path_factory):
-    """Of widths that groups divide."""
-    folder = write_tinyllama(
-        tmp_path_factory.mktemp("tinyllama"), hidden_size=64, intermediate_size=128
-    )
-    return {"model_name_or_path": str(folder), "mm_vision_tower": str(small_biomedclip)}
-
-
-@pytest.fixture(scope="module")
-def plain(parts):
-    return load_pretrained_model(parts, dtype="bfloat16")
+def plain(groupable_parts):
+    return load_pretrained_model(groupable_parts, dtype="bfloat16")
 
 
 @pytest.fixture(scope="module", params=OPTIONS)
@@ -36,8 +26,8 @@ def bits(request):
 
 
 @pytest.fixture(scope="module")
-def quantized(parts, bits):
-    return load_pretrained_model(parts, dtype="bfloat16", **OPTIONS[bits])
+def quantized(groupable_parts, bits):
+    return load_pretrained_model(groupable_parts, dtype="bfloat16", **OPTIONS[bits])
 
 
 def names_of(loaded):
@@ -88,7 +78,7 @@ def test_it_is_saved_and_opens_quantised_again(quantized, images, bits, tmp_path
 
 
 def test_a_saved_model_and_a_difference_open_quantised(
-    plain, quantized, parts, images, bits, tmp_path
+    plain, quantized, groupable_parts, images, bits, tmp_path
 ):
     plain.model.save_pretrained(tmp_path / "whole")
     plain.processor.save_pretrained(tmp_path / "whole")
@@ -96,7 +86,7 @@ def test_a_saved_model_and_a_difference_open_quantised(
     answer = quantized.answer(images[0], "Why?", max_new_tokens=6)
     whole = load_pretrained_model(tmp_path / "whole", **OPTIONS[bits])
     options = {"quantization_config": MoellavaQuantizationConfig(bits=bits)}
-    difference = load_trainable(tmp_path / "difference", base=parts, **options)
+    difference = load_trainable(tmp_path / "difference", base=groupable_parts, **options)
     for loaded in (whole, difference):
         assert names_of(loaded) == names_of(quantized)
         assert loaded.answer(images[0], "Why?", max_new_tokens=6) == answer
@@ -107,6 +97,6 @@ def test_a_quantised_model_is_no_difference_from_its_base(quantized, tmp_path):
         save_trainable(quantized, tmp_path)
 
 
-def test_both_at_once_are_refused(parts):
+def test_both_at_once_are_refused(groupable_parts):
     with pytest.raises(ValueError, match="load_in_8bit and load_in_4bit are both given"):
-        load_pretrained_model(parts, load_in_8bit=True, load_in_4bit=True)
+        load_pretrained_model(groupable_parts, load_in_8bit=True, load_in_4bit=True)

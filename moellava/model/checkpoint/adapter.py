@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from moellava.messages import unknown_name
-from moellava.model.quantization import accept_rounded
+from moellava.model.quantization.adapters import accept_rounded
 from moellava.storage.errors import reading
 from moellava.storage.sources import read_json
 from moellava.storage.writing import write_json

@@ -8,7 +8,6 @@ quantizer   `from_pretrained` and `save_pretrained`
 adapters    PEFT's adapters on such weights
 """
 
-from moellava.model.quantization.adapters import accept_rounded
 from moellava.model.quantization.modules import (
     num_weights,
     quantized_weights,
@@ -19,7 +18,6 @@ from moellava.model.quantization.quantizer import MoellavaQuantizationConfig, qu
 
 __all__ = [
     "MoellavaQuantizationConfig",
-    "accept_rounded",
     "num_weights",
     "quantized_tensors",
     "quantized_weights",

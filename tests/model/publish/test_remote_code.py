@@ -44,8 +44,13 @@ type(processor.image_processor).__module__)
 """
 
 
-@pytest.fixture(scope="module", params=["BiomedCLIP and a mixture", "CLIP and a dense Llama"])
-def joined(request, loaded):
+@pytest.fixture(
+    scope="module",
+    params=["BiomedCLIP and a mixture", "CLIP and a dense Llama", "a mixture in 4 bits"],
+)
+def joined(request, loaded, groupable_parts):
+    if request.param.endswith("4 bits"):
+        return load_pretrained_model(groupable_parts, dtype="bfloat16", load_in_4bit=True)
     if request.param.startswith("BiomedCLIP"):
         return loaded
     description = {"model_name_or_path": TINYLLAMA, "mm_vision_tower": OPENAI_CLIP}

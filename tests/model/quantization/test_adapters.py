@@ -6,27 +6,19 @@ from peft import IA3Config
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.checkpoint.adapter import read_adapter
-from moellava.model.quantization import accept_rounded, quantized_weights
-from moellava.testing import write_tinyllama
+from moellava.model.quantization import quantized_weights
+from moellava.model.quantization.adapters import accept_rounded
 from moellava.train.options import Lora
 from moellava.train.trainable import merge_adapters, with_adapters
 
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 
 
-@pytest.fixture(scope="module")
-def parts(small_biomedclip, tmp_path_factory):
-    folder = write_tinyllama(
-        tmp_path_factory.mktemp("tinyllama"), hidden_size=64, intermediate_size=128
-    )
-    return {"model_name_or_path": str(folder), "mm_vision_tower": str(small_biomedclip)}
-
-
 @pytest.fixture(params=[8, 4])
-def load(request, parts):
+def load(request, groupable_parts):
     def load(moe_config=False):
         return load_pretrained_model(
-            parts,
+            groupable_parts,
             moe_config=moe_config,
             dtype="bfloat16",
             load_in_8bit=request.param == 8,
@@ -75,7 +67,7 @@ def test_adapters_of_experts_are_refused(load):
         with_adapters(load(moe_config=True), ["experts"], LORA, seed=0)
 
 
-def test_other_adapters_are_refused_on_rounded_weights_only(load, parts):
+def test_other_adapters_are_refused_on_rounded_weights_only(load, groupable_parts):
     config = IA3Config(target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"are LoRA, not.*IA3"):
         accept_rounded(config, load())
