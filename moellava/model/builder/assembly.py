@@ -71,7 +71,7 @@ def assemble(
         projector.require_fit(config.projector_shape, parts.tower)
     _log_projector(config, projector, parts.tower)
     tensors = _joined(parts.language_model.read(), parts.encoder, config)
-    quantization = options.quantization_config
+    quantization = copy.deepcopy(options.quantization_config)
     if isinstance(quantization, MoellavaQuantizationConfig):
         with torch.device("meta"):
             quantization.fit(MoeLlavaForConditionalGeneration(copy.deepcopy(config)))

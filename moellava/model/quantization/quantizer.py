@@ -3,6 +3,7 @@
 It is registered as `quant_method: moellava`.
 """
 
+import copy
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -106,7 +107,7 @@ class MoellavaQuantizer(HfQuantizer):
     quantization_config: MoellavaQuantizationConfig
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)  # `fit` completes it
         self._misshapen: set[str] = set()
 
     @property

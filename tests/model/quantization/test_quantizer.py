@@ -103,14 +103,11 @@ def test_a_dense_llama_is_rounded_too(tmp_path, config, ids):
 
 
 def test_the_group_size_is_the_largest_that_fits(mixture_folder, tmp_path):
-    model = LlamaMoeForCausalLM.from_pretrained(
-        mixture_folder, quantization_config=MoellavaQuantizationConfig(bits=4)
-    )
+    asked = MoellavaQuantizationConfig(bits=4)
+    model = LlamaMoeForCausalLM.from_pretrained(mixture_folder, quantization_config=asked)
     assert model.config.quantization_config.group_size == 128
     LlamaMoeForCausalLM(small_config(intermediate_size=192)).save_pretrained(tmp_path)
-    model = LlamaMoeForCausalLM.from_pretrained(
-        tmp_path, quantization_config=MoellavaQuantizationConfig(bits=4)
-    )
+    model = LlamaMoeForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
     assert model.config.quantization_config.group_size == 64
 
 
