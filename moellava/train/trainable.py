@@ -12,7 +12,7 @@ from moellava.messages import unknown_name
 from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.language_model.configuration_llama_moe import is_mixture_config
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
-from moellava.model.quantization import quantized_weights
+from moellava.model.quantization import quantized_weights, require_ordinary
 from moellava.model.quantization.adapters import accept_rounded
 from moellava.train.options import Lora
 
@@ -30,6 +30,7 @@ PARTS = {
     "meta_expert": r"\.mlp\.meta_expert\.",
     "router": r"\.mlp\.gate\.",
 }
+_OF_LANGUAGE_MODEL = {"language_model", "mlp", "experts", "meta_expert"}
 # With adapters: the parts whose linear layers or experts get one, and the modules of others that
 # are trained whole.
 _ADAPTED_LINEARS = (
@@ -48,11 +49,14 @@ def set_trainable(model: MoeLlavaForConditionalGeneration, parts: Collection[str
         How many parameters learn.
 
     Raises:
-        ValueError: for a part that is unknown, missing in the model, or frozen by its config.
+        ValueError: for a part that is unknown, missing in the model, frozen by its config, or in 8
+            or 4 bits.
     """
     for part in parts:
         if part not in PARTS:
             raise unknown_name("part in trainable:", part, PARTS)
+    if set(parts) & _OF_LANGUAGE_MODEL:
+        require_ordinary(model, f"trainable: {list(parts)} without lora")
     model.requires_grad_(False)
     found = dict.fromkeys(parts, 0)
     frozen_router = getattr(model.config.text_config, "router_frozen", False)

@@ -34,6 +34,7 @@ from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, with_weights
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.router_weights import RouterSource, read_router, router_facts
+from moellava.model.quantization import require_ordinary
 from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, split_hub_keywords
 from moellava.storage.weights import require_loaded
@@ -225,6 +226,7 @@ def upcycled_source(
 
 def layers_with_differing_experts(model: LlamaMoeForCausalLM) -> list[int]:
     """The sparse layers whose experts are no longer copies of one dense MLP."""
+    require_ordinary(model, "A comparison of experts")
     pieces = num_pieces(model.config)
     differing = []
     for layer_idx in model.config.moe_layer_indices:

@@ -11,6 +11,7 @@ adapters    PEFT's adapters on such weights
 from moellava.model.quantization.modules import (
     num_weights,
     quantized_weights,
+    require_ordinary,
     weight_bytes,
     weight_dtypes,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "num_weights",
     "quantized_tensors",
     "quantized_weights",
+    "require_ordinary",
     "weight_bytes",
     "weight_dtypes",
 ]

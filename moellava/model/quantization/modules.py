@@ -91,6 +91,15 @@ def quantized_weights(module: nn.Module) -> Iterator[tuple[str, QuantizedWeight]
             yield name, part
 
 
+def require_ordinary(model: nn.Module, what: str) -> None:
+    """Raise `ValueError` if weights are rounded, for what needs ordinary ones."""
+    if next(quantized_weights(model), None) is not None:
+        raise ValueError(
+            f"{what} needs ordinary weights, but the model's are rounded to 8 or 4 bits. Open it "
+            "without load_in_8bit and load_in_4bit, or call model.dequantize()."
+        )
+
+
 def num_weights(module: nn.Module) -> int:
     """Numbers in all weights, rounded ones included; tied weights count once."""
     rounded = sum(weight.numel() for _, weight in quantized_weights(module))

@@ -9,7 +9,7 @@ from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.quantization import quantized_weights
 from moellava.model.quantization.adapters import accept_rounded
 from moellava.train.options import Lora
-from moellava.train.trainable import merge_adapters, with_adapters
+from moellava.train.trainable import merge_adapters, set_trainable, with_adapters
 
 LORA = Lora(rank=4, alpha=8, dropout=0.0)
 
@@ -65,6 +65,12 @@ def test_merging_into_rounded_weights_is_refused(load):
 def test_adapters_of_experts_are_refused(load):
     with pytest.raises(ValueError, match=r"fused experts \(mlp.experts.gate_up_proj"):
         with_adapters(load(moe_config=True), ["experts"], LORA, seed=0)
+
+
+def test_rounded_weights_do_not_learn_themselves(load):
+    set_trainable(load(), ["projector"])
+    with pytest.raises(ValueError, match=r"trainable: \['language_model'\] without lora needs"):
+        set_trainable(load(), ["language_model"])
 
 
 def test_other_adapters_are_refused_on_rounded_weights_only(load, groupable_parts):

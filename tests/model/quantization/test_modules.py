@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from moellava.model.language_model import layers_with_differing_experts
 from moellava.model.language_model.moe import LlamaMoeExperts, eager_experts_forward
 from moellava.model.quantization import num_weights, quantized_weights, weight_bytes, weight_dtypes
 from moellava.model.quantization.modules import QuantizedExperts, QuantizedLinear
@@ -77,6 +78,12 @@ def test_a_linear_layer_is_that_of_the_dequantised_weight(scheme, bias):
     dense = found.dequantized(torch.float32)
     assert type(dense) is nn.Linear
     torch.testing.assert_close(output, dense(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_what_needs_ordinary_weights_says_so(plain, quantized):
+    layers_with_differing_experts(plain)
+    with pytest.raises(ValueError, match=r"experts needs ordinary weights.*dequantize"):
+        layers_with_differing_experts(quantized)
 
 
 def test_numbers_bytes_and_dtypes_are_those_of_the_weights(plain, quantized, config):
