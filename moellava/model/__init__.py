@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from moellava.model.configuration_moellava import MoeLlavaConfig
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration, MoeLlavaModel
 from moellava.model.processing_moellava import MoeLlavaProcessor
+from moellava.model.quantization import MoellavaQuantizationConfig
 
 AutoConfig.register(MoeLlavaConfig.model_type, MoeLlavaConfig, exist_ok=True)
 AutoModel.register(MoeLlavaConfig, MoeLlavaModel, exist_ok=True)
@@ -18,4 +19,5 @@ __all__ = [
     "MoeLlavaForConditionalGeneration",
     "MoeLlavaModel",
     "MoeLlavaProcessor",
+    "MoellavaQuantizationConfig",
 ]

@@ -26,10 +26,10 @@ from moellava.model.builder.request import (
 from moellava.model.checkpoint.configs import load_model_config
 from moellava.model.checkpoint.opening import open_saved
 from moellava.model.describe import describe, log_language_model, log_vision
-from moellava.model.language_model import quantization_config
 from moellava.model.load_options import DeviceMap, LoadOptions, MoeChoice
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.projector import build_projector
+from moellava.model.quantization import MoellavaQuantizationConfig
 from moellava.storage.sources import HubOptions
 from moellava.storage.weights import as_dtype, require_device
 
@@ -104,10 +104,9 @@ def load_pretrained_model(
             the language model's own, as stored.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; None lets transformers
             choose.
-        load_in_8bit: hold the language model's attention, MLPs and experts as int8, with torchao;
-            see `moellava.model.language_model.quantization_config`. The model may be saved and
-            opens quantised again.
-        load_in_4bit: refused, with the reason: no library at hand holds fused experts in 4 bits.
+        load_in_8bit, load_in_4bit: round the language model's attention, MLPs and experts while
+            they are read; see `MoellavaQuantizationConfig`. The model may be saved and opens
+            rounded again. Quick in bfloat16 on a CPU.
         revision: commit, tag or branch on the hub of a saved model, or of the language model; the
             tower's is the key `mm_vision_tower_revision`.
         cache_dir, local_files_only, token: as in transformers.
@@ -128,11 +127,10 @@ def load_pretrained_model(
     hub = HubOptions(
         revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
     )
-    bits = 4 if load_in_4bit else 8
     options = LoadOptions(
         dtype=as_dtype(dtype),
         attn_implementation=attn_implementation,
-        quantization_config=quantization_config(bits) if load_in_8bit or load_in_4bit else None,
+        quantization_config=_quantization_config(load_in_8bit, load_in_4bit),
         device_map=device_map,
         moe_config=moe_config,
         seed=seed,
@@ -203,6 +201,14 @@ def load_vision_encoder(
         dtype=options.get("dtype"),
     )
     return encoder, encoder.image_processor
+
+
+def _quantization_config(in_8bit: bool, in_4bit: bool) -> MoellavaQuantizationConfig | None:
+    if in_8bit and in_4bit:
+        raise ValueError("load_in_8bit and load_in_4bit are both given; give one of them.")
+    if not in_8bit and not in_4bit:
+        return None
+    return MoellavaQuantizationConfig(bits=8 if in_8bit else 4)
 
 
 def _require_one_place(

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
-from moellava.model.language_model.quantization import held_bytes, held_dtype
+from moellava.model.quantization import num_weights, weight_bytes, weight_dtypes
 from moellava.model.tiling import Tiling
 
 logger = logging.getLogger(__name__)
@@ -33,22 +33,18 @@ def describe(model: PreTrainedModel) -> str:
     ]
     rows = [["part", "class", "output", "parameters", "active per token", "dtype", "MiB"]]
     for name, module, output in parts:
-        dtypes = sorted(
-            {str(held_dtype(weight)).removeprefix("torch.") for weight in module.parameters()}
-        )
-        count = sum(weight.numel() for weight in module.parameters())
         rows.append(
             [
                 name,
                 type(module).__name__,
                 output,
-                f"{count:,}",
+                f"{num_weights(module):,}",
                 f"{count_active_parameters(module):,}",
-                " ".join(dtypes),
+                " ".join(sorted(weight_dtypes(module))),
                 f"{_mebibytes(module):,.1f}",
             ]
         )
-    total, active = model.num_parameters(), count_active_parameters(model)
+    total, active = num_weights(model), count_active_parameters(model)
     rows.append(
         [
             "all",
@@ -100,16 +96,16 @@ def log_language_model(model: PreTrainedModel) -> None:
     else:
         logger.info("language model %s: dense, %d layers", text.model_type, text.num_hidden_layers)
     logger.info(
-        "%d parameters, %d active per token", model.num_parameters(), count_active_parameters(model)
+        "%d parameters, %d active per token", num_weights(model), count_active_parameters(model)
     )
 
 
 def count_active_parameters(module: nn.Module) -> int:
     """Parameters that one text token meets: all but the experts that its routers leave out."""
-    count = sum(weight.numel() for weight in module.parameters())
+    count = num_weights(module)
     for block in module.modules():
         if isinstance(block, LlamaMoeSparseBlock):
-            experts = sum(weight.numel() for weight in block.experts.parameters())
+            experts = num_weights(block.experts)
             count -= (
                 experts
                 // block.experts.num_experts
@@ -119,4 +115,4 @@ def count_active_parameters(module: nn.Module) -> int:
 
 
 def _mebibytes(module: nn.Module) -> float:
-    return sum(held_bytes(weight) for weight in module.parameters()) / 2**20
+    return weight_bytes(module) / 2**20

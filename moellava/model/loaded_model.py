@@ -15,6 +15,7 @@ from moellava.model.generation import generate_texts, require_generation_options
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.publish.model_card import PushOptions, push_to_hub
+from moellava.model.quantization import num_weights
 from moellava.model.turns import Message, as_list, is_conversation, not_a_question, with_images
 
 
@@ -60,7 +61,7 @@ class LoadedModel:
         config = self.model.config
         parts = (config.vision_config.tower, config.projector_type, config.language_model)
         names = " + ".join(name or "unnamed" for name in parts)
-        size = f"{self.model.num_parameters() / 1e6:,.1f} M parameters"
+        size = f"{num_weights(self.model) / 1e6:,.1f} M parameters"
         return f"LoadedModel({names}: {size}, {self.model.dtype}, {self.model.device})"
 
     def push_to_hub(self, repo_id: str, **options: Unpack[PushOptions]) -> str:

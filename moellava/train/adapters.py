@@ -17,8 +17,11 @@ from torch import nn
 
 from moellava.model.checkpoint.adapter import read_adapter
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
+from moellava.model.quantization import quantized_weights
+from moellava.model.quantization.adapters import accept_rounded
+from moellava.model.quantization.modules import QuantizedLinear
 from moellava.train.options import Lora
-from moellava.train.parts import WHOLE_LANGUAGE_MODEL, is_of, part_of
+from moellava.train.parts import WHOLE_LANGUAGE_MODEL, is_of, part_of, weight_names
 from moellava.train.trainable import require_parts, tower_weights
 
 if TYPE_CHECKING:
@@ -56,7 +59,8 @@ def lora_config(
 
     Raises:
         ValueError: for a part that is unknown, missing in the model, frozen, named twice, or
-            without weights that could have an adapter; for dropout on experts or routers.
+            without weights that could have an adapter; for dropout on experts or routers; for
+            experts in 8 or 4 bits.
     """
     from peft import LoraConfig
 
@@ -75,10 +79,10 @@ def lora_config(
     ]
     parameters = [
         ".".join(name.split(".")[-3:])  # mlp.experts.down_proj
-        for name, _ in model.named_parameters()
+        for name in weight_names(model)
         if part_of(name) in {*adapted} & {*_PARAMETERS} and not name.endswith(".bias")
     ]
-    return LoraConfig(
+    config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -86,6 +90,8 @@ def lora_config(
         target_parameters=sorted(set(parameters)) or None,
         modules_to_save=_whole_modules(model, whole, tower, tower_blocks) or None,
     )
+    accept_rounded(config, model)
+    return config
 
 
 def with_adapters(
@@ -134,14 +140,20 @@ def with_adapters(
 
 
 def merge_adapters(base: "PreTrainedModel", adapter: Path) -> "PreTrainedModel":
-    """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder."""
+    """The ordinary model that `base` becomes with the adapters that PEFT saved in a folder.
+
+    Args:
+        base: is changed. Weights of 8 or 4 bits are brought to its dtype first.
+    """
+    if next(quantized_weights(base), None) is not None:
+        base.dequantize()
     merged: PreTrainedModel = read_adapter(base, adapter).merge_and_unload()
     return merged
 
 
 def _finest(model: nn.Module, parts: Collection[str]) -> set[str]:
     """The parts, with those of the language model in its place."""
-    present = {part_of(name) for name, _ in model.named_parameters()}
+    present = {part_of(name) for name in weight_names(model)}
     inner = set(_IN_LANGUAGE_MODEL) & present if WHOLE_LANGUAGE_MODEL in parts else set()
     return (set(parts) - {WHOLE_LANGUAGE_MODEL}) | inner
 
@@ -150,7 +162,7 @@ def _linear_modules(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         # The projections of torch's own attention are read by it, never called.
         is_read = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-        if isinstance(module, nn.Linear | nn.Embedding) and not is_read:
+        if isinstance(module, nn.Linear | nn.Embedding | QuantizedLinear) and not is_read:
             yield name
 
 

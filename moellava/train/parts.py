@@ -1,14 +1,20 @@
 """The parts of a joined model, by the names of its weights: `PARTS`, `FINEST`, `part_of`.
 
+`weight_names` gives the names, those of weights in 8 or 4 bits included, which are no parameters.
+
 PEFT's names, which have more words before and after, are of the same parts.
 """
 
 import re
 
+from torch import nn
+
+from moellava.model.quantization import quantized_weights
+
 # What a recipe may name, as patterns of weights' names.
 PARTS = {
     "vision_tower": r"(^|\.)model\.vision_tower\.",
-    "projector": r"(^|\.)model\.multi_modal_projector\.",
+    "projector": r"(^|\.)model\.(multi_modal_projector\.|image_newline$)",
     "language_model": r"(^|\.)(model\.language_model|lm_head)\.",
     "embeddings": r"(^|\.)(model\.language_model\.embed_tokens|lm_head)\.",
     "attention": r"\blanguage_model\.layers\.\d+\.self_attn\.",
@@ -38,3 +44,11 @@ def part_of(name: str) -> str:
 def is_of(name: str, part: str) -> bool:
     """Whether a weight is of a part, which may be a whole one."""
     return re.search(PARTS[part], name) is not None
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """Names of all weights, rounded ones included."""
+    return [
+        *(name for name, _ in model.named_parameters()),
+        *(name for name, _ in quantized_weights(model)),
+    ]

@@ -7,7 +7,11 @@ from torch import nn
 
 from moellava.messages import unknown_name
 from moellava.model.modeling_moellava import TOWER_PREFIX, MoeLlavaForConditionalGeneration
-from moellava.train.parts import PARTS, is_of
+from moellava.model.quantization import require_ordinary
+from moellava.train.parts import PARTS, is_of, weight_names
+
+# Parts whose weights may be in 8 or 4 bits.
+_OF_LANGUAGE_MODEL = {"language_model", "attention", "mlp", "experts", "meta_expert"}
 
 
 def set_trainable(
@@ -27,9 +31,11 @@ def set_trainable(
 
     Raises:
         ValueError: for a part that is unknown, missing in the model, or frozen by its config; for
-            `tower_blocks` that the tower does not have.
+            `tower_blocks` that the tower does not have; for weights in 8 or 4 bits.
     """
     require_parts(model, parts, "trainable")
+    if set(parts) & _OF_LANGUAGE_MODEL:
+        require_ordinary(model, f"trainable: {list(parts)} without lora")
     if tower_blocks is not None and "vision_tower" not in parts:
         raise ValueError(
             f"tower_blocks is {tower_blocks}, but trainable does not name 'vision_tower': it is "
@@ -53,7 +59,7 @@ def require_parts(
     Args:
         where: the setting that names the parts, for the message.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = weight_names(model)
     present = [part for part in PARTS if any(is_of(name, part) for name in names)]
     for part in parts:
         if part not in PARTS:

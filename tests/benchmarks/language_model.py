@@ -1,8 +1,8 @@
 """The mixture at TinyLlama's real sizes, as ratios to a bound or a rival measured in the same run.
 
-    python tests/benchmarks/language_model.py {block,decode,upcycle,training,int8}
+    python tests/benchmarks/language_model.py {block,decode,upcycle,training}
 
-Times are medians of interleaved rounds. `decode`, `upcycle` and `int8` need about 7 GB of memory,
+Times are medians of interleaved rounds. `decode` and `upcycle` need about 7 GB of memory,
 the others 3.
 """
 
@@ -34,11 +34,9 @@ from moellava.model.language_model import (
     LlamaMoeConfig,
     LlamaMoeForCausalLM,
     moe_config_from_dense,
-    quantization_config,
     upcycle,
 )
-from moellava.model.language_model.moe import LlamaMoeRouter, LlamaMoeSparseBlock
-from moellava.model.language_model.quantization import weight_bytes
+from moellava.model.language_model.moe import LlamaMoeSparseBlock
 
 TINYLLAMA = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
@@ -367,61 +365,11 @@ def train_once(kind: str) -> None:
     print(seconds, peak_rss() - base, held, active)
 
 
-# --- 8-bit weights
-# ------------------------------------------------------------------------------------------------
-
-
-def bench_int8() -> None:
-    """Bytes before and after, and what happens to the logits of 64 tokens; random weights, all
-    experts different.
-    """
-    model = LlamaMoeForCausalLM(LlamaMoeConfig(**TINYLLAMA)).to(torch.bfloat16).eval()
-    ids = torch.randint(0, 32000, (1, 64))
-    before = logits_and_routes(model, ids)
-    held = weight_bytes(model)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        del model
-        quantized = LlamaMoeForCausalLM.from_pretrained(
-            folder, quantization_config=quantization_config(), dtype=torch.bfloat16
-        ).eval()
-    after = logits_and_routes(quantized, ids)
-    print(
-        f"{held:,} bytes before, {weight_bytes(quantized):,} after: {weight_bytes(quantized) / held:.2f}"
-    )
-    for name in ("top-2", "all experts"):
-        difference = (after[name] - before[name]).norm() / before[name].norm()
-        print(f"{name}: logits differ by {difference:.1%} of their norm")
-    same = [
-        (a == b).all(-1).float().mean().item()
-        for a, b in zip(before["routes"], after["routes"], strict=True)
-    ]
-    print(f"tokens that keep both experts, by layer: {min(same):.0%} to {max(same):.0%}")
-
-
-@torch.no_grad()
-def logits_and_routes(model: LlamaMoeForCausalLM, ids: Tensor) -> dict[str, object]:
-    """Logits as routed and with every expert at work, and the experts chosen in each layer."""
-    output = model(ids, output_router_logits=True)
-    routers = [module for module in model.modules() if isinstance(module, LlamaMoeRouter)]
-    routes = [
-        logits.topk(routers[0].top_k).indices.sort().values for logits in output.router_logits
-    ]
-    as_routed = routers[0].top_k
-    for router in routers:
-        router.top_k = model.config.num_experts
-    everything = model(ids).logits.float()
-    for router in routers:
-        router.top_k = as_routed
-    return {"top-2": output.logits.float(), "all experts": everything, "routes": routes}
-
-
 SECTIONS = {
     "block": bench_block,
     "decode": bench_decode,
     "upcycle": bench_upcycle,
     "training": bench_training,
-    "int8": bench_int8,
 }
 
 

@@ -159,7 +159,7 @@ def test_other_folders_are_refused_by_name(save, tmp_path, hub_cache):
     with pytest.raises(ValueError, match=r"a 'clip' checkpoint; expected"):
         export_mixtral(hub_cache[OPENAI_CLIP], tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
-    quantised = config | {"quantization_config": {"quant_method": "torchao"}}
+    quantised = config | {"quantization_config": {"quant_method": "moellava"}}
     (folder / "config.json").write_text(json.dumps(quantised))
     with pytest.raises(ValueError, match="quantised"):
         export_mixtral(folder, tmp_path / "out")

@@ -27,8 +27,9 @@ from transformers import StaticCache
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from moellava.model.describe import count_active_parameters
-from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM, quantization_config
+from moellava.model.language_model import LlamaMoeConfig, LlamaMoeForCausalLM
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
+from moellava.model.quantization import MoellavaQuantizationConfig
 
 MOST_SECONDS = 480  # sections that would start later are left out, and named
 
@@ -255,16 +256,21 @@ def fsdp(machine: Machine) -> Iterator[Row]:
 
 @torch.no_grad()
 def int8(machine: Machine) -> Iterator[Row]:
-    """Decoding with 8-bit weights against bfloat16, each without compilation."""
+    """Decoding with weights of 8 and 4 bits against bfloat16, each without compilation."""
     with tempfile.TemporaryDirectory() as folder:
         machine.model().save_pretrained(folder)
         rates = {}
-        for name, config in (("bfloat16", None), ("int8", quantization_config(8))):
+        for name, config in (
+            ("bfloat16", None),
+            ("int8", MoellavaQuantizationConfig(bits=8)),
+            ("int4", MoellavaQuantizationConfig(bits=4)),
+        ):
             model = LlamaMoeForCausalLM.from_pretrained(
                 folder, dtype="bfloat16", quantization_config=config, device_map=str(machine.device)
             )
             rates[name] = 1 / machine.seconds(partial(model, machine.ids(1)))
-    yield Row("int8", "one token", rates["int8"], "tokens/s", rates["int8"] / rates["bfloat16"])
+    for name in ("int8", "int4"):
+        yield Row(name, "one token", rates[name], "tokens/s", rates[name] / rates["bfloat16"])
 
 
 def answers(machine: Machine) -> Iterator[Row]:

@@ -5,13 +5,22 @@ import pytest
 from PIL import Image
 
 from moellava.model.builder_enhanced import LoadedModel, load_pretrained_model
-from moellava.testing import TINYLLAMA
+from moellava.testing import TINYLLAMA, write_tinyllama
 
 
 @pytest.fixture(scope="session")
 def parts(hub_cache, small_biomedclip) -> dict[str, str]:
     """A small model's description: TinyLlama's stand-in and a BiomedCLIP folder of width 192."""
     return {"model_name_or_path": TINYLLAMA, "mm_vision_tower": str(small_biomedclip)}
+
+
+@pytest.fixture(scope="session")
+def groupable_parts(small_biomedclip, tmp_path_factory) -> dict[str, str]:
+    """The same with widths that groups of 4-bit weights divide."""
+    folder = write_tinyllama(
+        tmp_path_factory.mktemp("tinyllama"), hidden_size=64, intermediate_size=128
+    )
+    return {"model_name_or_path": str(folder), "mm_vision_tower": str(small_biomedclip)}
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from typing import NamedTuple
@@ -24,21 +24,25 @@ from moellava.model.checkpoint.projector_file import TrainedProjector, read_proj
 from moellava.model.checkpoint.strict import model_from_tensors
 from moellava.model.checkpoint.tower_identity import TowerIdentity, tower_identity
 from moellava.model.configuration_moellava import MoeLlavaConfig
-from moellava.model.language_model import (
-    LlamaMoeConfig,
-    dense_state_dict,
-    imported_state_dict,
-    moe_config_from_dense,
-    read_state_dict,
-    upcycled_state_dict,
+from moellava.model.language_model import LlamaMoeConfig, moe_config_from_dense
+from moellava.model.language_model.checkpoint import CheckpointReader, dense_tensors, read_tensors
+from moellava.model.language_model.mixtures import LAYOUTS, imported_tensors
+from moellava.model.language_model.upcycling import (
+    Upcycling,
+    split_moe_options,
+    upcycled_source,
 )
-from moellava.model.language_model.mixtures import LAYOUTS
-from moellava.model.language_model.upcycling import split_moe_options
 from moellava.model.load_options import LoadOptions
 from moellava.model.loaded_model import LoadedModel
-from moellava.model.modeling_moellava import PROJECTOR_PREFIX, TOWER_PREFIX, joined_name
+from moellava.model.modeling_moellava import (
+    PROJECTOR_PREFIX,
+    TOWER_PREFIX,
+    MoeLlavaForConditionalGeneration,
+    joined_name,
+)
 from moellava.model.processing_moellava import MoeLlavaProcessor
 from moellava.model.projector import build_projector, num_projected_tokens, projector_options
+from moellava.model.quantization import MoellavaQuantizationConfig, quantized_tensors
 from moellava.model.tiling import Tiling
 from moellava.storage.sources import HubOptions, origin_of
 from moellava.storage.weights import as_dtype
@@ -66,7 +70,15 @@ def assemble(
     if projector is not None:
         projector.require_fit(config.projector_shape, parts.tower)
     _log_projector(config, projector, parts.tower)
-    state_dict = _join_state_dicts(parts.language_model.read(), parts.encoder, config)
+    tensors = _joined(parts.language_model.read(), parts.encoder, config)
+    quantization = copy.deepcopy(options.quantization_config)
+    if isinstance(quantization, MoellavaQuantizationConfig):
+        with torch.device("meta"):
+            quantization.fit(MoeLlavaForConditionalGeneration(copy.deepcopy(config)))
+        tensors = quantized_tensors(tensors, quantization)
+        config.quantization_config = quantization.to_dict()
+        options = replace(options, quantization_config=None)
+    state_dict = dict(tensors)
     for key, tensor in _projector_weights(config, projector, options.seed).items():
         state_dict[f"{PROJECTOR_PREFIX}{key}"] = tensor
     tokenizer = parts.processor.tokenizer
@@ -93,12 +105,12 @@ def configure(
 class LanguageModel(NamedTuple):
     """A language model that is found.
 
-    `read()` gives its weights, under the names of its `ForCausalLM`.
+    `read()` gives its weights one by one, under the names of its `ForCausalLM`.
     """
 
     config: PreTrainedConfig
     dtype: torch.dtype
-    read: Callable[[], dict[str, Tensor]]
+    read: Callable[[], Iterator[tuple[str, Tensor]]]
 
 
 class _Parts(NamedTuple):
@@ -205,24 +217,22 @@ def find_language_model(name: str, options: LoadOptions, hub: HubOptions) -> Lan
             f"is no dense model for moe_config={moe_config!r}. Leave moe_config out."
         )
     if model_type in LAYOUTS:
-        mixture, weights = imported_state_dict(name, dtype=dtype, **hub.keywords)
-        return LanguageModel(
-            mixture, dtype or weights["model.embed_tokens.weight"].dtype, lambda: weights
-        )
+        dtype = dtype or CheckpointReader(name, hub).dtype()
+        mixture, weights = imported_tensors(name, dtype=dtype, **hub.keywords)
+        return LanguageModel(mixture, dtype, lambda: weights)
     config = load_model_config(name, **hub.keywords)
     dtype = dtype or as_dtype(config.dtype) or torch.float32
     if is_mixture or moe_config is False:
-        read = read_state_dict if is_mixture else dense_state_dict
+        read = read_tensors if is_mixture else dense_tensors
         return LanguageModel(config, dtype, partial(read, name, dtype=dtype, **hub.keywords))
     fields, upcycling = split_moe_options(moe_config)
     mixture = moe_config_from_dense(config, **fields)
     read_upcycled = partial(
-        upcycled_state_dict,
+        upcycled_source,
         name,
         copy.deepcopy(mixture),
+        Upcycling(seed=options.seed, **upcycling),
         dtype=dtype,
-        seed=options.seed,
-        **upcycling,
         **hub.keywords,
     )
     return LanguageModel(mixture, dtype, read_upcycled)
@@ -279,22 +289,16 @@ def _log_projector(
     )
 
 
-def _join_state_dicts(
-    language_model: dict[str, Tensor], encoder: VisionEncoder, config: MoeLlavaConfig
-) -> dict[str, Tensor]:
-    """Language model and tower in one state dict.
-
-    Tensors are moved, not copied, so that memory peaks at the final size.
-    """
-    joined: dict[str, Tensor] = {}
-    for key in list(language_model):
-        tensor = language_model.pop(key)
+def _joined(
+    language_model: Iterable[tuple[str, Tensor]], encoder: VisionEncoder, config: MoeLlavaConfig
+) -> Iterator[tuple[str, Tensor]]:
+    """Language model and tower, one tensor at a time, so that memory peaks at the final size."""
+    for key, tensor in language_model:
         if key in ("model.embed_tokens.weight", "lm_head.weight"):
             tensor = _with_rows(tensor, config.text_config.vocab_size)
-        joined[joined_name(key)] = tensor
+        yield joined_name(key), tensor
     for key, tensor in encoder.state_dict().items():
-        joined[f"{TOWER_PREFIX}{key}"] = tensor
-    return joined
+        yield f"{TOWER_PREFIX}{key}", tensor
 
 
 def _with_rows(weight: Tensor, num_rows: int) -> Tensor:

@@ -13,6 +13,7 @@ from moellava.model.language_model.upcycling import (
 )
 from moellava.model.loaded_model import LoadedModel
 from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration, joined_name
+from moellava.model.quantization import require_ordinary
 
 
 def upcycle_loaded(
@@ -39,6 +40,7 @@ def upcycle_loaded(
     """
     upcycling = Upcycling(seed=seed, noise=noise, keep_function=keep_function, router=router)
     dense: MoeLlavaForConditionalGeneration = loaded.model
+    require_ordinary(dense, "A mixture made of a dense model")
     config = upcycled_config(dense.config, upcycling.labelled(moe_config or {}))
     state_dict = {
         name: tensor

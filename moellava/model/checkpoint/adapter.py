@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 
 from moellava.messages import unknown_name
+from moellava.model.quantization.adapters import accept_rounded
 from moellava.storage.errors import reading
 from moellava.storage.sources import read_json
 from moellava.storage.writing import write_json
@@ -32,7 +33,7 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
         OSError: a file is missing.
         ValueError: a file cannot be read, or the adapter is of a kind that could run code.
     """
-    from peft import PeftModel  # only those who saved an adapter need it
+    from peft import PeftConfig, PeftModel  # only those who saved an adapter need it
 
     settings = read_json(folder / CONFIG_FILE)
     with reading(folder / CONFIG_FILE, "an adapter's config"):
@@ -43,7 +44,8 @@ def read_adapter(model: PreTrainedModel, folder: Path) -> "PeftModel":
             "a module that the file names. Remove it: moellava's models are not of Megatron."
         )
     with reading(folder, "an adapter"):
-        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder))
+        config = accept_rounded(PeftConfig.from_pretrained(str(folder)), model)
+        adapted: PeftModel = PeftModel.from_pretrained(model, str(folder), config=config)
     return adapted
 
 

@@ -289,7 +289,8 @@ def _without_adapter(model: PreTrainedModel) -> MoeLlavaForConditionalGeneration
     if getattr(own, "hf_quantizer", None) is not None:
         raise ValueError(
             "The model's weights are quantised, so that hardly any equals the base's. Save it "
-            "whole with save_pretrained, or train and save it without load_in_8bit."
+            "whole with save_pretrained, or train and save it without load_in_8bit and "
+            "load_in_4bit."
         )
     found: MoeLlavaForConditionalGeneration = own
     return found

@@ -41,6 +41,11 @@ def open_saved(name: str, options: LoadOptions, hub: HubOptions) -> LoadedModel:
             f"{name!r} is a saved model, whose layers are fixed: leave out "
             f"moe_config={options.moe_config!r}, or give a mapping to build a new model."
         )
+    if options.quantization_config is not None and hasattr(config, "quantization_config"):
+        raise ValueError(
+            f"{name!r} is quantised already, {config.quantization_config}. Leave load_in_8bit and "
+            "load_in_4bit out, or open the model that it was made of."
+        )
     if is_trainable_folder(name):
         if options.device_map is not None:
             raise ValueError(

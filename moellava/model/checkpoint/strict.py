@@ -111,7 +111,7 @@ def _from_pretrained(
     model: MoeLlavaForConditionalGeneration
     model, info = loaded
     require_loaded(name, info)
-    if spoilt := nonfinite_names(model.state_dict()):
+    if spoilt := nonfinite_names({**dict(model.named_parameters()), **dict(model.named_buffers())}):
         raise ValueError(
             f"The weights of {name} hold NaN or infinite values: {first_names(spoilt)}. The "
             "training diverged, or a file is damaged: use an earlier checkpoint."

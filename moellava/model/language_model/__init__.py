@@ -7,7 +7,6 @@ upcycling                 a dense checkpoint becomes a mixture
 mixtures                  published mixtures become ours
 checkpoint                reading weights
 router_weights            one router for all layers
-quantization              8-bit weights
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -29,7 +28,6 @@ from moellava.model.language_model.moe import (
     router_penalty,
     router_z_loss,
 )
-from moellava.model.language_model.quantization import quantization_config, weight_bytes
 from moellava.model.language_model.router_weights import load_router, write_router
 from moellava.model.language_model.upcycling import (
     layers_with_differing_experts,
@@ -59,13 +57,11 @@ __all__ = [
     "load_balancing_loss",
     "load_router",
     "moe_config_from_dense",
-    "quantization_config",
     "read_state_dict",
     "router_penalty",
     "router_z_loss",
     "to_dense",
     "upcycle",
     "upcycled_state_dict",
-    "weight_bytes",
     "write_router",
 ]

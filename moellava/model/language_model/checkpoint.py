@@ -9,7 +9,7 @@ TensorReader                        what upcycling needs of a reader
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -176,6 +176,16 @@ def read_state_dict(
         OSError: if there is no such checkpoint.
         ValueError: if a tensor is missing, unexpected or of another shape than the config says.
     """
+    return dict(read_tensors(source, dtype=dtype, **hub))
+
+
+def read_tensors(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **hub: Unpack[HubKeywords],
+) -> Iterator[tuple[str, Tensor]]:
+    """As `read_state_dict`, one tensor at a time."""
     return _read_all(CheckpointReader(source, HubOptions(**hub)), dtype)
 
 
@@ -186,6 +196,16 @@ def dense_state_dict(
     **hub: Unpack[HubKeywords],
 ) -> dict[str, Tensor]:
     """As `read_state_dict`, but a mixture of experts is refused with a `ValueError`."""
+    return dict(dense_tensors(source, dtype=dtype, **hub))
+
+
+def dense_tensors(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **hub: Unpack[HubKeywords],
+) -> Iterator[tuple[str, Tensor]]:
+    """As `dense_state_dict`, one tensor at a time."""
     reader = CheckpointReader(source, HubOptions(**hub))
     if is_mixture(reader):
         raise ValueError(
@@ -211,7 +231,7 @@ def require_float(dtype: torch.dtype | None) -> None:
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(
             f"dtype is {dtype}; give torch.float32, torch.bfloat16 or torch.float16. For 8-bit "
-            "weights, give quantization_config to from_pretrained."
+            "weights, give load_in_8bit=True to load_pretrained_model."
         )
 
 
@@ -249,14 +269,14 @@ def require_tensors(
     )
 
 
-def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _read_all(reader: CheckpointReader, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     require_float(dtype)
     shapes = reader.expected_shapes()
     require_tensors(reader, shapes, may_have=is_harmless(shapes))
     keep_float32 = ("mlp.gate.weight", "mlp.gate.bias") if reader.model_type == "llama_moe" else ()
-    return {
-        name: reader.read(name, None if name.endswith(keep_float32) else dtype) for name in shapes
-    }
+    return (
+        (name, reader.read(name, None if name.endswith(keep_float32) else dtype)) for name in shapes
+    )
 
 
 def _folder_or_id(spec: str | os.PathLike[str]) -> str:

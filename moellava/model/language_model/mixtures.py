@@ -98,6 +98,17 @@ def imported_state_dict(
         ValueError: for another architecture (named), options that LlamaMoe lacks, or tensors that
             do not fit.
     """
+    config, tensors = imported_tensors(source, dtype=dtype, **hub)
+    return config, dict(tensors)
+
+
+def imported_tensors(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    **hub: Unpack[HubKeywords],
+) -> tuple[LlamaMoeConfig, Iterator[tuple[str, Tensor]]]:
+    """As `imported_state_dict`, one tensor at a time."""
     require_float(dtype)
     reader = CheckpointReader(source, HubOptions(**hub))
     if reader.model_type not in LAYOUTS:
@@ -110,7 +121,7 @@ def imported_state_dict(
     ignored = [name for name in reader.names() if name.startswith(NOT_LANGUAGE_MODEL)]
     if ignored:
         logger.info("%s: %d tensors of the image side are not read", reader.source, len(ignored))
-    return config, dict(_converted(reader, layout, config, shapes, dtype))
+    return config, _converted(reader, layout, config, shapes, dtype)
 
 
 def _converted(

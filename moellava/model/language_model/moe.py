@@ -24,7 +24,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from transformers.utils.generic import maybe_autocast
 
 from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig, is_mixture_config
-from moellava.model.language_model.quantization import is_quantized
 
 DEFAULT_EXPERTS_IMPLEMENTATION = "fastest"  # what `experts_implementation=None` means here
 
@@ -120,7 +119,8 @@ def eager_experts_forward(
 ) -> Tensor:
     """One expert after the other, each on its tokens; the others are tested against this form."""
     output = torch.zeros_like(hidden_states)
-    gate_up_proj, down_proj = _per_expert(experts.gate_up_proj), _per_expert(experts.down_proj)
+    # One backward for all: indexing would add E gradients of the whole weight's size.
+    gate_up_proj, down_proj = experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0)
     # An index equal to num_experts means: on another rank.
     for expert in range(experts.num_experts):
         token, slot = torch.where(top_k_index == expert)
@@ -141,12 +141,9 @@ def fastest_experts_forward(
     `grouped_mm`, except: one product after the other for a single token on the CPU, where sorting
     costs more than it saves; `batched_mm` off the CPU for up to E assignments, since it gathers a
     copy of the weights for each, which bounds the copies by the experts' own size; and `eager` if a
-    row of the weights is not a multiple of 16 bytes, which `grouped_mm` refuses, or if the weights
-    are quantised.
+    row of the weights is not a multiple of 16 bytes, which `grouped_mm` refuses.
     """
     weight = experts.gate_up_proj
-    if is_quantized(weight):
-        return eager_experts_forward(experts, hidden_states, top_k_index, top_k_weights)
     if hidden_states.shape[0] == 1 and weight.device.type == "cpu" and _is_plain_inference(experts):
         return _single_token_forward(experts, hidden_states, top_k_index, top_k_weights)
     if any(part.shape[-1] * part.element_size() % 16 for part in (weight, experts.down_proj)):
@@ -176,14 +173,6 @@ def _single_token_forward(
             expert_output = F.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
             output += expert_output * top_k_weights[:, slot, None]
     return output.to(hidden_states.dtype)
-
-
-def _per_expert(weight: Tensor) -> Sequence[Tensor]:
-    if is_quantized(weight):  # no unbind there
-        with torch.inference_mode(False):  # torchao's views cannot be made inside inference mode
-            return [weight[expert] for expert in range(weight.shape[0])]
-    # One backward for all: indexing would add E gradients of the whole weight's size.
-    return weight.unbind(0)
 
 
 ALL_EXPERTS_FUNCTIONS.register(DEFAULT_EXPERTS_IMPLEMENTATION, fastest_experts_forward)

@@ -34,6 +34,7 @@ from moellava.model.language_model.configuration_llama_moe import LlamaMoeConfig
 from moellava.model.language_model.modeling_llama_moe import LlamaMoeForCausalLM, with_weights
 from moellava.model.language_model.moe import LlamaMoeSparseBlock
 from moellava.model.language_model.router_weights import RouterSource, read_router, router_facts
+from moellava.model.quantization import require_ordinary
 from moellava.storage.errors import reading
 from moellava.storage.sources import HubKeywords, HubOptions, split_hub_keywords
 from moellava.storage.weights import require_loaded
@@ -205,14 +206,27 @@ def upcycled_state_dict(
             another Llama, or the options cannot keep the function.
     """
     upcycling = Upcycling(seed=seed, noise=noise, keep_function=keep_function, router=router)
+    return dict(upcycled_source(source, config, upcycling, dtype=dtype, **hub))
+
+
+def upcycled_source(
+    source: str | os.PathLike[str],
+    config: LlamaMoeConfig,
+    upcycling: Upcycling,
+    *,
+    dtype: torch.dtype | None = None,
+    **hub: Unpack[HubKeywords],
+) -> Iterator[tuple[str, Tensor]]:
+    """As `upcycled_state_dict`, one tensor at a time."""
     reader = CheckpointReader(source, HubOptions(**hub))
     require_dense_llama(reader)
     _require_same_llama(reader, config)
-    return dict(upcycled_tensors(reader, config, upcycling, dtype=dtype))
+    return upcycled_tensors(reader, config, upcycling, dtype=dtype)
 
 
 def layers_with_differing_experts(model: LlamaMoeForCausalLM) -> list[int]:
     """The sparse layers whose experts are no longer copies of one dense MLP."""
+    require_ordinary(model, "A comparison of experts")
     pieces = num_pieces(model.config)
     differing = []
     for layer_idx in model.config.moe_layer_indices:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moellava.model.describe import count_active_parameters
 from moellava.model.publish.remote_code import write_remote_code
+from moellava.model.quantization import num_weights
 from moellava.model.tiling import Tiling
 from moellava.storage.sources import Origin
 
@@ -127,7 +128,7 @@ def model_card(
         language_model=f"{language_model or 'not recorded'}: `{text.model_type}`, "
         f"{text.num_hidden_layers} layers of width {text.hidden_size}",
         mixture=_mixture(text),
-        parameters=f"{model.num_parameters():,}, of which {count_active_parameters(model):,} meet "
+        parameters=f"{num_weights(model):,}, of which {count_active_parameters(model):,} meet "
         "each text token",
         data="\n".join(f"- {dataset}" for dataset in datasets)
         or "The authors have not said what it was trained on.",

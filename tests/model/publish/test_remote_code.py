@@ -45,9 +45,12 @@ type(processor.image_processor).__module__)
 
 
 @pytest.fixture(
-    scope="module", params=["BiomedCLIP and a mixture", "CLIP, tiles and a dense Llama"]
+    scope="module",
+    params=["BiomedCLIP and a mixture", "CLIP, tiles and a dense Llama", "a mixture in 4 bits"],
 )
-def joined(request, loaded):
+def joined(request, loaded, groupable_parts):
+    if request.param.endswith("4 bits"):
+        return load_pretrained_model(groupable_parts, dtype="bfloat16", load_in_4bit=True)
     if request.param.startswith("BiomedCLIP"):
         return loaded
     description = {
