@@ -54,7 +54,11 @@ TESTED_ELSEWHERE = {
     "model/load_options.py": "model/test_builder_enhanced.py",
     "testing/datasets.py": "data/test_formats.py",
     "testing/llava.py": "model/checkpoint/test_llava.py",
+    "train/finish.py": "train/log/test_moved.py",
+    "train/reward_rows.py": "train/test_reward_stage.py",
+    "train/reward_trainer.py": "train/test_reward_stage.py",
     "train/sharding.py": "train/test_distributed.py",
+    "train/stage_trainer.py": "train/test_trainer.py",
     "verify.py": "cli/test_verify.py",
 }
 

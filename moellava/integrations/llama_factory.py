@@ -28,7 +28,7 @@ _DUMMY = "."  # an answer that is not there yet
 
 
 @dataclass
-class MoeLlavaPlugin(BasePlugin):
+class MoeLlavaPlugin(BasePlugin):  # type: ignore[misc]  # no types without the package
     """Opens images as `moellava` does; remembers the processor for the template."""
 
     processor: Any = None
@@ -61,7 +61,7 @@ class MoeLlavaPlugin(BasePlugin):
         return {"pixel_values": processor.pixel_values([load_image(one) for one in images])}
 
 
-class MoeLlavaTemplate(Template):
+class MoeLlavaTemplate(Template):  # type: ignore[misc]  # no types without the package
     """Encodes conversations as `moellava train` does, by the model's own chat template."""
 
     def _encode(

@@ -21,7 +21,7 @@ from moellava.model.modeling_moellava import MoeLlavaForConditionalGeneration
 NAME = "moellava"
 
 
-class MoeLlavaLoader(ModelLoader):
+class MoeLlavaLoader(ModelLoader):  # type: ignore[misc]  # no types without the package
     """Loads a saved model by its own class."""
 
     def get_model(self, model_dir: str, *args: Any, **kwargs: Any) -> Any:
@@ -29,7 +29,7 @@ class MoeLlavaLoader(ModelLoader):
         return super().get_model(model_dir, *args, **kwargs)
 
 
-class MoeLlavaTemplate(Template):
+class MoeLlavaTemplate(Template):  # type: ignore[misc]  # no types without the package
     """Encodes conversations as `moellava train` does, by the model's own chat template."""
 
     def _encode(self, inputs: Any) -> dict[str, Any]:

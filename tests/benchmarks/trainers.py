@@ -20,7 +20,7 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe, train
 
-NUM_ROWS, BATCH, STEPS = 64, 8, 16
+NUM_ROWS, BATCH, STEPS = 64, 8, 12
 
 
 def write(folder: Path) -> None:
@@ -119,6 +119,7 @@ def main() -> None:
         for number in range(repeats):
             found["moellava train"].append(ours(folder, folder / f"ours{number}"))
             found["TRL SFTTrainer"].append(trls(folder, folder / f"trls{number}"))
+            print({name: round(rates[-1], 2) for name, rates in found.items()}, flush=True)
     print(f"torch {torch.__version__}, TRL {trl.__version__}, {torch.get_num_threads()} threads")
     for name, rates in found.items():
         print(f"{name:<16} rows/s {' '.join(f'{rate:.1f}' for rate in rates)}")

@@ -1,4 +1,4 @@
-"""The file for LLaMA-Factory, in an environment that has it; docs/other_trainers.md has the versions."""
+"""The file for LLaMA-Factory, where that is installed; versions: docs/other_trainers.md."""
 
 import json
 import os

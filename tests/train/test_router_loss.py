@@ -59,7 +59,7 @@ def test_two_processes(name, two_processes):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_without_the_remedy_trl_has_another_loss(name, tiny, tmp_path):
-    """What docs/other_trainers.md says: transformers' loss, about k = 2 times ours, without z-loss."""
+    """As docs/other_trainers.md says: transformers' loss, about k = 2 times ours, no z-loss."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     seen = trainers.run(name, tiny, tmp_path, remedy=False)
