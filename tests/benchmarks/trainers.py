@@ -20,7 +20,7 @@ from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.testing import write_biomedclip, write_tinyllama
 from moellava.train import load_recipe, train
 
-NUM_ROWS, BATCH, STEPS = 64, 8, 12
+NUM_ROWS, BATCH, STEPS = 64, 8, 8
 
 
 def write(folder: Path) -> None:
