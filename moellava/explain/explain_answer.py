@@ -121,6 +121,8 @@ def explain(
         logprobs=seen.logprobs,
         pictures=tuple(to_eight_bit(picture).convert("RGB") for picture, _ in views),
         frames=tuple(frame for _, frame in views),
+        tile_grids=tuple(loaded.processor.grid(picture.size) for picture in pictures),
+        num_views=tuple(len(frames[picture.size]) for picture in pictures),
         grid=grid,
         no_grid=no_grid,
         attention=seen.attention,

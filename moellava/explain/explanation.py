@@ -5,9 +5,9 @@ R x C blocks of pixels.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,8 @@ class Explanation:
         ablation: (A, I, R, C) float32, in nats, or None if it was not asked for.
         gradient: (I, R, C) float32, in nats, or None if it was not asked for.
         routing: of every token; None for a language model without moellava's experts.
+        tile_grids: of each picture as given, rows and columns of its tiles; (1, 1) without tiling.
+        num_views: of each picture as given; one more than its tiles if an overview comes before.
     """
 
     question: str
@@ -68,6 +70,8 @@ class Explanation:
     ablation: Array | None
     gradient: Array | None
     routing: Routing | None
+    tile_grids: tuple[tuple[int, int], ...] = ()
+    num_views: tuple[int, ...] = ()
 
     def map(
         self,
@@ -140,6 +144,37 @@ class Explanation:
         """A map on the original picture, (H, W); NaN where the model saw nothing."""
         return self.frames[image].place(values, smooth=smooth)
 
+    def stitched(
+        self,
+        kind: str = "attention",
+        *,
+        token: int | None = None,
+        layer: int | None = None,
+        head: int | None = None,
+        picture: int = 0,
+        blank: bool = False,
+    ) -> tuple[Array, Frame]:
+        """The maps of all tiles of one picture as one map, as the tiles lie, and where it lies.
+
+        Args:
+            picture: which one of those given, from 0; others are those of `map`.
+
+        Raises:
+            ValueError: for a picture that has no tiles, and as `map`.
+        """
+        rows, columns = self.tile_grids[picture]
+        if rows * columns == 1:
+            raise ValueError(f"Picture {picture} has one view, and no tiles. Use map().")
+        end = sum(self.num_views[: picture + 1])
+        tiles = range(end - rows * columns, end)
+        maps = [
+            self.map(kind, token=token, layer=layer, head=head, image=tile, blank=blank)
+            for tile in tiles
+        ]
+        whole = np.block([maps[row * columns : (row + 1) * columns] for row in range(rows)])
+        first, last = self.frames[tiles[0]], self.frames[tiles[-1]]
+        return whole, replace(first, right=last.right, bottom=last.bottom)
+
     def image_share(self) -> Array:
         """(L, H): the share of the attention that goes to image tokens, mean over answer tokens."""
         share: Array = self.attention.sum(-1).mean(-1)
@@ -156,17 +191,27 @@ class Explanation:
         layer: int | None = None,
         head: int | None = None,
         image: int = 0,
+        stitched: bool = False,
         smooth: bool = False,
     ) -> "Figure":
         """The picture, the map on it, and the blank image's map beside it on one scale.
 
-        Args are those of `map`; the figure is also written to `path`.
+        Args are those of `map`; with `stitched`, the tiles of the picture number `image` are drawn
+        as one map. The figure is also written to `path`.
         """
-        values = self.map(kind, token=token, layer=layer, head=head, image=image)
         has_blank = kind in ("attention", "rollout") and self.blank_attention is not None
+        options: Any = {"token": token, "layer": layer, "head": head}
         blank = None
-        if has_blank:
-            blank = self.map(kind, token=token, layer=layer, head=head, image=image, blank=True)
+        if stitched:
+            values, frame = self.stitched(kind, picture=image, **options)
+            if has_blank:
+                blank, _ = self.stitched(kind, picture=image, blank=True, **options)
+            picture = self.pictures[sum(self.num_views[:image])]
+        else:
+            values, frame = self.map(kind, image=image, **options), self.frames[image]
+            if has_blank:
+                blank = self.map(kind, image=image, blank=True, **options)
+            picture = self.pictures[image]
         chosen = [
             f"{name} {value}"
             for name, value in (("layer", layer), ("head", head))
@@ -176,8 +221,8 @@ class Explanation:
         if token is not None:
             what += f", token {self.tokens[token]!r}"
         return overlays.draw_overlay(
-            self.pictures[image],
-            self.frames[image],
+            picture,
+            frame,
             values,
             blank,
             title=f"{self.question} \N{RIGHTWARDS ARROW} {self.answer}",
@@ -236,6 +281,8 @@ class Explanation:
             "grid": None if self.grid is None else dict(vars(self.grid)),
             "no_grid": self.no_grid,
             "frames": [dict(vars(frame)) for frame in self.frames],
+            "tile_grids": list(self.tile_grids),
+            "num_views": list(self.num_views),
             **{name: getattr(self, name) for name in names},
             "routing": routing,
         }

@@ -287,6 +287,26 @@ def test_explain_shows_each_view_at_its_place(tiled, wide):
     assert (last.right, last.bottom) == tile_boxes(wide.size, (rows, columns), TILE)[-1][2:]
 
 
+def test_tiles_are_drawn_as_one_map_over_the_picture(tiled, wide, tmp_path):
+    small = Image.new("RGB", (100, 80))
+    explanation = tiled.explain([small, wide], QUESTION, max_new_tokens=2, ablation=True)
+    rows, columns = tiled.processor.grid(wide.size)
+    values, frame = explanation.stitched(picture=1)
+    assert values.shape == (7 * rows, 7 * columns)
+    placed = frame.place(values)
+    assert placed.shape == wide.size[::-1]
+    for tile in range(rows * columns):  # the view number 2 is the first: small, overview, tiles
+        alone = explanation.on_picture(explanation.map(image=2 + tile), 2 + tile)
+        is_tile = ~np.isnan(alone)
+        assert is_tile.any()
+        np.testing.assert_array_equal(placed[is_tile], alone[is_tile])
+    assert explanation.stitched("ablation", picture=1)[0].shape == (7 * rows, 7 * columns)
+    explanation.draw_overlay(tmp_path / "tiles.png", image=1, stitched=True)
+    assert Image.open(tmp_path / "tiles.png").size[0] > 500
+    with pytest.raises(ValueError, match="Picture 0 has one view, and no tiles"):
+        explanation.stitched(picture=0)
+
+
 class TestJoint:
     """A resampler that sees the patches of all views."""
 
