@@ -120,17 +120,6 @@ def _require(recipe: Recipe) -> None:
         raise ImportError(
             "Stage 'reward' needs TRL, which is not installed. Type: pip install 'moellava[rl]'"
         )
-    unused = {
-        "parallel": (recipe.parallel, "ddp"),
-        "data.packing": (recipe.data.packing, False),
-        "data.features": (recipe.data.features, None),
-    }
-    for name, (found, default) in unused.items():
-        if found != default:
-            raise ValueError(
-                f"{name} is {found!r}, which stage 'reward' cannot use: its batches are answers "
-                "that are drawn as it goes. Leave it out."
-            )
     find_scorers(recipe.reward.scorers)
     answers, batch = recipe.reward.num_answers, recipe.optim.batch_size
     if batch % answers:

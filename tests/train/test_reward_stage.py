@@ -135,9 +135,6 @@ def test_the_plan_counts_answers(tiny, chain, tmp_path):
     ("settings", "message"),
     [
         (["reward.num_answers=3"], r"batch_size=8 answers are not whole groups of reward.num_ans"),
-        (["data.packing=true"], r"data.packing is True, which stage 'reward' cannot use"),
-        (["parallel=fsdp2"], r"parallel is 'fsdp2', which stage 'reward' cannot use"),
-        (["data.features=f.safetensors"], r"data.features is 'f.safetensors', which stage"),
         (["reward.scorers=[strikt]"], r"Did you mean 'strict'"),
         (["reward.num_answers=1"], r"reward.num_answers.*2 or more"),
         (["data.features=kept"], r"data.features does nothing in stage 'reward'"),
