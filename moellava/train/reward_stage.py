@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from moellava.eval.questions import questions_of
 from moellava.eval.scorers import find_scorers
+from moellava.model.loaded_model import LoadedModel
 from moellava.train.batches import build_collator, read_data
 from moellava.train.checkpoints import newest_checkpoint
 from moellava.train.finish import finish
@@ -64,6 +65,7 @@ def train_reward(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     )
     data = read_data(recipe, show_progress=show_progress and arguments.process_index == 0)
     model, loaded = prepare_model(recipe)
+    _require_one_view(loaded)
     needs_start = reward.kl > 0 and recipe.lora is None
     trainer = RewardTrainer(
         cast("PreTrainedModel | PeftModel", model),
@@ -96,6 +98,7 @@ def plan_reward(recipe: Recipe) -> Plan:
     _require(recipe)
     run_folder(recipe)
     model, loaded = prepare_model(recipe, on_meta=True)
+    _require_one_view(loaded)
     rows = PlannedRows.of(recipe, loaded)
     data, optim, reward = read_data(recipe), recipe.optim, recipe.reward
     num_answers = sum(1 for _ in questions_of(data.train)) * reward.num_answers
@@ -126,4 +129,13 @@ def _require(recipe: Recipe) -> None:
         raise ValueError(
             f"optim.batch_size={batch} answers are not whole groups of "
             f"reward.num_answers={answers}. Choose a multiple."
+        )
+
+
+def _require_one_view(loaded: LoadedModel) -> None:
+    if loaded.processor.tiling is not None:
+        raise ValueError(
+            "Stage 'reward' takes one view of each image: TRL divides a batch's pixel values by "
+            "images, and this model's tiling makes several views of one. Start from a model "
+            "without tiling."
         )

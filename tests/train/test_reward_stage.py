@@ -154,3 +154,16 @@ def test_without_trl_it_says_what_to_install(tiny, chain, tmp_path, monkeypatch)
     monkeypatch.setattr("moellava.train.reward_stage.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'moellava\[rl\]'"):
         train(reward_recipe(tiny, chain, tmp_path / "out"), show_progress=False)
+
+
+@pytest.mark.slow
+def test_tiles_are_refused(tiny, chain, tmp_path):
+    folder = tmp_path / "tiled"
+    loaded = load_pretrained_model(chain / "experts" / "model")
+    loaded.processor.set_tiling({"max_tiles": 2})
+    loaded.model.save_pretrained(folder / "model")
+    loaded.processor.save_pretrained(folder / "model")
+    recipe = reward_recipe(tiny, chain, tmp_path / "out", "after=any", f"start_from={folder}")
+    for start in (plan, train):
+        with pytest.raises(ValueError, match="takes one view of each image"):
+            start(recipe)
