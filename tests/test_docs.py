@@ -74,6 +74,9 @@ def write_volumes(folder):
     shutil.copy(Path(data_path) / "anatomical.nii", folder / "mr.nii")
     shutil.copy(get_testdata_file("examples_ybr_color.dcm", download=False), folder / "cine.dcm")
     write_slide(folder / "slide.tif")
+    from PIL import Image as Picture
+
+    Picture.linear_gradient("L").resize((600, 400)).save(folder / "radiograph.png")
 
 
 def write_checkpoint(folder, tower):

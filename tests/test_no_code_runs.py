@@ -133,6 +133,7 @@ COMMANDS: dict[str, list[str] | None] = {
     "eval score": ["predictions.jsonl"],
     "eval compare": ["predictions.jsonl", "predictions.jsonl"],
     "eval lmms-tasks": None,  # prints a folder
+    "integrations": None,  # prints a file of the package
     "experiment": ["experiment.yaml", "--dry-run"],  # what it trains are recipes, as above
     "export mixtral": [MODEL, "--out", "mixtral"],
     "export onnx": [MODEL, "--out", "onnx"],

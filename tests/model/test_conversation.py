@@ -22,8 +22,8 @@ def encoded(loaded, monkeypatch):
     monkeypatch.setattr(
         loaded.model.model,
         "get_image_features",
-        lambda pixel_values, **kwargs: (
-            counts.append(len(pixel_values)) or encode(pixel_values, **kwargs)
+        lambda pixel_values, *args, **kwargs: (
+            counts.append(len(pixel_values)) or encode(pixel_values, *args, **kwargs)
         ),
     )
     return counts
@@ -152,7 +152,7 @@ def test_an_image_is_seen_through_its_window(loaded):
     seen = read_message(loaded.processor, {"role": "user", "content": [item]}).pictures[0]
     picture = to_pil(path, window="lung")
     expected = loaded.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
-    assert torch.equal(seen.pixel_values, expected)
+    assert torch.equal(seen.inputs["pixel_values"], expected)
     assert (seen.name, seen.view) == ("CT_small.dcm", {"window": "lung"})
 
 

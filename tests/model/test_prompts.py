@@ -47,7 +47,7 @@ def test_a_picture_is_encoded_once(loaded, images, monkeypatch):
     encode_pictures(loaded.model, [*pictures, pictures[1]])
     assert pictures[0].embeds is kept
     expected = loaded.model.get_image_features(
-        pictures[1].pixel_values, return_dict=True
+        pictures[1].inputs["pixel_values"], return_dict=True
     ).pooler_output
     assert torch.equal(pictures[1].embeds[0], expected[0])
     monkeypatch.setattr(loaded.model, "get_image_features", None)

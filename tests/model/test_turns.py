@@ -95,7 +95,7 @@ def test_frames_compose_with_tiles(parts):
     for picture, frame in zip(pictures, (7, 22), strict=True):
         alone = tiled.processor.pixel_values([to_pil(CINE, frame=frame)])
         assert len(alone) > 1
-        assert torch.equal(picture.pixel_values, alone)
+        assert torch.equal(picture.inputs["pixel_values"], alone)
     expected = Conversation(tiled).ask(QUESTION, {"image": CINE, "frames": 2}, max_new_tokens=4)
     assert tiled.answer(CINE, QUESTION, frames=2, max_new_tokens=4) == [expected]
 
