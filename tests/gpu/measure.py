@@ -255,7 +255,7 @@ def fsdp(machine: Machine) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def int8(machine: Machine) -> Iterator[Row]:
+def quantized(machine: Machine) -> Iterator[Row]:
     """Decoding with weights of 8 and 4 bits against bfloat16, each without compilation."""
     with tempfile.TemporaryDirectory() as folder:
         machine.model().save_pretrained(folder)
@@ -270,7 +270,13 @@ def int8(machine: Machine) -> Iterator[Row]:
             )
             rates[name] = 1 / machine.seconds(partial(model, machine.ids(1)))
     for name in ("int8", "int4"):
-        yield Row(name, "one token", rates[name], "tokens/s", rates[name] / rates["bfloat16"])
+        yield Row(
+            "quantized",
+            f"{name}, one token",
+            rates[name],
+            "tokens/s",
+            rates[name] / rates["bfloat16"],
+        )
 
 
 def answers(machine: Machine) -> Iterator[Row]:
@@ -342,7 +348,7 @@ def skipped_tests(machine: Machine) -> Iterator[Row]:
     yield Row("tests", summary, float(done.returncode), "exit status")
 
 
-SECTIONS = (bounds, block, training, decode, fsdp, int8, answers, encoder, skipped_tests)
+SECTIONS = (bounds, block, training, decode, fsdp, quantized, answers, encoder, skipped_tests)
 
 
 def run(machine: Machine) -> list[str]:
