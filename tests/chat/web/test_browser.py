@@ -111,7 +111,7 @@ def test_a_scan_is_uploaded_windowed_asked_about_and_explained(
     expect(page.locator("#moellava-choice")).not_to_contain_text("with the next question")
 
     page.get_by_role("button", name="Show where it looked").click()
-    expect(page.locator("#moellava-overlay img")).to_have_count(1)
+    expect(page.locator("#moellava-overlay img")).to_have_count(1, timeout=60_000)
     page.get_by_role("button", name="Which experts worked").click()
     expect(page.locator("#moellava-routes img").first).to_be_visible()
 
