@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, cast
 
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.train.adapters import merge_adapters
+from moellava.train.arguments import read_whole
 from moellava.train.checkpoints import clear_staging, publish, staging_folder, writing
 from moellava.train.log.history import write_history
 from moellava.train.log.moved import Moved, movement, num_learning
@@ -69,10 +70,12 @@ def _movement(
         learning: of `num_learning`, before adapters were merged.
     """
     trained = trainer.loaded.model
-    if trainer.is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trained = load_pretrained_model(folder).model
+    with read_whole(trainer.args):
+        start = build_model(recipe).model
+        if trainer.is_sharded or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            trained = load_pretrained_model(folder).model
     after = dict(trained.named_parameters())
-    return movement(build_model(recipe).model.named_parameters(), after, learning)
+    return movement(start.named_parameters(), after, learning)
 
 
 def _save_merged(recipe: Recipe, trainer: StageTrainer, adapter: Path, folder: Path) -> None:
