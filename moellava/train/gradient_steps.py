@@ -4,7 +4,8 @@
 |---|---|
 | `train_by_gradient` | runs such a stage in its folder |
 | `build_trainer` | the trainer of a stage, ready to run |
-| `require_resumable`, `read_state`, `train_or_load` | of a checkpoint, go on with it |
+| `resumable_checkpoint`, `read_state` | where an earlier run stopped |
+| `run_stage` | a trainer's run from beginning to end, for any loss |
 """
 
 import logging
@@ -44,10 +45,7 @@ _STATE_TYPES: dict[str, tuple[type, ...]] = {
 
 def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     """Train a stage's model, from the newest checkpoint if there is one."""
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is not None:
-        require_resumable(checkpoint)
-        logger.info("resuming from %s", checkpoint)
+    checkpoint = resumable_checkpoint(run)
     arguments = training_arguments(
         recipe, show_progress=show_progress, resumes=checkpoint is not None
     )
@@ -58,16 +56,24 @@ def train_by_gradient(recipe: Recipe, run: Path, show_progress: bool) -> TrainRe
         if checkpoint is not None:
             sharding.load_checkpoint(model, checkpoint)
         sharding.shard(loaded.model, arguments.device)
-    trainer = build_trainer(recipe, arguments, data, model, loaded)
+    return run_stage(recipe, build_trainer(recipe, arguments, data, model, loaded), checkpoint)
+
+
+def run_stage(recipe: Recipe, trainer: StageTrainer, checkpoint: Path | None) -> TrainResult:
+    """Train in the run's folder, and write the model.
+
+    Args:
+        checkpoint: of `resumable_checkpoint`, which training resumes from.
+    """
     if trainer.accelerator.is_main_process:
-        begin_run(recipe, run)
+        begin_run(recipe, trainer.run)
     trainer.accelerator.wait_for_everyone()
     try:
-        train_or_load(trainer, checkpoint)
+        _train_or_load(trainer, checkpoint)
     finally:
         trainer.close_progress_bar()  # an error begins on a line of its own
-    finish(recipe, trainer, run)
-    return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
+    finish(recipe, trainer, trainer.run)
+    return TrainResult(trainer.run / MODEL_FOLDER, trainer.state.log_history)
 
 
 def build_trainer(
@@ -128,8 +134,16 @@ def _features(
     )
 
 
-def require_resumable(checkpoint: Path) -> None:
-    """transformers would go on with an optimizer and random numbers that began anew."""
+def resumable_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run, None if there is none yet.
+
+    Raises:
+        FileNotFoundError: if it lacks what transformers would quietly begin anew: the optimizer's
+            state, or the step.
+    """
+    checkpoint = newest_checkpoint(run)
+    if checkpoint is None:
+        return None
     # One file, or DeepSpeed's and accelerate's folders.
     states = {
         "the optimizer's state": ("optimizer*", "global_step*"),
@@ -142,9 +156,11 @@ def require_resumable(checkpoint: Path) -> None:
                 "run could not resume as it was. Delete this folder to resume from the checkpoint "
                 "before it, or to begin anew."
             )
+    logger.info("resuming from %s", checkpoint)
+    return checkpoint
 
 
-def train_or_load(trainer: StageTrainer, checkpoint: Path | None) -> None:
+def _train_or_load(trainer: StageTrainer, checkpoint: Path | None) -> None:
     """Train, unless the checkpoint is of the last step: the Trainer would go one step beyond it."""
     if checkpoint is not None:
         state = read_state(checkpoint)

@@ -16,13 +16,11 @@ from moellava.eval.questions import questions_of
 from moellava.eval.scorers import find_scorers
 from moellava.model.loaded_model import LoadedModel
 from moellava.train.batches import build_collator, read_data
-from moellava.train.checkpoints import newest_checkpoint
-from moellava.train.finish import finish
-from moellava.train.gradient_steps import require_resumable, train_or_load
+from moellava.train.gradient_steps import resumable_checkpoint, run_stage
 from moellava.train.options import Recipe
 from moellava.train.plan import PlannedRows, describe_costs, list_trained
 from moellava.train.prepare import build_model, prepare_model
-from moellava.train.run_folder import MODEL_FOLDER, begin_run, run_folder
+from moellava.train.run_folder import run_folder
 from moellava.train.stage import Plan, TrainResult
 
 if TYPE_CHECKING:
@@ -42,13 +40,10 @@ def train_reward(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
     _require(recipe)
     from trl.trainer.grpo_config import GRPOConfig
 
-    from moellava.train.arguments import arguments_of
+    from moellava.train.arguments import arguments_of, read_whole
     from moellava.train.reward_trainer import RewardTrainer
 
-    checkpoint = newest_checkpoint(run)
-    if checkpoint is not None:
-        require_resumable(checkpoint)
-        logger.info("resuming from %s", checkpoint)
+    checkpoint = resumable_checkpoint(run)
     reward = recipe.reward
     arguments = arguments_of(
         GRPOConfig,
@@ -64,15 +59,17 @@ def train_reward(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
         },
     )
     data = read_data(recipe, show_progress=show_progress and arguments.process_index == 0)
-    model, loaded = prepare_model(recipe)
-    _require_one_view(loaded)
     needs_start = reward.kl > 0 and recipe.lora is None
+    with read_whole(arguments):
+        model, loaded = prepare_model(recipe)
+        _require_one_view(loaded)
+        start = build_model(recipe).model if needs_start else None
     trainer = RewardTrainer(
         cast("PreTrainedModel | PeftModel", model),
         arguments,
         reward,
         loaded=loaded,
-        start=build_model(recipe).model if needs_start else None,
+        start=start,
         collator=build_collator(recipe, loaded.processor),
         train_rows=data.train,
         held_out_rows=data.evaluation or (),
@@ -82,15 +79,7 @@ def train_reward(recipe: Recipe, run: Path, show_progress: bool) -> TrainResult:
         max_new_tokens=recipe.evaluation.max_new_tokens,
         rates=recipe.optim.rates,
     )
-    if trainer.accelerator.is_main_process:
-        begin_run(recipe, run)
-    trainer.accelerator.wait_for_everyone()
-    try:
-        train_or_load(trainer, checkpoint)
-    finally:
-        trainer.close_progress_bar()
-    finish(recipe, trainer, run)
-    return TrainResult(run / MODEL_FOLDER, trainer.state.log_history)
+    return run_stage(recipe, trainer, checkpoint)
 
 
 def plan_reward(recipe: Recipe) -> Plan:

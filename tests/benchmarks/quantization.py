@@ -1,8 +1,8 @@
 """Weights of 8 and 4 bits against bfloat16, measured in the same run.
 
-    python tests/benchmarks/quantization.py products
-    python tests/benchmarks/quantization.py model [LAYERS]      TinyLlama's widths; 22 by default
-    python tests/benchmarks/quantization.py quality FOLDER      a dense Llama with its tokenizer
+    python -m tests.benchmarks.quantization products
+    python -m tests.benchmarks.quantization model [LAYERS]      TinyLlama's widths; 22 by default
+    python -m tests.benchmarks.quantization quality FOLDER      a dense Llama with its tokenizer
 
 `products` says up to how many tokens torch's packed product is faster than unpacking first. `model`
 needs 5 GB of memory and of disk. `quality` is in float32 and upcycles the Llama first.
@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from subprocess import run as run_process
 from threading import Thread
 
@@ -28,6 +27,7 @@ from moellava.model.quantization import MoellavaQuantizationConfig, weight_bytes
 from moellava.model.quantization import weight as weight_module
 from moellava.model.quantization.rounding import Scheme
 from moellava.model.quantization.weight import QuantizedWeight
+from tests.benchmarks.language_model import medians
 
 TINYLLAMA = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
@@ -45,18 +45,6 @@ PROMPTS = [
     "How long does a broken arm take to heal?", "What is the role of white blood cells?",
     "Write one sentence about the human heart.", "Why are vaccines given twice?",
 ]  # fmt: skip
-
-
-def medians(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Seconds per run; the runs take turns, so that a slow moment of the machine meets all."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for round_index in range(rounds + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if round_index > 0:  # the first one warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: median(found) for name, found in times.items()}
 
 
 @torch.no_grad()
@@ -117,7 +105,10 @@ def model(num_layers: int = 22) -> None:
         speeds(models)
         del models
         for name in CONFIGS:
-            run_process([sys.executable, __file__, "peak", folder, name], check=True)
+            run_process(
+                [sys.executable, "-m", "tests.benchmarks.quantization", "peak", folder, name],
+                check=True,
+            )
 
 
 @torch.no_grad()

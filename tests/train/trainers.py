@@ -7,9 +7,8 @@ is its gradient with the other sign.
 
 import copy
 import os
-import socket
 import sys
-import traceback
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -24,6 +23,7 @@ from moellava.data.collate import ChatCollator
 from moellava.model.builder_enhanced import load_pretrained_model
 from moellava.model.language_model.moe import load_balancing_loss, router_z_loss
 from moellava.train.router_loss import use_router_loss
+from tests.train.children import free_port, in_child
 from tests.train.tiny import parts_of, write_tiny
 
 COEF, Z_COEF, BETA = 0.5, 0.1, 0.3
@@ -202,33 +202,20 @@ def fork_all(folder):
     tiny = write_tiny(folder / "tiny", num_rows=1)
     statuses = []
     for name in NAMES:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         children = []
         for rank in range(2):
             child = os.fork()
             if child == 0:
-                os._exit(in_child(name, tiny, folder, rank, port))
+                step = partial(save_step, name, tiny, folder, rank)
+                os._exit(in_child(step, rank=rank, num_processes=2, port=port))
             children.append(child)
         statuses += [os.waitpid(child, 0)[1] for child in children]
     assert not any(statuses), statuses
 
 
-def in_child(name, tiny, folder, rank, port):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    try:
-        torch.save(run(name, tiny, folder / name, num_processes=2), folder / f"{name}.{rank}.pt")
-        return 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+def save_step(name, tiny, folder, rank):
+    torch.save(run(name, tiny, folder / name, num_processes=2), folder / f"{name}.{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
-import traceback
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -23,6 +22,7 @@ import torch
 
 from moellava.train import checkpoints, finish, train
 from moellava.train.trainer import MoeLlavaTrainer
+from tests.train.children import free_port, in_child
 from tests.train.tiny import tiny_recipe, write_tiny
 
 NUM_ROWS, NUM_STEPS = 8, 5  # two steps an epoch
@@ -122,9 +122,7 @@ def launch(recipe, num_processes=1, moment=None):
 
     Exit status, -9 if killed.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for rank in range(num_processes):
         pid = os.fork()
@@ -147,30 +145,20 @@ def child(recipe, rank, num_processes, port, moment):
     with Path(f"{out}.{rank}.txt").open("a") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
-    if num_processes > 1:
-        os.environ |= {
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(record_rows(Path(f"{out}.{rank}.rows")))
-            stack.enter_context(
-                mock.patch.object(finish, "save_picture")
-            )  # half of a tiny run's time
-            stack.enter_context(
-                mock.patch.object(checkpoints.os, "fsync")
-            )  # for power cuts; a kill loses nothing
-            if moment is not None:
-                stack.enter_context((MOMENTS | {SPOILT: spoil_second_process})[moment]())
-            train(recipe, show_progress=False)
-        return 0
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+    body = partial(train_child, recipe, rank, moment)
+    return in_child(body, rank=rank, num_processes=num_processes, port=port)
+
+
+def train_child(recipe, rank, moment):
+    with ExitStack() as stack:
+        stack.enter_context(record_rows(Path(f"{recipe.output_dir}.{rank}.rows")))
+        # Half of a tiny run's time.
+        stack.enter_context(mock.patch.object(finish, "save_picture"))
+        # For power cuts; a kill loses nothing.
+        stack.enter_context(mock.patch.object(checkpoints.os, "fsync"))
+        if moment is not None:
+            stack.enter_context((MOMENTS | {SPOILT: spoil_second_process})[moment]())
+        train(recipe, show_progress=False)
 
 
 ADAPTERS = {

@@ -175,11 +175,13 @@ def _require_merge(config: MoeLlavaConfig) -> None:
             "tiling has merge='spatial_unpad', whose row ends are learned: it comes with a "
             "checkpoint of LLaVA-NeXT. Take 'flat' or 'joint'."
         )
+    if merge == "flat":
+        return
     shape, given = config.projector_shape, (config.projector_type, config.projector_options)
     rows, columns = shape.grid
     wider = replace(shape, num_patches=2 * shape.num_patches, grid=(2 * rows, columns))
     one, two = (num_projected_tokens(given[0], own, given[1]) for own in (shape, wider))
-    if merge == "joint" and one != two:
+    if one != two:
         raise ValueError(
             f"tiling has merge='joint', but the projector {config.projector_type!r} makes "
             f"{one} tokens of {shape.num_patches} patches and {two} of {wider.num_patches}. Take a "
