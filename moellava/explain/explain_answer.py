@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -94,17 +95,14 @@ def explain(
         input_ids, num_prompt_tokens = _given(loaded, prompt, pictures, answer)
     pixel_values, image_sizes = prompt.inputs["pixel_values"], prompt.inputs.get("image_sizes")
     model, tokenizer = loaded.model, loaded.tokenizer
-
-    def recorded(pixels: Tensor) -> Recording:
-        return record(
-            model,
-            input_ids,
-            pixels,
-            num_prompt_tokens=num_prompt_tokens,
-            image_sizes=image_sizes,
-            max_bytes=max_bytes,
-        )
-
+    recorded = partial(
+        record,
+        model,
+        input_ids,
+        num_prompt_tokens=num_prompt_tokens,
+        image_sizes=image_sizes,
+        max_bytes=max_bytes,
+    )
     seen = seen or recorded(pixel_values)
     unseen = recorded(mean_colour(pixel_values)) if blank else None
     scorer = AnswerScorer(model, input_ids, num_prompt_tokens, image_sizes)

@@ -289,7 +289,7 @@ def test_explain_shows_each_view_at_its_place(tiled, wide):
 
 def test_tiles_are_drawn_as_one_map_over_the_picture(tiled, wide, tmp_path):
     small = Image.new("RGB", (100, 80))
-    explanation = tiled.explain([small, wide], QUESTION, max_new_tokens=2, ablation=True)
+    explanation = tiled.explain([small, wide], QUESTION, max_new_tokens=2, gradient=True)
     rows, columns = tiled.processor.grid(wide.size)
     values, frame = explanation.stitched(picture=1)
     assert values.shape == (7 * rows, 7 * columns)
@@ -300,7 +300,7 @@ def test_tiles_are_drawn_as_one_map_over_the_picture(tiled, wide, tmp_path):
         is_tile = ~np.isnan(alone)
         assert is_tile.any()
         np.testing.assert_array_equal(placed[is_tile], alone[is_tile])
-    assert explanation.stitched("ablation", picture=1)[0].shape == (7 * rows, 7 * columns)
+    assert explanation.stitched("gradient", picture=1)[0].shape == (7 * rows, 7 * columns)
     explanation.draw_overlay(tmp_path / "tiles.png", image=1, stitched=True)
     assert Image.open(tmp_path / "tiles.png").size[0] > 500
     with pytest.raises(ValueError, match="Picture 0 has one view, and no tiles"):
